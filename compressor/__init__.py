@@ -1,0 +1,3 @@
+"""Compress a passage into the keys and values of a few memory tokens of a frozen language model."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,252 @@
+"""The frozen base: loads it, measures what the compressor relies on, refuses what cannot work."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
+
+from compressor.config import BaseConfig
+from compressor.errors import CompressorError
+
+PROJECT = Path(__file__).resolve().parents[1]
+FULL_HASH_VALUES = 65_536
+UNSUPPORTED_ROPE = {
+    "dynamic": "its frequencies change with the length of the input, so keys cannot be moved",
+    "longrope": "its frequencies change with the length of the input, so keys cannot be moved",
+}
+
+
+class Base(nn.Module):
+    """A causal LM whose memory keys can be taken, moved and put back.
+
+    Attributes:
+        model: the transformers model.
+        tokenizer: its tokenizer.
+        name: the path or hub id it was loaded from.
+        layers, kv_heads, head_size, hidden: shape of the keys and of the embeddings.
+        rotated: for each layer, whether its keys carry RoPE (SmolLM3 leaves it out in some).
+        fingerprint: hash of the weights (`fingerprint`).
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: Any, name: str):
+        super().__init__()
+        refuse_unsupported(model.config, name)
+        self.model, self.tokenizer, self.name = model, tokenizer, name
+        self.model.requires_grad_(False)
+        self.model.eval()
+        rotary = getattr(model.get_decoder(), "rotary_emb", None)
+        if rotary is None:
+            raise CompressorError(
+                f"{name} ({model.config.model_type}) has no rotary position embedding, so memory keys cannot be moved: "
+                "use a base with RoPE and full attention (Llama, Qwen2/2.5/3, Mistral without sliding window, "
+                "SmolLM2/3, OLMo2, Gemma-1, Phi-3, GPT-NeoX)"
+            )
+        self.layers, self.kv_heads, self.head_size, self.rotated = self._probe()
+        self.hidden = model.get_input_embeddings().weight.shape[1]
+        self.fingerprint = fingerprint(model)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.get_input_embeddings().weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype
+
+    @property
+    def bos(self) -> int:
+        """Token that starts a regeneration; bases without BOS (Qwen) use their end-of-text token."""
+        return (
+            self.tokenizer.eos_token_id
+            if self.tokenizer.bos_token_id is None
+            else self.tokenizer.bos_token_id
+        )
+
+    @property
+    def eos(self) -> int:
+        return self.tokenizer.eos_token_id
+
+    def rotate(self, keys: Tensor, positions: Tensor, inverse: bool = False) -> Tensor:
+        """Turn keys by RoPE to `positions` (or, inverse, back to position 0).
+
+        Args:
+            keys: `[layers, batch, heads, k, head_size]`.
+            positions: int64 `[batch, k]`.
+
+        Returns:
+            Keys of the same shape and type. Layers without RoPE are left as they are. The attention scaling that
+            YaRN-type embeddings multiply into cos and sin is applied and taken out with the rotation.
+        """
+        rotary = self.model.get_decoder().rotary_emb
+        with torch.autocast(keys.device.type, enabled=False):
+            cos, sin = rotary(torch.empty(0, device=keys.device, dtype=torch.float32), positions)
+            cos, sin = cos.float()[None, :, None], sin.float()[None, :, None]
+            if inverse:
+                scale = cos**2 + sin**2
+                cos, sin = cos / scale, -sin / scale
+            width = cos.shape[-1]
+            turned, rest = keys[..., :width].float(), keys[..., width:]
+            first, second = turned.chunk(2, dim=-1)
+            turned = turned * cos + torch.cat([-second, first], dim=-1) * sin
+            moved = torch.cat([turned.to(keys.dtype), rest], dim=-1)
+        if all(self.rotated):
+            return moved
+        chosen = torch.tensor(self.rotated, device=keys.device)[:, None, None, None, None]
+        return torch.where(chosen, moved, keys)
+
+    def attention_mask(self, allowed: Tensor) -> Tensor:
+        """A mask the attention implementation takes, from bool `[batch, queries, keys]` (True = may attend)."""
+        if self.model.config._attn_implementation == "sdpa":
+            return allowed[:, None]
+        mask = torch.zeros_like(allowed, dtype=self.dtype)
+        return mask.masked_fill(~allowed, torch.finfo(self.dtype).min)[:, None]
+
+    @torch.no_grad()
+    def _probe(self) -> tuple[int, int, int, list[bool]]:
+        """Run four tokens at two places and see whether `rotate` explains the difference between their keys."""
+        ids = torch.arange(4, device=self.device)[None] % self.model.get_input_embeddings().weight.shape[0]
+        shift = 5
+        caches = []
+        for start in (0, shift):
+            cache = DynamicCache(config=self.model.config)
+            positions = torch.arange(start, start + 4, device=self.device)[None]
+            allowed = torch.ones(1, 4, 4, dtype=torch.bool, device=self.device).tril()
+            self.model.get_decoder()(
+                input_ids=ids,
+                position_ids=positions,
+                attention_mask=self.attention_mask(allowed),
+                past_key_values=cache,
+                use_cache=True,
+            )
+            caches.append(cache)
+        try:
+            here, there = (torch.stack([layer.keys for layer in cache.layers]) for cache in caches)
+        except (RuntimeError, AttributeError, TypeError):
+            raise CompressorError(
+                f"{self.name} ({self.model.config.model_type}) does not keep one key tensor of one shape for each layer, "
+                "so a memory cannot be taken from it: use a base with full attention in every layer"
+            ) from None
+        layers, _, heads, _, size = here.shape
+        self.rotated = [True] * layers
+        moved = self.rotate(
+            self.rotate(here, torch.arange(4, device=self.device)[None], inverse=True),
+            torch.arange(shift, shift + 4, device=self.device)[None],
+        )
+        tolerance = 1e-3 if here.dtype == torch.float32 else 0.05
+        rotated = []
+        for layer in range(layers):
+            size_of = there[layer].float().norm()
+            if (here[layer] - there[layer]).float().norm() <= tolerance * size_of:
+                rotated.append(False)
+            elif (moved[layer] - there[layer]).float().norm() <= tolerance * size_of:
+                rotated.append(True)
+            else:
+                raise CompressorError(
+                    f"{self.name} ({self.model.config.model_type}) encodes positions in a way that is not plain RoPE "
+                    f"(layer {layer}: moved keys differ), so memory keys cannot be moved: use another base"
+                )
+        return layers, heads, size, rotated
+
+
+def refuse_unsupported(config: Any, name: str) -> None:
+    """Raise a `CompressorError` with the reason if a base of this configuration cannot work."""
+    kind = getattr(config, "model_type", "unknown")
+    reason = ""
+    layer_types = set(getattr(config, "layer_types", None) or [])
+    if getattr(config, "is_encoder_decoder", False):
+        reason = "it is an encoder-decoder; a causal LM is needed"
+    elif layer_types - {"full_attention"}:
+        reason = f"it has layers of type {', '.join(sorted(layer_types - {'full_attention'}))}; every layer must attend fully"
+    elif (
+        not layer_types
+        and getattr(config, "sliding_window", None)
+        and getattr(config, "use_sliding_window", True)
+    ):
+        reason = (
+            f"it attends within a sliding window of {config.sliding_window} tokens, whose cache drops positions; "
+            "load a version without one (sliding_window: null)"
+        )
+    elif getattr(config, "kv_lora_rank", None):
+        reason = "multi-head latent attention keeps no plain keys and values"
+    rope = getattr(config, "rope_parameters", None) or {}
+    rope_type = rope.get("rope_type", "default") if isinstance(rope, dict) else "default"
+    if not reason and rope_type in UNSUPPORTED_ROPE:
+        reason = f"RoPE type {rope_type}: {UNSUPPORTED_ROPE[rope_type]}"
+    if reason:
+        raise CompressorError(f"{name} ({kind}) is not supported: {reason}")
+
+
+@torch.no_grad()
+def fingerprint(model: nn.Module) -> str:
+    """Hash that tells bases apart: SHA-256 over names, shapes and evenly spaced bfloat16 values of the weights.
+
+    Held in float32 or bfloat16, the same weights give the same hash. At most 65,536 values of each tensor are read.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        flat = tensor.flatten()
+        stride = max(1, flat.numel() // FULL_HASH_VALUES)
+        digest.update(
+            flat[::stride].to(torch.bfloat16).contiguous().cpu().view(torch.uint8).numpy().tobytes()
+        )
+    return digest.hexdigest()
+
+
+def resolve(path: str) -> str:
+    """A bundled model's path relative to the project, wherever the command runs; else `path` as it is."""
+    if not Path(path).exists() and (PROJECT / path).exists():
+        return str(PROJECT / path)
+    return path
+
+
+def load_base(config: BaseConfig, device: str | torch.device = "cpu") -> Base:
+    """Load the base from a folder or the hub.
+
+    Raises:
+        CompressorError: it is not there, is damaged, or is of a kind that cannot work.
+    """
+    path = resolve(config.path)
+    extra: dict[str, Any] = {}
+    if config.quantisation != "none":
+        try:
+            import bitsandbytes  # noqa: F401
+            from transformers import BitsAndBytesConfig
+        except ImportError:
+            raise CompressorError(
+                f"base.quantisation = {config.quantisation} needs bitsandbytes: "
+                "pip install 'kv-compressor[quantised-base]'"
+            ) from None
+        extra["quantization_config"] = BitsAndBytesConfig(
+            load_in_8bit=config.quantisation == "int8",
+            load_in_4bit=config.quantisation == "int4",
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=getattr(torch, config.dtype),
+        )
+        extra["device_map"] = {"": device}
+    try:
+        settings = AutoConfig.from_pretrained(path, revision=config.revision)
+        refuse_unsupported(settings, config.path)
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=config.revision)
+        model = AutoModelForCausalLM.from_pretrained(
+            path,
+            revision=config.revision,
+            dtype=getattr(torch, config.dtype),
+            attn_implementation=config.attention,
+            **extra,
+        )
+    except CompressorError:
+        raise
+    except Exception as error:  # transformers, the hub and safetensors raise many kinds
+        raise CompressorError(
+            f"cannot load the base {config.path!r} ({type(error).__name__}: {str(error).splitlines()[0]}): "
+            "give a folder or hub id of a causal LM with --base.path; an existing folder may be incomplete"
+        ) from None
+    if not extra:
+        model.to(device)
+    return Base(model, tokenizer, config.path)

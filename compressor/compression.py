@@ -1,0 +1,174 @@
+"""Stage `regenerate`: trains a compressor so that the frozen base writes the passage from its memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+
+from compressor.base import load_base
+from compressor.config import RunConfig
+from compressor.data.collate import continuation_pair, regeneration_pair, stack_pairs
+from compressor.data.passages import BatchPlan, Piece, load_passages
+from compressor.errors import CompressorError
+from compressor.generation import regenerate_ids
+from compressor.model import Compressor, pad
+from compressor.objectives import target_loss
+from compressor.training import Batch
+
+CONTINUATION_TOKENS = 64
+"""Most tokens of what follows a passage in the continuation objective."""
+COLLAPSE = 0.05
+"""Nats a token: if reading another passage's memory costs less than this, the decoder ignores memories."""
+
+
+class CompressionStage:
+    """See `compressor.training.Stage`."""
+
+    def __init__(self, config: RunConfig, accelerator: Accelerator):
+        self.config = config
+        if config.init is not None:
+            self.module = Compressor.from_pretrained(
+                config.init, device=accelerator.device, dtype=config.base.dtype
+            )
+        else:
+            base = load_base(config.base, accelerator.device)
+            self.module = Compressor(base, config.compressor, config.seed)
+        self.module.train()
+        self.module.activation_checkpointing = config.training.activation_checkpointing
+        most = self.module.config.memory_tokens
+        for share in config.objective.tokens:
+            if share.tokens > most:
+                raise CompressorError(
+                    f"objective.tokens asks for {share.tokens} but the checkpoint {config.init} has {most}"
+                )
+        base, data = self.module.base, config.data
+        too_long = max(share.high for share in data.lengths)
+        if too_long > self.module.config.max_passage_tokens:
+            raise CompressorError(
+                f"data.lengths goes up to {too_long} tokens but compressor.max_passage_tokens is "
+                f"{self.module.config.max_passage_tokens}: longer passages are always segmented"
+            )
+        with accelerator.main_process_first():
+            self.passages = load_passages(
+                data.train, base.tokenizer, data.text_field, data.limit, data.workers
+            )
+            self.held_out = load_passages(
+                data.validation, base.tokenizer, data.text_field, data.validation_limit, data.workers
+            )
+        lengths = np.asarray(self.passages["tokens"])
+        self.plan = BatchPlan(
+            lengths, data, config.training.batch_tokens, config.training.batch_passages, config.seed
+        )
+        rng = np.random.default_rng(config.seed)
+        held_out = BatchPlan(np.asarray(self.held_out["tokens"]), data, 1 << 14, 16, config.seed)
+        self.validation = sorted(
+            held_out.draw(rng, min(data.validation_limit, len(self.held_out))), key=lambda p: p.length
+        )
+
+    def micro_batch(self, index: int) -> Batch:
+        objective = self.config.objective
+        weights = np.array([share.weight for share in objective.tokens])
+        rng = np.random.default_rng([self.config.seed, index, 1])
+        share = objective.tokens[int(rng.choice(len(weights), p=weights / weights.sum()))]
+        return self.collate(self.passages, self.plan.batch(index), share.tokens)
+
+    def collate(self, passages: Any, pieces: Sequence[Piece], tokens: int) -> Batch:
+        """Tensors for `pieces` compressed to `tokens` memory tokens."""
+        base, objective = self.module.base, self.config.objective
+        records = [passages[piece.record] for piece in pieces]
+        cut = [
+            record["input_ids"][p.start : p.start + p.length]
+            for record, p in zip(records, pieces, strict=True)
+        ]
+        ids, lengths = pad(cut)
+        batch: Batch = {
+            "input_ids": ids,
+            "lengths": lengths,
+            "memory_tokens": tokens,
+            "ids": [record["id"] for record in records],
+            "targets": 0,
+            "passages": len(pieces),
+        }
+        pairs: dict[str, list[tuple[list[int], list[int]]]] = {}
+        if objective.regeneration:
+            pairs["regeneration"] = [regeneration_pair(base.bos, base.eos, one) for one in cut]
+        if objective.continuation:
+            following = [
+                record["input_ids"][p.start + p.length :][:CONTINUATION_TOKENS] or [base.eos]
+                for record, p in zip(records, pieces, strict=True)
+            ]
+            pairs["continuation"] = [
+                continuation_pair(one[-1], rest) for one, rest in zip(cut, following, strict=True)
+            ]
+        for name, rows in pairs.items():
+            stacked = stack_pairs(rows)
+            batch[f"{name}_inputs"], batch[f"{name}_labels"] = stacked["inputs"], stacked["labels"]
+            batch[f"{name}_weight"] = getattr(objective, name)
+            batch["targets"] += stacked["targets"]
+        return batch
+
+    @torch.no_grad()
+    def validate(self, accelerator: Accelerator) -> tuple[dict[str, float], list[str]]:
+        """Nats a token of regeneration for each number of memory tokens, and with the memories swapped."""
+        model, device = self.module, accelerator.device
+        model.eval()
+        counts = sorted({share.tokens for share in self.config.objective.tokens}, reverse=True)
+        sums = torch.zeros(len(counts) + 2, dtype=torch.float64)
+        groups = [self.validation[i : i + 16] for i in range(0, len(self.validation), 16)]
+        for group in groups[accelerator.process_index :: accelerator.num_processes]:
+            cut = [self.held_out[p.record]["input_ids"][p.start : p.start + p.length] for p in group]
+            ids, lengths = pad(cut, device)
+            stacked = stack_pairs([regeneration_pair(model.base.bos, model.base.eos, one) for one in cut])
+            inputs, labels = stacked["inputs"].to(device), stacked["labels"].to(device)
+            with accelerator.autocast():
+                for place, tokens in enumerate(counts):
+                    keys, values = model.encode(ids, lengths, tokens)
+                    prefix = model.prefix(keys, values, lengths)
+                    sums[place] += float(target_loss(model, prefix, inputs, labels).sum())
+                    if place == 0:
+                        other = torch.arange(len(cut), device=device).roll(1)
+                        swapped = model.prefix(keys[:, other], values[:, other], lengths[other])
+                        sums[-2] += float(target_loss(model, swapped, inputs, labels).sum())
+            sums[-1] += stacked["targets"]
+        totals = accelerator.reduce(sums.to(device), "sum").tolist()
+        nats = [value / totals[-1] for value in totals[:-1]]
+        weights = {share.tokens: share.weight for share in self.config.objective.tokens}
+        figures = {
+            "loss": sum(weights[k] * n for k, n in zip(counts, nats[:-1], strict=True))
+            / sum(weights.values())
+        }
+        figures |= {f"nats_{tokens}": value for tokens, value in zip(counts, nats[:-1], strict=True)}
+        figures["nats_swapped"] = nats[-1]
+        samples = self.samples(counts[0], accelerator) if accelerator.is_main_process else []
+        if nats[-1] - nats[0] < COLLAPSE:
+            samples.insert(
+                0, "warning: memories of other passages do as well: the decoder ignores the memory"
+            )
+        model.train()
+        return figures, samples
+
+    def samples(self, tokens: int, accelerator: Accelerator, count: int = 2) -> list[str]:
+        """Two validation passages and what comes back from their memories."""
+        model, tokenizer = self.module, self.module.base.tokenizer
+        chosen = [p for p in self.validation if p.length <= 128][-count:] or self.validation[:count]
+        cut = [self.held_out[p.record]["input_ids"][p.start : p.start + p.length] for p in chosen]
+        with accelerator.autocast(), model.adapters(on=False):
+            written = regenerate_ids(model.base, model.compress_ids(cut, tokens))
+        lines = []
+        for passage, back in zip(cut, written, strict=True):
+            for label, ids in (("passage", passage), ("regenerated", back)):
+                lines.append(
+                    f"{label:>11}: {' '.join(tokenizer.decode(ids, skip_special_tokens=True).split())[:160]}"
+                )
+        return lines
+
+    def save(self, folder: Path) -> None:
+        self.module.save_pretrained(folder)
+
+    def load(self, folder: Path) -> None:
+        self.module.load_trainable(folder)

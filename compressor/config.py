@@ -1,0 +1,426 @@
+"""Run configuration: dataclasses read from YAML and overridden on the command line.
+
+Precedence: defaults < YAML file (`--config`) < command line (`--training.learning_rate 2e-4`).
+Everything is validated before any model or data is loaded.
+"""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args, get_type_hints
+
+import yaml
+from jsonargparse import ArgumentParser, Namespace
+
+from compressor.errors import CompressorError
+
+Layout = Literal["restart", "after", "spread", "overlay", "nested"]
+PassageAttention = Literal["causal", "bidirectional"]
+
+
+def require(condition: bool, key: str, value: Any, allowed: str) -> None:
+    """Raise a `CompressorError` that names the key, the value got and the allowed range."""
+    if not condition:
+        raise CompressorError(f"{key} = {value!r} is out of range: it must be {allowed}")
+
+
+@dataclass
+class BaseConfig:
+    """The frozen base language model."""
+
+    path: str = "models/arxiv-mini/base"
+    """Folder or hub id of a causal LM that transformers loads."""
+    revision: str | None = None
+    """Hub revision (branch, tag or commit)."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Data type the weights are held in."""
+    attention: Literal["sdpa", "eager"] = "sdpa"
+    """Attention implementation."""
+    quantisation: Literal["none", "int8", "int4"] = "none"
+    """Load the frozen weights in 8 or 4 bits (needs the `quantised-base` extra and a GPU)."""
+
+
+@dataclass
+class ArchitectureConfig:
+    """Shape of a Llama-type base trained from scratch (stage `base`)."""
+
+    vocabulary: int = 4096
+    """Tokenizer size, including the three special tokens and the 256 bytes."""
+    hidden: int = 256
+    layers: int = 8
+    heads: int = 8
+    key_value_heads: int = 8
+    intermediate: int = 640
+    positions: int = 2048
+    """Largest position the model accepts."""
+    rope_theta: float = 10000.0
+
+    def __post_init__(self) -> None:
+        require(
+            self.vocabulary >= 260, "architecture.vocabulary", self.vocabulary, "at least 260 (256 bytes + 3)"
+        )
+        require(self.layers >= 1, "architecture.layers", self.layers, "at least 1")
+        require(
+            self.heads >= 1 and self.hidden % self.heads == 0 and self.hidden // self.heads % 2 == 0,
+            "architecture.heads",
+            self.heads,
+            f"a divisor of architecture.hidden = {self.hidden} that leaves an even head size",
+        )
+        require(
+            self.key_value_heads >= 1 and self.heads % self.key_value_heads == 0,
+            "architecture.key_value_heads",
+            self.key_value_heads,
+            f"a divisor of architecture.heads = {self.heads}",
+        )
+        require(self.intermediate >= 1, "architecture.intermediate", self.intermediate, "at least 1")
+
+
+@dataclass
+class CompressorConfig:
+    """LoRA encoder and memory tokens. Stored in every checkpoint as `compressor.json`."""
+
+    memory_tokens: int = 16
+    """Largest number of memory tokens k."""
+    layout: Layout = "nested"
+    """Where memory tokens sit while encoding and where the decoder starts (`compressor/layouts.py`)."""
+    passage_attention: PassageAttention = "bidirectional"
+    """Attention among passage tokens in the encoder."""
+    lora_rank: int = 64
+    lora_alpha: float = 64.0
+    lora_dropout: float = 0.0
+    lora_targets: list[str] = field(
+        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    )
+    """Names of the linear layers that get LoRA; names the base does not have are an error."""
+    initialisation: Literal["vocabulary", "normal"] = "vocabulary"
+    """Memory tokens start as the embeddings' mean plus noise of their spread, or as standard normal noise."""
+    max_passage_tokens: int = 500
+    """Longer passages are split into segments of at most this many tokens."""
+
+    def __post_init__(self) -> None:
+        require(1 <= self.memory_tokens <= 512, "compressor.memory_tokens", self.memory_tokens, "1 to 512")
+        require(self.lora_rank >= 1, "compressor.lora_rank", self.lora_rank, "at least 1")
+        require(self.lora_alpha > 0, "compressor.lora_alpha", self.lora_alpha, "positive")
+        require(0 <= self.lora_dropout < 1, "compressor.lora_dropout", self.lora_dropout, "in [0, 1)")
+        require(bool(self.lora_targets), "compressor.lora_targets", self.lora_targets, "a non-empty list")
+        require(
+            self.max_passage_tokens >= 1,
+            "compressor.max_passage_tokens",
+            self.max_passage_tokens,
+            "at least 1",
+        )
+        require(
+            self.layout != "nested" or self.memory_tokens & (self.memory_tokens - 1) == 0,
+            "compressor.memory_tokens",
+            self.memory_tokens,
+            "a power of two with the nested layout",
+        )
+
+
+@dataclass
+class LengthRange:
+    """Passages are cut to a length drawn uniformly from low..high tokens; `weight` is its share."""
+
+    low: int
+    high: int
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        require(1 <= self.low <= self.high, "data.lengths", f"{self.low}..{self.high}", "1 <= low <= high")
+        require(self.weight > 0, "data.lengths.weight", self.weight, "positive")
+
+
+@dataclass
+class DataConfig:
+    """Passages to train and validate on: a corpus folder, files, or a hub data set id."""
+
+    train: list[str] = field(default_factory=lambda: ["data/arxiv-train.parquet"])
+    validation: list[str] = field(default_factory=lambda: ["data/arxiv-validation.parquet"])
+    text_field: str | None = None
+    """Column that holds the text; by default `text` or `abstract`."""
+    limit: int | None = None
+    """Use only the first so many training records."""
+    validation_limit: int = 200
+    lengths: list[LengthRange] = field(default_factory=lambda: [LengthRange(16, 500)])
+    """Mixture of passage lengths in tokens. Mixing from the start avoids a jump between lengths."""
+    random_start: float = 0.25
+    """Share of the passages cut from a random place instead of the beginning of the text."""
+    qa: list[str] = field(default_factory=list)
+    """Question-answer records (JSON lines) for the base's mixture."""
+    workers: int = 1
+    """Processes that tokenise."""
+
+    def __post_init__(self) -> None:
+        require(bool(self.train), "data.train", self.train, "a non-empty list of sources")
+        require(bool(self.lengths), "data.lengths", self.lengths, "a non-empty list")
+        require(0 <= self.random_start <= 1, "data.random_start", self.random_start, "in [0, 1]")
+        require(self.limit is None or self.limit >= 1, "data.limit", self.limit, "at least 1")
+        require(self.validation_limit >= 1, "data.validation_limit", self.validation_limit, "at least 1")
+        require(self.workers >= 1, "data.workers", self.workers, "at least 1")
+
+
+@dataclass
+class MixtureConfig:
+    """What the base is trained on, as shares of its documents (stage `base`)."""
+
+    plain: float = 0.5
+    """An abstract."""
+    repeat: float = 0.3
+    """A passage followed by itself: in-context copying."""
+    qa: float = 0.2
+    """A context followed by its questions and answers."""
+    row_tokens: list[int] = field(default_factory=lambda: [512, 512, 512, 1024])
+    """Lengths of packed rows, used in turn by batch."""
+
+    def __post_init__(self) -> None:
+        for name in ("plain", "repeat", "qa"):
+            require(getattr(self, name) >= 0, f"mixture.{name}", getattr(self, name), "at least 0")
+        require(self.plain + self.repeat + self.qa > 0, "mixture", "all shares 0", "positive in total")
+        require(
+            bool(self.row_tokens) and min(self.row_tokens) >= 16,
+            "mixture.row_tokens",
+            self.row_tokens,
+            "a non-empty list of lengths of at least 16",
+        )
+
+
+@dataclass
+class TokensShare:
+    """Train with `tokens` memory tokens in a share of the batches."""
+
+    tokens: int
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        require(self.tokens >= 1, "objective.tokens", self.tokens, "at least 1")
+        require(self.weight > 0, "objective.tokens.weight", self.weight, "positive")
+
+
+@dataclass
+class ObjectiveConfig:
+    """What the compressor is trained for (stage `regenerate`)."""
+
+    tokens: list[TokensShare] = field(
+        default_factory=lambda: [
+            TokensShare(16, 3),
+            TokensShare(8),
+            TokensShare(4),
+            TokensShare(2),
+            TokensShare(1),
+        ]
+    )
+    """Numbers of memory tokens, sampled by weight for each batch, so that one checkpoint serves all."""
+    regeneration: float = 1.0
+    """Weight of regenerating the passage after its memory."""
+    continuation: float = 0.0
+    """Weight of predicting the text that follows the passage after its memory."""
+
+    def __post_init__(self) -> None:
+        require(bool(self.tokens), "objective.tokens", self.tokens, "a non-empty list")
+        for name in ("regeneration", "continuation"):
+            require(getattr(self, name) >= 0, f"objective.{name}", getattr(self, name), "at least 0")
+        require(self.regeneration + self.continuation > 0, "objective", "all weights 0", "positive in total")
+
+
+@dataclass
+class TrainingConfig:
+    """The loop: optimiser, schedule, batches, checkpoints, logging."""
+
+    steps: int = 1000
+    """Optimiser steps."""
+    learning_rate: float = 1e-3
+    warmup_steps: int = 100
+    schedule: Literal["cosine", "constant"] = "cosine"
+    decay_steps: int = 0
+    """With `constant`: fall linearly to the final rate over the last so many steps."""
+    final_learning_rate: float = 0.0
+    """Learning rate at the last step, as a fraction of `learning_rate`."""
+    beta1: float = 0.9
+    beta2: float = 0.95
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    """Largest norm of the gradient."""
+    batch_tokens: int = 4096
+    """Passage tokens of one micro-batch on one device, padding included."""
+    batch_passages: int = 64
+    """Most passages of one micro-batch on one device."""
+    accumulation: int = 1
+    """Micro-batches on each device for one step."""
+    mixed_precision: Literal["no", "bf16"] = "bf16"
+    compile: Literal["no", "static", "dynamic"] = "no"
+    """torch.compile the model: `static` compiles each shape once (packed rows), `dynamic` suits varying lengths."""
+    activation_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    log_every: int = 10
+    validate_every: int = 200
+    checkpoint_every: int = 200
+    keep_last: int = 2
+    """Checkpoints kept besides the best one."""
+    resume: bool = False
+    """Continue from the newest checkpoint in `output`."""
+    trackers: list[Literal["wandb", "tensorboard"]] = field(default_factory=list)
+    """Also log to these (needs the `tracking` extra)."""
+    threads: int | None = None
+    """CPU threads of each process; by default what torch chooses."""
+
+    def __post_init__(self) -> None:
+        at_least_1 = "steps batch_tokens batch_passages accumulation log_every validate_every checkpoint_every keep_last"
+        for name in at_least_1.split():
+            require(getattr(self, name) >= 1, f"training.{name}", getattr(self, name), "at least 1")
+        require(0 < self.learning_rate <= 1, "training.learning_rate", self.learning_rate, "in (0, 1]")
+        require(self.warmup_steps >= 0, "training.warmup_steps", self.warmup_steps, "at least 0")
+        require(
+            0 <= self.decay_steps <= self.steps,
+            "training.decay_steps",
+            self.decay_steps,
+            "0 to training.steps",
+        )
+        require(
+            0 <= self.final_learning_rate <= 1,
+            "training.final_learning_rate",
+            self.final_learning_rate,
+            "0 to 1",
+        )
+        for name in ("beta1", "beta2"):
+            require(0 <= getattr(self, name) < 1, f"training.{name}", getattr(self, name), "in [0, 1)")
+        require(self.weight_decay >= 0, "training.weight_decay", self.weight_decay, "at least 0")
+        require(self.clip > 0, "training.clip", self.clip, "positive")
+        require(self.threads is None or self.threads >= 1, "training.threads", self.threads, "at least 1")
+
+
+@dataclass
+class RunConfig:
+    """One training run."""
+
+    stage: Literal["base", "regenerate"] = "regenerate"
+    """`base` trains a small language model from text; `regenerate` trains a compressor for a frozen base."""
+    output: str = "outputs/run"
+    """Folder for checkpoints, logs and the final model."""
+    seed: int = 0
+    base: BaseConfig = field(default_factory=BaseConfig)
+    compressor: CompressorConfig = field(default_factory=CompressorConfig)
+    init: str | None = None
+    """Compressor checkpoint to start from instead of a fresh one (its own settings then apply)."""
+    architecture: ArchitectureConfig = field(default_factory=ArchitectureConfig)
+    mixture: MixtureConfig = field(default_factory=MixtureConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+
+    def __post_init__(self) -> None:
+        for share in self.objective.tokens:
+            require(
+                share.tokens <= self.compressor.memory_tokens,
+                "objective.tokens",
+                share.tokens,
+                f"at most compressor.memory_tokens = {self.compressor.memory_tokens}",
+            )
+        require(
+            self.stage != "base" or self.mixture.qa == 0 or bool(self.data.qa),
+            "mixture.qa",
+            self.mixture.qa,
+            "0 unless data.qa names question-answer files",
+        )
+
+
+def known_keys(config: type, prefix: str = "") -> list[str]:
+    """All dotted keys of a configuration dataclass."""
+    keys = []
+    hints = get_type_hints(config)
+    for item in fields(config):
+        name = prefix + item.name
+        keys.append(name)
+        if is_dataclass(hints[item.name]):
+            keys += known_keys(hints[item.name], name + ".")
+    return keys
+
+
+def _reject_unknown(mapping: dict[str, Any], config: type, source: str, prefix: str = "") -> None:
+    hints = get_type_hints(config)
+    names = {item.name for item in fields(config)}
+    for key, value in mapping.items():
+        if key not in names:
+            raise CompressorError(unknown_key(f"{prefix}{key}", config, source, prefix))
+        hint = hints[key]
+        if is_dataclass(hint) and isinstance(value, dict):
+            _reject_unknown(value, hint, source, f"{prefix}{key}.")  # type: ignore[arg-type]
+        element = next(iter(get_args(hint)), None)
+        if is_dataclass(element) and isinstance(value, list):
+            for entry in value:
+                if isinstance(entry, dict):
+                    _reject_unknown(entry, element, source, f"{prefix}{key}.")  # type: ignore[arg-type]
+
+
+def unknown_key(key: str, config: type, source: str, prefix: str = "") -> str:
+    """Message for a key that does not exist, naming the nearest one that does."""
+    candidates = [prefix + item.name for item in fields(config)] if prefix else known_keys(config)
+    near = difflib.get_close_matches(key, candidates, n=1, cutoff=0.0)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    return f"{source}: there is no setting {key}{hint}"
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Read a YAML mapping; anything else is a `CompressorError` that names the file."""
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CompressorError(f"{path} does not exist") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise CompressorError(f"{path} is not a readable YAML file: {error}") from None
+    if not isinstance(content, dict):
+        raise CompressorError(f"{path} must hold `key: value` settings, got {type(content).__name__}")
+    return content
+
+
+def parse_config(
+    config: type, argv: list[str] | None, description: str, flags: dict[str, str] | None = None
+) -> tuple[Any, Namespace]:
+    """Parse `--config FILE` and overrides into `config`.
+
+    Args:
+        config: dataclass to fill.
+        argv: arguments; None means the process's own.
+        description: for `--help`.
+        flags: extra on/off options, name to help text.
+
+    Returns:
+        The validated dataclass and a namespace with the extra flags.
+
+    Raises:
+        CompressorError: unknown key or value out of range.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = ArgumentParser(description=description, exit_on_error=False)
+    parser.add_argument("--config", action="config", help="YAML file with settings")
+    for name, text in (flags or {}).items():
+        parser.add_argument(f"--{name}", action="store_true", help=text)
+    parser.add_class_arguments(config)
+    known = set(known_keys(config)) | set(flags or {}) | {"config", "help", "print_config"}
+    for position, argument in enumerate(argv):
+        name = argument[2:].split("=", 1)[0].rstrip("+") if argument.startswith("--") else ""
+        if name and name not in known:
+            raise CompressorError(unknown_key(name, config, "command line"))
+        if name == "config":
+            path = (
+                argument.split("=", 1)[1]
+                if "=" in argument
+                else (argv[position + 1 : position + 2] or [""])[0]
+            )
+            _reject_unknown(read_yaml(path), config, path)
+    try:
+        namespace = parser.parse_args(argv)
+        values = parser.instantiate(namespace)
+    except CompressorError:
+        raise
+    except Exception as error:  # jsonargparse raises its own, argparse's and YAML's errors here
+        cause: BaseException | None = error
+        while cause is not None:
+            if isinstance(cause, CompressorError):
+                raise cause from None
+            cause = cause.__cause__ or cause.__context__
+        raise CompressorError(str(error)) from None
+    settings = {item.name: getattr(values, item.name) for item in fields(config)}
+    return config(**settings), values

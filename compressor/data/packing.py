@@ -1,0 +1,133 @@
+"""From text to packed rows of tokens for training the base.
+
+A document is `BOS text EOS`. Three kinds are mixed: plain abstracts; a passage followed by itself
+(`BOS passage BOS passage EOS`), which teaches in-context copying; and a context with its questions and answers.
+Rows are filled one after the other: a repeated passage is cut so that both copies fit in the rest of its row, and
+only plain documents are split at a row's end.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from compressor.config import MixtureConfig
+from compressor.errors import CompressorError
+from compressor.prompts import QUESTION, answer_text
+
+Encode = Callable[[Sequence[str]], list[list[int]]]
+SHORTEST_REPEAT = 16
+
+
+def shuffled_forever(texts: Sequence[str], encode: Encode, rng: np.random.Generator) -> Iterator[list[int]]:
+    """Token ids of `texts` in a new random order each round, encoded a chunk at a time."""
+    while True:
+        order = rng.permutation(len(texts))
+        for start in range(0, len(order), 512):
+            yield from encode([texts[int(i)] for i in order[start : start + 512]])
+
+
+def read_question_records(paths: Sequence[str]) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Contexts with their (question, first answer) pairs, from JSON lines (optionally gzipped).
+
+    Raises:
+        CompressorError: a missing file, or a broken line, named by file and line.
+    """
+    grouped: dict[str, list[tuple[str, str]]] = {}
+    for path in paths:
+        try:
+            opened = (
+                gzip.open(path, "rt", encoding="utf-8")
+                if path.endswith(".gz")
+                else open(path, encoding="utf-8")
+            )
+            with opened as file:
+                for number, line in enumerate(file, 1):
+                    try:
+                        record = json.loads(line)
+                        pair = (str(record["question"]), str(record["answers"][0]))
+                        grouped.setdefault(str(record["context"]), []).append(pair)
+                    except (ValueError, KeyError, IndexError, TypeError) as error:
+                        raise CompressorError(
+                            f"{path}:{number}: needs context, question and a non-empty list of answers "
+                            f"({type(error).__name__}: {error})"
+                        ) from None
+        except OSError as error:
+            raise CompressorError(f"cannot read question-answer file {path}: {error}") from None
+    return list(grouped.items())
+
+
+class RowPacker:
+    """Fills rows of fixed length from the mixture."""
+
+    def __init__(
+        self,
+        texts: Sequence[str],
+        questions: Sequence[tuple[str, list[tuple[str, str]]]],
+        encode: Encode,
+        bos: int,
+        eos: int,
+        mixture: MixtureConfig,
+        seed: int,
+    ):
+        self.rng = np.random.default_rng(seed)
+        self.plain = shuffled_forever(texts, encode, self.rng)
+        self.questions = questions
+        self.encode, self.bos, self.eos = encode, bos, eos
+        shares = np.array([mixture.plain, mixture.repeat, mixture.qa if questions else 0.0])
+        self.shares = shares / shares.sum()
+
+    def repeated(self, room: int) -> list[int]:
+        """`BOS passage BOS passage EOS` in at most `room` tokens; the passage length is uniform."""
+        passage = next(self.plain)
+        longest = min(len(passage), (room - 3) // 2)
+        length = int(self.rng.integers(min(SHORTEST_REPEAT, longest), longest + 1))
+        start = int(self.rng.integers(0, len(passage) - length + 1))
+        cut = passage[start : start + length]
+        return [self.bos, *cut, self.bos, *cut, self.eos]
+
+    def asked(self, room: int) -> list[int]:
+        """A context and as many of its question-answer pairs as fit in `room` tokens."""
+        context, pairs = self.questions[int(self.rng.integers(len(self.questions)))]
+        order = self.rng.permutation(len(pairs))
+        texts = [QUESTION.format(question=pairs[int(i)][0]) + answer_text(pairs[int(i)][1]) for i in order]
+        passage, *asked = self.encode([context, *texts])
+        ids = [self.bos, *passage]
+        for pair in asked:
+            if len(ids) + len(pair) + 1 > room:
+                break
+            ids += [*pair, self.eos]
+        return ids
+
+    def rows(self, count: int, length: int) -> Iterator[np.ndarray]:
+        """Yield `count` rows, uint16 `[length]`."""
+        carry: list[int] = []
+        for _ in range(count):
+            row = carry[:length]
+            carry = carry[length:]
+            while len(row) < length:
+                room = length - len(row)
+                kind = int(self.rng.choice(3, p=self.shares))
+                document: list[int] = []
+                if kind == 1 and room >= 2 * SHORTEST_REPEAT + 3:
+                    document = self.repeated(room)
+                elif kind == 2 and room >= 256:
+                    document = self.asked(room)
+                if not document or len(document) > room:
+                    document = [self.bos, *next(self.plain), self.eos]
+                row += document[:room]
+                carry = document[room:]
+            yield np.asarray(row, dtype=np.uint16)
+
+
+def pack_rows(packer: RowPacker, path: Path, count: int, length: int) -> np.ndarray:
+    """Write `count` packed rows to `path` (a .npy file, uint16 `[count, length]`) and map it read-only."""
+    rows = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint16, shape=(count, length))
+    for index, row in enumerate(packer.rows(count, length)):
+        rows[index] = row
+    rows.flush()
+    return np.load(path, mmap_mode="r")

@@ -1,0 +1,122 @@
+"""Tokenised passages, and the plan of which passage goes into which micro-batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from datasets import Dataset, concatenate_datasets
+
+from compressor.config import DataConfig
+from compressor.data.records import load_texts
+from compressor.errors import CompressorError
+
+ROUND = 16_384
+"""Passages drawn and sorted by length at a time."""
+
+
+class Piece(NamedTuple):
+    """A stretch of a record: tokens `start .. start + length - 1`."""
+
+    record: int
+    start: int
+    length: int
+
+
+def load_passages(
+    sources: Sequence[str],
+    tokenizer: Any,
+    field: str | None = None,
+    limit: int | None = None,
+    workers: int = 1,
+) -> Dataset:
+    """Tokenise passages, in parallel and cached by `datasets` on disk, from where they are memory-mapped.
+
+    Returns:
+        A data set with `id`, `input_ids` (no special tokens) and `tokens` (their number).
+    """
+    texts = concatenate_datasets(
+        [load_texts(source, field=field).select_columns(["id", "text"]) for source in sources]
+    )
+    if limit is not None:
+        texts = texts.select(range(min(limit, len(texts))))
+
+    def tokenise(batch: dict[str, list[str]]) -> dict[str, Any]:
+        ids = tokenizer(batch["text"], add_special_tokens=False, verbose=False)["input_ids"]
+        return {"id": batch["id"], "input_ids": ids, "tokens": [len(one) for one in ids]}
+
+    return texts.map(
+        tokenise,
+        batched=True,
+        num_proc=workers if workers > 1 else None,
+        remove_columns=texts.column_names,
+        desc="tokenising",
+    )
+
+
+class BatchPlan:
+    """Which pieces make up micro-batch 0, 1, 2, ...: a pure function of data, configuration and seed.
+
+    A length is drawn from the configured mixture, then a record among those that are long enough, so that the mixture
+    of lengths is what the configuration says whatever the corpus. A round of pieces is sorted by length and cut into
+    micro-batches of at most `batch_tokens` padded tokens, which are shuffled.
+    """
+
+    def __init__(
+        self, lengths: np.ndarray, data: DataConfig, batch_tokens: int, batch_passages: int, seed: int
+    ):
+        """`lengths` is the number of tokens of each record, int `[records]`."""
+        if not len(lengths) or int(lengths.max()) < 1:
+            raise CompressorError("there is no passage with at least one token to train on")
+        self.order = np.argsort(lengths, kind="stable")
+        self.sorted = lengths[self.order]
+        self.data, self.batch_tokens, self.batch_passages, self.seed = (
+            data,
+            batch_tokens,
+            batch_passages,
+            seed,
+        )
+        self._ends: list[int] = []  # micro-batches up to and including each round
+        self._cached: tuple[int, list[list[Piece]]] = (-1, [])
+
+    def draw(self, rng: np.random.Generator, count: int) -> list[Piece]:
+        """`count` pieces at random."""
+        weights = np.array([share.weight for share in self.data.lengths])
+        kind = rng.choice(len(weights), size=count, p=weights / weights.sum())
+        low = np.array([share.low for share in self.data.lengths])[kind]
+        high = np.array([share.high for share in self.data.lengths])[kind]
+        wanted = np.minimum(rng.integers(low, high + 1), self.sorted[-1])
+        first = np.searchsorted(self.sorted, wanted)
+        place = first + (rng.random(count) * (len(self.sorted) - first)).astype(np.int64)
+        spare = self.sorted[place] - wanted
+        start = np.where(
+            rng.random(count) < self.data.random_start, (rng.random(count) * (spare + 1)).astype(np.int64), 0
+        )
+        columns = (self.order[place].tolist(), start.tolist(), wanted.tolist())
+        return [Piece(*row) for row in zip(*columns, strict=True)]
+
+    def _round(self, number: int) -> list[list[Piece]]:
+        rng = np.random.default_rng([self.seed, number])
+        batches: list[list[Piece]] = [[]]
+        for piece in sorted(self.draw(rng, ROUND), key=lambda piece: piece.length):
+            batch = batches[-1]
+            if batch and (
+                len(batch) == self.batch_passages or (len(batch) + 1) * piece.length > self.batch_tokens
+            ):
+                batch = []
+                batches.append(batch)
+            batch.append(piece)
+        rng.shuffle(batches)  # type: ignore[arg-type]
+        return batches
+
+    def batch(self, index: int) -> list[Piece]:
+        """Pieces of micro-batch `index`."""
+        while not self._ends or self._ends[-1] <= index:
+            batches = self._round(len(self._ends))
+            self._cached = (len(self._ends), batches)
+            self._ends.append((self._ends[-1] if self._ends else 0) + len(batches))
+        number = int(np.searchsorted(self._ends, index, side="right"))
+        if self._cached[0] != number:
+            self._cached = (number, self._round(number))
+        return self._cached[1][index - (self._ends[number - 1] if number else 0)]

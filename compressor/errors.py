@@ -1,0 +1,42 @@
+"""The one exception that stands for "the user can fix this"."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import wraps
+from typing import ParamSpec
+
+P = ParamSpec("P")
+
+
+class CompressorError(ValueError):
+    """Bad input or configuration.
+
+    The message says what was got, why it is wrong and what to do. Commands print it
+    without a traceback and exit with status 2.
+    """
+
+
+def exits_cleanly(command: Callable[P, int | None]) -> Callable[P, int]:
+    """Wrap a command's `main` so that expected failures print one message and return a status.
+
+    Returns 2 after a `CompressorError`, 130 after Ctrl-C; otherwise what the command returns.
+    """
+
+    @wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> int:
+        try:
+            return command(*args, **kwargs) or 0
+        except CompressorError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        except BrokenPipeError:
+            # The reader of our output (head, less) left; there is nobody to tell.
+            sys.stderr.close()
+            return 141
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return 130
+
+    return run

@@ -1,0 +1,236 @@
+"""The one place that decodes from a prefix: masks, positions, scoring, greedy and sampled generation, streaming.
+
+Every function runs the base as it is: callers switch adapters off around it (`Compressor.adapters`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from compressor.base import Base
+from compressor.errors import CompressorError
+from compressor.memory import Memory, Prefix, memory_prefix
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen. Temperature 0 is greedy."""
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0 or not 0 < self.top_p <= 1 or (self.top_k is not None and self.top_k < 1):
+            raise CompressorError(
+                f"sampling needs temperature >= 0, 0 < top_p <= 1 and top_k >= 1, got temperature {self.temperature}, "
+                f"top_p {self.top_p}, top_k {self.top_k}"
+            )
+
+
+@dataclass
+class Generation:
+    """What was generated for one prefix."""
+
+    ids: list[int] = field(default_factory=list)
+    """Token ids, without EOS."""
+    logprobs: list[float] = field(default_factory=list)
+    """Natural log-probability of each token under the base, EOS included where it came."""
+    finished: bool = False
+    """Whether EOS came before the limit."""
+
+
+def decode(base: Base, prefix: Prefix, ids: Tensor) -> Tensor:
+    """Next-token logits for `ids` after a prefix.
+
+    Args:
+        ids: int64 `[batch, width]`, padded on the right (causal attention keeps padding from mattering).
+
+    Returns:
+        `[batch, width, vocabulary]`; differentiable with respect to the prefix.
+    """
+    width = ids.shape[1]
+    columns = torch.arange(width, device=ids.device)
+    causal = (columns[:, None] >= columns[None, :]).expand(len(ids), -1, -1)
+    context = prefix.mask[:, None, :].expand(-1, width, -1)
+    return base.model(
+        input_ids=ids,
+        position_ids=prefix.start[:, None] + columns[None],
+        attention_mask=base.attention_mask(torch.cat([context, causal], dim=2)),
+        past_key_values=prefix.to_cache(),
+        use_cache=True,
+    ).logits
+
+
+@torch.no_grad()
+def score(
+    base: Base, prefix: Prefix, prompts: Sequence[Sequence[int]], targets: Sequence[Sequence[int]]
+) -> list[Tensor]:
+    """Log-probability of each target token after prefix and prompt.
+
+    Returns:
+        For each row float32 `[target tokens, 2]`: log-probability in nats, and 1 where the token is the first choice.
+    """
+    rows = [[*prompt, *target] for prompt, target in zip(prompts, targets, strict=True)]
+    width = max(map(len, rows)) - 1
+    ids = torch.zeros(len(rows), width, dtype=torch.int64)
+    for place, row in zip(ids, rows, strict=True):
+        place[: len(row) - 1] = torch.tensor(row[:-1])
+    logits = decode(base, prefix, ids.to(base.device)).float()
+    scores = []
+    for row, prompt, target in zip(range(len(rows)), prompts, targets, strict=True):
+        wanted = torch.tensor(list(target), device=base.device)
+        ours = logits[row, len(prompt) - 1 : len(prompt) - 1 + len(target)]
+        logprobs = ours.log_softmax(-1).gather(1, wanted[:, None])[:, 0]
+        scores.append(torch.stack([logprobs, (ours.argmax(-1) == wanted).float()], dim=1).cpu())
+    return scores
+
+
+def _choose(logits: Tensor, sampling: Sampling, generators: Sequence[torch.Generator]) -> Tensor:
+    """Next token for each row, int64 `[batch]`. Each row has its own random numbers, so that batches equal singles."""
+    if sampling.temperature == 0:
+        return logits.argmax(-1)
+    scaled = logits.double().cpu() / sampling.temperature
+    if sampling.top_k is not None and sampling.top_k < scaled.shape[-1]:
+        scaled = scaled.masked_fill(scaled < scaled.topk(sampling.top_k, dim=-1).values[:, -1:], -torch.inf)
+    ordered, order = scaled.sort(dim=-1, descending=True)
+    probabilities = ordered.softmax(-1)
+    # Keep the smallest set that holds top_p of the probability: drop a token if those before it already do.
+    probabilities[probabilities.cumsum(-1) - probabilities >= sampling.top_p] = 0
+    drawn = [torch.multinomial(row, 1, generator=g) for row, g in zip(probabilities, generators, strict=True)]
+    return order.gather(1, torch.stack(drawn))[:, 0].to(logits.device)
+
+
+@torch.no_grad()
+def stream(
+    base: Base,
+    prefix: Prefix,
+    prompts: Sequence[Sequence[int]],
+    limits: Sequence[int],
+    sampling: Sampling | None = None,
+) -> Iterator[list[tuple[int, float] | None]]:
+    """Generate after prefix and prompt, a token a step for every row.
+
+    Args:
+        prompts: token ids for each row, at least one each; lengths may differ.
+        limits: most new tokens for each row.
+
+    Yields:
+        For each row the new token and its log-probability, or None when the row has ended. EOS is yielded too.
+    """
+    sampling = sampling or Sampling()
+    if any(not prompt for prompt in prompts):
+        raise CompressorError(
+            "generation needs at least one prompt token for each row (BOS asks for regeneration)"
+        )
+    batch, device = len(prompts), base.device
+    generators = [torch.Generator().manual_seed(sampling.seed) for _ in range(batch)]
+    widest = max(map(len, prompts))
+    ids = torch.full((batch, widest), base.eos, device=device)
+    real = torch.zeros(batch, widest, dtype=torch.bool, device=device)
+    for row, prompt in enumerate(prompts):
+        ids[row, widest - len(prompt) :] = torch.tensor(list(prompt), device=device)
+        real[row, widest - len(prompt) :] = True
+    positions = (prefix.start[:, None] + real.cumsum(1) - 1).clamp(min=0)
+    context = torch.cat([prefix.mask, real], dim=1)
+    columns = torch.arange(widest, device=device)
+    causal = columns[:, None] >= columns[None, :]
+    allowed = torch.cat(
+        [
+            prefix.mask[:, None, :].expand(-1, widest, -1),
+            causal[None] & real[:, None, :] | torch.eye(widest, dtype=torch.bool, device=device),
+        ],
+        dim=2,
+    )
+    cache = prefix.to_cache()
+    left = torch.tensor(list(limits), device=device)
+    alive = left > 0
+    while bool(alive.any()):
+        logits = (
+            base.model(
+                input_ids=ids,
+                position_ids=positions,
+                attention_mask=base.attention_mask(allowed),
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            .logits[:, -1]
+            .float()
+        )
+        chosen = _choose(logits, sampling, generators)
+        logprobs = logits.log_softmax(-1).gather(1, chosen[:, None])[:, 0]
+        yield [
+            (token, logprob) if going else None
+            for token, logprob, going in zip(chosen.tolist(), logprobs.tolist(), alive.tolist(), strict=True)
+        ]
+        left = left - 1
+        alive = alive & (left > 0) & (chosen != base.eos)
+        ids = chosen[:, None]
+        positions = positions[:, -1:] + 1
+        context = torch.cat([context, torch.ones(batch, 1, dtype=torch.bool, device=device)], dim=1)
+        allowed = context[:, None, :]
+
+
+def generate(
+    base: Base,
+    prefix: Prefix,
+    prompts: Sequence[Sequence[int]],
+    limits: Sequence[int],
+    sampling: Sampling | None = None,
+) -> list[Generation]:
+    """`stream`, collected."""
+    results = [Generation() for _ in prompts]
+    for step in stream(base, prefix, prompts, limits, sampling):
+        for result, new in zip(results, step, strict=True):
+            if new is not None:
+                result.logprobs.append(new[1])
+                if new[0] == base.eos:
+                    result.finished = True
+                else:
+                    result.ids.append(new[0])
+    return results
+
+
+def regeneration_limit(passage_tokens: int) -> int:
+    """Most tokens to generate for a passage: a tenth more than it had, so that a late EOS shows as an error."""
+    return passage_tokens + max(8, passage_tokens // 10)
+
+
+def regenerate_ids(
+    base: Base, memories: Sequence[Memory], sampling: Sampling | None = None, batch_size: int = 16
+) -> list[list[int]]:
+    """Token ids of the passages, written back from their memories; segments are decoded apart and joined."""
+    pieces = [(owner, part) for owner, memory in enumerate(memories) for part in memory.split()]
+    written: list[list[int]] = [[] for _ in pieces]
+    # Rows of similar length end together, so that few steps run for rows that have ended.
+    order = sorted(range(len(pieces)), key=lambda i: pieces[i][1].passage_tokens)
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        parts = [pieces[i][1] for i in chosen]
+        generations = generate(
+            base,
+            memory_prefix(base, parts),
+            [[base.bos]] * len(parts),
+            [regeneration_limit(part.passage_tokens) for part in parts],
+            sampling,
+        )
+        for i, generation in zip(chosen, generations, strict=True):
+            written[i] = generation.ids
+    joined: list[list[int]] = [[] for _ in memories]
+    for (owner, _), ids in zip(pieces, written, strict=True):
+        joined[owner] += ids
+    return joined
+
+
+def regenerate(
+    base: Base, memories: Sequence[Memory], sampling: Sampling | None = None, batch_size: int = 16
+) -> list[str]:
+    """Texts of the passages, written back from their memories."""
+    ids = regenerate_ids(base, memories, sampling, batch_size)
+    return [base.tokenizer.decode(one, skip_special_tokens=True) for one in ids]

@@ -1,0 +1,60 @@
+"""Training objectives: what the decoder must write from a memory.
+
+Each objective is a pair of decoder inputs and labels in the batch (`compressor/data/collate.py`), all read from one
+encoding. A new objective is one pair function and one weight in `ObjectiveConfig`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from compressor.data.collate import IGNORED
+from compressor.generation import decode
+from compressor.memory import Prefix
+
+if TYPE_CHECKING:
+    from compressor.model import Compressor
+
+OBJECTIVES = ("regeneration", "continuation")
+
+
+def target_loss(model: Compressor, prefix: Prefix, inputs: Tensor, labels: Tensor) -> Tensor:
+    """Negative log-likelihood of the labels after a prefix, adapters off.
+
+    Args:
+        inputs, labels: int64 `[batch, width]`; labels of -100 do not count.
+
+    Returns:
+        Nats for each row, float32 `[batch]`.
+    """
+    with model.adapters(on=False):
+        logits = decode(model.base, prefix, inputs).float()
+    losses = nn.functional.cross_entropy(
+        logits.flatten(0, 1), labels.flatten(), reduction="none", ignore_index=IGNORED
+    )
+    return losses.view(labels.shape).sum(1)
+
+
+def loss(model: Compressor, batch: dict[str, Any]) -> Tensor:
+    """Summed, weighted loss of a micro-batch.
+
+    The batch holds `input_ids`, `lengths`, `memory_tokens` and, for each objective with a weight, `NAME_inputs`,
+    `NAME_labels` and `NAME_weight`.
+    """
+    keys, values = model.encode(batch["input_ids"], batch["lengths"], batch["memory_tokens"])
+    prefix = model.prefix(keys, values, batch["lengths"])
+    total = torch.zeros((), device=keys.device)
+    for name in OBJECTIVES:
+        if f"{name}_inputs" not in batch:
+            continue
+        arguments = (model, prefix, batch[f"{name}_inputs"], batch[f"{name}_labels"])
+        if model.activation_checkpointing and torch.is_grad_enabled():
+            losses = checkpoint(target_loss, *arguments, use_reentrant=False)
+        else:
+            losses = target_loss(*arguments)
+        total = total + batch[f"{name}_weight"] * losses.sum()  # type: ignore[union-attr]
+    return total
