@@ -1,5 +1,7 @@
 """The command `compressor`: one sub-command for each thing people do with the project.
 
+    compressor compress --text notes.txt --output notes.memory
+    compressor regenerate --memory notes.memory
     compressor corpus --config configs/corpora/arxiv-snapshot.yaml --source FILE --output outputs/arxiv
 
 `compressor --help` lists the sub-commands, `compressor corpus --help` the options of one. Each is a
@@ -11,6 +13,9 @@ from __future__ import annotations
 import difflib
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
 
 from compressor import __version__
 from compressor.errors import CompressorError, exits_cleanly
@@ -18,13 +23,9 @@ from compressor.errors import CompressorError, exits_cleanly
 
 def corpus(argv: list[str]) -> int:
     """build a corpus of abstracts (Parquet shards and a manifest) from arXiv, files or the hub"""
-    from jsonargparse import set_parsing_settings
-
     from compressor.config import parse_config
     from compressor.data.corpora import CorpusConfig, build_corpus
 
-    # The texts under the fields of a configuration are what --help says about them.
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
     flags = {"overwrite": "replace the output folder if it is a corpus built earlier"}
     config, options = parse_config(CorpusConfig, argv, f"compressor corpus: {corpus.__doc__}", flags)
     manifest = build_corpus(config, overwrite=options.overwrite)
@@ -39,7 +40,116 @@ def corpus(argv: list[str]) -> int:
     return 0
 
 
-COMMANDS: dict[str, Callable[[list[str]], int]] = {"corpus": corpus}
+@dataclass
+class CompressOptions:
+    """What `compressor compress` takes."""
+
+    text: str
+    """File with the passage, or - for standard input."""
+    output: str
+    """Memory file to write."""
+    tokens: int | None = None
+    """Memory tokens for each segment; by default all the compressor has."""
+    checkpoint: str = "models/arxiv-mini/compressor"
+    """Compressor checkpoint: folder or hub id."""
+    base: str | None = None
+    """Frozen base: folder or hub id; by default the one the checkpoint names."""
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """Type that keys and values are stored in."""
+    device: str = "cpu"
+
+
+def compress(argv: list[str]) -> int:
+    """compress a text file into a memory file"""
+    from compressor.config import parse_config
+
+    flags = {"overwrite": "replace the memory file if it exists"}
+    options, switches = parse_config(CompressOptions, argv, f"compressor compress: {compress.__doc__}", flags)
+    if Path(options.output).exists() and not switches.overwrite:
+        raise CompressorError(f"{options.output} exists: choose another --output, or give --overwrite")
+    from compressor.demo import read_text
+
+    passage = read_text(options.text)
+    import torch
+
+    from compressor.model import Compressor
+
+    model = Compressor.from_pretrained(options.checkpoint, base=options.base, device=options.device)
+    memory = model.compress(passage, options.tokens).to(dtype=getattr(torch, options.dtype))
+    memory.save(options.output)
+    print(
+        f"{memory.passage_tokens} tokens -> {memory.tokens} memory tokens in {len(memory.segments)} segment(s); "
+        f"{len(passage.encode()):,} bytes of text -> {Path(options.output).stat().st_size:,} bytes: {options.output}"
+    )
+    return 0
+
+
+@dataclass
+class RegenerateOptions:
+    """What `compressor regenerate` takes."""
+
+    memory: str
+    """Memory file that `compressor compress` wrote."""
+    base: str = "models/arxiv-mini/base"
+    """The frozen base it was made with: folder or hub id. Adapters are not needed."""
+    tokens: int | None = None
+    """Use only the first so many memory tokens of each segment."""
+    temperature: float = 0.0
+    """0 is greedy; above 0 samples."""
+    seed: int = 0
+    device: str = "cpu"
+
+
+def regenerate(argv: list[str]) -> int:
+    """write the passage of a memory file back"""
+    from compressor.config import BaseConfig, parse_config
+
+    options, _ = parse_config(RegenerateOptions, argv, f"compressor regenerate: {regenerate.__doc__}")
+    from compressor import generation
+    from compressor.base import load_base
+    from compressor.memory import Memory
+
+    memory = Memory.load(options.memory)
+    if options.tokens is not None:
+        memory = memory.truncate(options.tokens)
+    base = load_base(BaseConfig(path=options.base), options.device)
+    sampling = generation.Sampling(temperature=options.temperature, seed=options.seed)
+    print(generation.regenerate(base, [memory], sampling)[0])
+    return 0
+
+
+@dataclass
+class ExportOptions:
+    """What `compressor export-base` takes."""
+
+    run: str
+    """Output folder of a finished `train.py` run of stage `base`."""
+    output: str
+    """Folder to write."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+
+
+def export_base(argv: list[str]) -> int:
+    """write a trained base as a small transformers model with a card"""
+    from compressor.config import parse_config
+
+    flags = {"overwrite": "replace the output folder if it exists"}
+    options, switches = parse_config(ExportOptions, argv, f"compressor export-base: {export_base.__doc__}", flags)
+    if Path(options.output).exists() and not switches.overwrite:
+        raise CompressorError(f"{options.output} exists: choose another --output, or give --overwrite")
+    from compressor.pretraining import export
+
+    export(Path(options.run), Path(options.output), options.dtype)
+    print(f"wrote {options.output}")
+    return 0
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "compress": compress,
+    "regenerate": regenerate,
+    "corpus": corpus,
+    "export-base": export_base,
+}
 
 
 def usage() -> str:

@@ -40,12 +40,7 @@ def read_question_records(paths: Sequence[str]) -> list[tuple[str, list[tuple[st
     grouped: dict[str, list[tuple[str, str]]] = {}
     for path in paths:
         try:
-            opened = (
-                gzip.open(path, "rt", encoding="utf-8")
-                if path.endswith(".gz")
-                else open(path, encoding="utf-8")
-            )
-            with opened as file:
+            with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8") as file:
                 for number, line in enumerate(file, 1):
                     try:
                         record = json.loads(line)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset
 
 from compressor.config import DataConfig
 from compressor.data.records import load_texts
@@ -27,20 +27,21 @@ class Piece(NamedTuple):
 def load_passages(
     sources: Sequence[str],
     tokenizer: Any,
+    split: str | None = None,
     field: str | None = None,
     limit: int | None = None,
     workers: int = 1,
 ) -> Dataset:
     """Tokenise passages, in parallel and cached by `datasets` on disk, from where they are memory-mapped.
 
+    Args:
+        sources: corpus folders, files or hub ids (`load_texts`).
+        split: the split of those that have several.
+
     Returns:
         A data set with `id`, `input_ids` (no special tokens) and `tokens` (their number).
     """
-    texts = concatenate_datasets(
-        [load_texts(source, field=field).select_columns(["id", "text"]) for source in sources]
-    )
-    if limit is not None:
-        texts = texts.select(range(min(limit, len(texts))))
+    texts = load_texts(sources, split=split, field=field, limit=limit).select_columns(["id", "text"])
 
     def tokenise(batch: dict[str, list[str]]) -> dict[str, Any]:
         ids = tokenizer(batch["text"], add_special_tokens=False, verbose=False)["input_ids"]
@@ -63,9 +64,7 @@ class BatchPlan:
     micro-batches of at most `batch_tokens` padded tokens, which are shuffled.
     """
 
-    def __init__(
-        self, lengths: np.ndarray, data: DataConfig, batch_tokens: int, batch_passages: int, seed: int
-    ):
+    def __init__(self, lengths: np.ndarray, data: DataConfig, batch_tokens: int, batch_passages: int, seed: int):
         """`lengths` is the number of tokens of each record, int `[records]`."""
         if not len(lengths) or int(lengths.max()) < 1:
             raise CompressorError("there is no passage with at least one token to train on")
@@ -101,9 +100,7 @@ class BatchPlan:
         batches: list[list[Piece]] = [[]]
         for piece in sorted(self.draw(rng, ROUND), key=lambda piece: piece.length):
             batch = batches[-1]
-            if batch and (
-                len(batch) == self.batch_passages or (len(batch) + 1) * piece.length > self.batch_tokens
-            ):
+            if batch and (len(batch) == self.batch_passages or (len(batch) + 1) * piece.length > self.batch_tokens):
                 batch = []
                 batches.append(batch)
             batch.append(piece)

@@ -1,0 +1,161 @@
+"""What a source's record becomes: normalised text, the day of its first version, or the reason to drop it."""
+
+from __future__ import annotations
+
+import datetime
+import email.utils
+import re
+import unicodedata
+from typing import Any, NamedTuple
+
+from compressor.data.records import date_value, record_id, string_value, text_field
+from compressor.data.sources import Row, type_name
+from compressor.errors import CompressorError
+
+ARXIV_ID = re.compile(r"(?:(\d\d)(\d\d)\.\d{4,5}|[a-z-]+(?:\.[A-Z]{2})?/(\d\d)(\d\d)\d{3})(v\d+)?")
+
+_CONTROL = re.compile(r"[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f]")
+_NAMES = r"(?:paper|article|manuscript|submission|preprint|e-?print|note|letter|report|version|work|draft)"
+_WITHDRAWN = re.compile(
+    # "This paper has been withdrawn by the authors", "the present article is temporarily withdrawn"
+    rf"\b(?:this|the|my|our)\s(?:[\w.:/-]+\s){{0,2}}{_NAMES}\s[^.;]{{0,60}}?"
+    r"\b(?:is|was|be|been|being)\s(?:\S+\s){0,2}?['\"]?(?:withdrawn|retracted)\b"
+    # "we withdraw this paper", "I have withdrawn the article"
+    rf"|\bwithdr(?:aw|awn|ew|awing)\s(?:this|the|my|our)\s(?:present\s)?{_NAMES}\b"
+    # "Manuscript withdrawn because", "(Paper is being withdrawn"
+    rf"|\b{_NAMES}\s(?:(?:is|was|has|been|being|now|temporarily)\s){{0,3}}withdrawn\b(?!\sfrom\s(?:the\s)?market)"
+    r"|^\W*(?:this\s(?:is|was|has\sbeen)\s)?withdrawn\b|^\W*withdrawal\snotice|\bwithdrawn\sby\sarxiv\b",
+    re.IGNORECASE,
+)
+
+
+class Fields(NamedTuple):
+    """Names of the fields of a source; None: find it by the usual names."""
+
+    id: str = "id"
+    text: str | None = None
+    title: str = "title"
+    categories: str = "categories"
+    date: str | None = None
+
+
+def read_abstract(row: Row, names: Fields, first: dict[str, Any], *, default_id: str) -> dict[str, str] | str:
+    """Turn a row into a record (id, title, abstract, categories, date), or say why it is dropped.
+
+    Args:
+        row: as it was read.
+        names: where the source keeps what.
+        first: the first row of the same file. A field that it has must be in every row.
+        default_id: the id where the file has none.
+
+    Returns:
+        The record; or "empty" or "withdrawn". Its date is yyyy-mm-dd, or yyyy-mm where the source states only
+        the month, or "" if there is none.
+
+    Raises:
+        CompressorError: a field is missing or of the wrong type; names file and line.
+    """
+    abstract = collapse(string_value(row, text_field(first, names.text, row.where)))
+    if not abstract:
+        return "empty"
+    comments = row.values.get("comments")
+    if withdrawn(abstract) or (isinstance(comments, str) and withdrawn(collapse(comments))):
+        return "withdrawn"
+    identifier = record_id(row, names.id) if names.id in first else default_id
+    return {
+        "id": identifier.strip(),
+        "title": collapse(string_value(row, names.title)) if names.title in first else "",
+        "abstract": abstract,
+        "categories": _categories(row, names.categories) if names.categories in first else "",
+        "date": _date(row, names, identifier.strip(), first),
+    }
+
+
+def collapse(text: str) -> str:
+    """Runs of whitespace (line breaks too) become one space; control characters go."""
+    return " ".join(_CONTROL.sub("", text).split())
+
+
+def comparable(text: str) -> str:
+    """What two spellings of one text share: letters and digits, without case, width or punctuation."""
+    folded = unicodedata.normalize("NFKC", text).casefold()
+    return " ".join(re.sub(r"[\W_]+", " ", folded).split()) or text
+
+
+def withdrawn(text: str) -> bool:
+    """Whether an abstract or a comment says that its paper was withdrawn."""
+    return bool(_WITHDRAWN.search(text))
+
+
+def base_id(identifier: str) -> str:
+    """An arXiv id without its version ("2301.00001v2" is "2301.00001"); other ids as they are."""
+    match = ARXIV_ID.fullmatch(identifier)
+    return identifier[: match.start(5)] if match and match.group(5) else identifier
+
+
+def month_of_id(identifier: str) -> str:
+    """The month that an arXiv id states (yyyy-mm); "" for any other id."""
+    match = ARXIV_ID.fullmatch(identifier)
+    if not match:
+        return ""
+    year, month = match.group(1) or match.group(3), match.group(2) or match.group(4)
+    if not 1 <= int(month) <= 12:
+        return ""
+    # arXiv began in 1991.
+    return f"{'19' if int(year) >= 91 else '20'}{year}-{month}"
+
+
+def _categories(row: Row, field: str) -> str:
+    value = row.values.get(field)
+    if isinstance(value, list) and all(isinstance(item, str) for item in value):
+        return collapse(" ".join(value))
+    return collapse(string_value(row, field))
+
+
+def _date(row: Row, names: Fields, identifier: str, first: dict[str, Any]) -> str:
+    if names.date is not None:
+        if names.date not in row.values:
+            string_value(row, names.date)  # raises: the field is missing
+        return _day(row, names.date, date_value(row, names.date))
+    if "versions" in first:
+        return _first_version(row)
+    for field in ("date", "created"):
+        if field in first:
+            if field not in row.values:
+                string_value(row, field)
+            return _day(row, field, date_value(row, field))
+    return month_of_id(identifier)
+
+
+def _first_version(row: Row) -> str:
+    versions = row.values.get("versions")
+    if not isinstance(versions, list) or not versions or not all(isinstance(item, dict) for item in versions):
+        got = "missing" if "versions" not in row.values else type_name(versions)
+        raise CompressorError(
+            f"{row.where}: the field 'versions' must be a list like [{{'version': 'v1', 'created': ...}}] "
+            f"but is {got if versions != [] else 'empty'}; or name the field of the date (date_field)"
+        )
+    v1 = next((item for item in versions if item.get("version") == "v1"), versions[0])
+    return _day(row, "versions[].created", string_value(row._replace(values=v1), "created"))
+
+
+def _day(row: Row, field: str, value: str) -> str:
+    """yyyy-mm-dd, or yyyy-mm, from an ISO or RFC 822 date or an arXiv id; "" stays."""
+    value = value.strip()
+    if not value:
+        return ""
+    try:
+        if re.match(r"\d{4}-\d\d-\d\d($|[T ])", value):
+            return datetime.date.fromisoformat(value[:10]).isoformat()
+        if re.fullmatch(r"\d{4}-\d\d", value):
+            return datetime.date.fromisoformat(f"{value}-01").isoformat()[:7]
+        if month := month_of_id(value):
+            return month
+        moment = email.utils.parsedate_to_datetime(value)
+        utc = moment if moment.tzinfo is None else moment.astimezone(datetime.timezone.utc)
+        return utc.date().isoformat()
+    except (ValueError, TypeError, IndexError, OverflowError):
+        raise CompressorError(
+            f"{row.where}: the field {field!r} holds {value[:60]!r}, which is no date like 2024-01-31 or "
+            "'Wed, 31 Jan 2024 10:00:00 GMT'"
+        ) from None

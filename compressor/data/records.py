@@ -1,0 +1,302 @@
+"""Passages: what a record must look like, and `load_texts`, which reads them from anywhere.
+
+A passage is `{"id": str, "text": str}`, with `"date"` (yyyy-mm-dd) where the source has one.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import groupby, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+from compressor.data.sources import Hub, Row, open_parquet, read_rows, resolve, type_name
+from compressor.errors import CompressorError
+
+if TYPE_CHECKING:
+    import datasets
+
+TEXT_FIELDS = ("text", "abstract")
+
+# Part of the cache key: raise it when the rows made from the same file change.
+_READER_VERSION = 1
+
+
+def load_texts(
+    source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    *,
+    split: str | None = None,
+    field: str | None = None,
+    limit: int | None = None,
+) -> datasets.Dataset:
+    """Read passages from a corpus folder, files or the hub.
+
+    Args:
+        source: a folder built by `compressor corpus`, any JSONL / JSON / CSV / TSV / Parquet / TXT file
+            (".gz" too), a glob, the name of a shipped set ("arxiv-test"), a hub id ("owner/name" or
+            "owner/name:config"), or several of these in a list or with commas.
+        split: the split of a folder or hub data set that has several; plain files have none.
+        field: the field that holds the passage; by default `text`, else `abstract`.
+        limit: read only the first `limit` passages.
+
+    Returns:
+        A memory-mapped `datasets.Dataset` with the columns `id`, `text` and, where every part of the
+        source has it, `date`. Texts are as written, except that a .txt file is cut into paragraphs.
+        A record without an id is called "<file name>:<line>".
+
+    Raises:
+        CompressorError: a source is not there, or a record is broken; names the file and line.
+    """
+    import datasets
+
+    if limit is not None and limit < 1:
+        raise CompressorError(f"limit is {limit}; give 1 or more, or leave it out to read everything")
+    parts: list[datasets.Dataset] = []
+    left = limit
+    with _progress_only_on_terminals():
+        for part in _parts(resolve(source, split=split), split, field, limit):
+            part = part if left is None else part.select(range(min(left, len(part))))
+            parts.append(part)
+            left = None if left is None else left - len(part)
+            if left == 0:
+                break
+    common = [name for name in ("id", "text", "date") if all(name in part.column_names for part in parts)]
+    parts = [part.select_columns(common) for part in parts]
+    return parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
+
+
+def _parts(
+    places: list[Path | Hub], split: str | None, field: str | None, limit: int | None
+) -> Iterator[datasets.Dataset]:
+    for is_hub, group in groupby(places, key=lambda place: isinstance(place, Hub)):
+        if is_hub:
+            for place in group:
+                yield _hub(cast("Hub", place), split, field)
+        else:
+            yield from _files([cast("Path", place) for place in group], field, limit)
+
+
+class _Plan(NamedTuple):
+    """How one file is read: by `datasets` straight from Parquet, or row by row."""
+
+    direct: bool
+    field: str
+    has_date: bool
+
+
+def _files(paths: list[Path], field: str | None, limit: int | None) -> Iterator[datasets.Dataset]:
+    """One data set for each run of files that can be read alike, up to about `limit` records."""
+    import datasets
+
+    planned = [(path, _plan(path, field)) for path in paths]
+    for plan, group in groupby(planned, key=lambda pair: pair[1]):
+        files = [path for path, _ in group]
+        names = ["id", plan.field, "date"] if plan.has_date else ["id", plan.field]
+        if plan.direct:
+            files = _first_files(files, limit)
+            for path in files:
+                _check_columns(path, names)
+            features = datasets.Features({name: datasets.Value("string") for name in names})
+            part = datasets.Dataset.from_parquet([str(path) for path in files], features=features, columns=names)
+            yield part if plan.field == "text" else part.rename_column(plan.field, "text")
+        else:
+            yield _generated(files, plan, limit)
+
+
+def _plan(path: Path, field: str | None) -> _Plan:
+    import pyarrow as pa
+
+    if path.suffix == ".parquet":
+        with open_parquet(path) as file:
+            schema, rows = file.schema_arrow, file.metadata.num_rows
+        if rows == 0:
+            raise CompressorError(f"{path} holds no records")
+        name = text_field(schema.names, field, str(path))
+        strings = {
+            column.name for column in schema if pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
+        }
+        dated = "date" in schema.names
+        return _Plan({"id", name} <= strings and (not dated or "date" in strings), name, dated)
+    row = next(read_rows(path))
+    return _Plan(False, text_field(row.values, field, row.where), "date" in row.values)
+
+
+def _first_files(files: list[Path], limit: int | None) -> list[Path]:
+    """As many of `files` as `limit` records need: the loading layer converts whole files."""
+    if limit is None:
+        return files
+    total, taken = 0, []
+    for path in files:
+        taken.append(path)
+        with open_parquet(path) as file:
+            total += file.metadata.num_rows
+        if total >= limit:
+            break
+    return taken
+
+
+def _check_columns(path: Path, names: list[str]) -> None:
+    """Refuse nulls and blank texts in a Parquet file, naming the row. Reads in batches."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    seen = 0
+    with open_parquet(path) as file:
+        try:
+            for batch in file.iter_batches(batch_size=16_384, columns=names):
+                for name in names[:2]:  # a date may be blank
+                    column = batch.column(name)
+                    bad = pc.fill_null(pc.equal(pc.utf8_trim_whitespace(column), ""), True)
+                    if pc.any(bad).as_py():
+                        index = pc.index(bad, True).as_py()
+                        what = "null" if column[index].as_py() is None else "blank"
+                        raise CompressorError(f"{path} row {seen + index + 1}: the field {name!r} is {what}")
+                seen += len(batch)
+        except (pa.ArrowException, OSError) as error:
+            raise CompressorError(f"{path} is damaged after row {seen}: {error}") from None
+
+
+def _generated(files: list[Path], plan: _Plan, limit: int | None) -> datasets.Dataset:
+    """Rows checked one by one and kept in the loading layer's cache."""
+    import datasets
+
+    names = ["id", "text", "date"] if plan.has_date else ["id", "text"]
+    # A key of our own: the layer's would not notice that a file changed under the same name.
+    states = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    key = hashlib.sha256(repr((_READER_VERSION, states, plan, limit)).encode()).hexdigest()[:32]
+    try:
+        return datasets.Dataset.from_generator(
+            _passages,
+            features=datasets.Features({name: datasets.Value("string") for name in names}),
+            gen_kwargs={"files": [str(path) for path in files], "field": plan.field, "limit": limit},
+            fingerprint=key,
+        )
+    except datasets.exceptions.DatasetGenerationError as error:
+        if isinstance(error.__cause__, CompressorError):
+            raise error.__cause__ from None
+        raise
+
+
+def _passages(files: list[str], field: str, limit: int | None) -> Iterator[dict[str, str]]:
+    rows = ((Path(file), row) for file in files for row in read_rows(Path(file)))
+    for path, row in islice(rows, limit):
+        passage = {"id": record_id(row, default=f"{path.name}:{row.number}"), "text": text_value(row, field)}
+        if "date" in row.values:
+            passage["date"] = date_value(row, "date")
+        yield passage
+
+
+def _hub(hub: Hub, split: str | None, field: str | None) -> datasets.Dataset:
+    import datasets
+
+    named = hub.name if hub.config is None else f"{hub.name}:{hub.config}"
+    loaded = load_hub(hub, split)
+    name = text_field(loaded.column_names, field, named)
+    if "id" not in loaded.column_names:
+        loaded = loaded.add_column("id", [f"{named}:{index + 1}" for index in range(len(loaded))])
+    keep = ["id", name, *(["date"] if "date" in loaded.column_names else [])]
+    start = 0
+    for batch in loaded.select_columns([name]).iter(batch_size=1000):
+        for index, text in enumerate(batch[name], start=start + 1):
+            text_value(Row(index, f"{named} row {index}", {name: text}), name)
+        start += len(batch[name])
+    loaded = loaded.select_columns(keep).rename_columns({name: "text"} if name != "text" else {})
+    return loaded.cast(datasets.Features({column: datasets.Value("string") for column in loaded.column_names}))
+
+
+def load_hub(hub: Hub, split: str | None, *, streaming: bool = False) -> Any:
+    """A split of a hub data set; without `split` it must have only one. Errors say what was wrong."""
+    import datasets
+
+    try:
+        loaded = datasets.load_dataset(hub.name, hub.config, split=split, streaming=streaming)
+    except Exception as error:  # the hub client raises many kinds, also bare RuntimeError and OSError
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CompressorError(
+            f"{hub.name!r} is no file here and could not be loaded from the hub: {reason}. Check the name, "
+            "the split and the network, or give local files"
+        ) from None
+    if split is None:
+        if len(loaded) != 1:
+            raise CompressorError(
+                f"{hub.name} has several splits and none was named: choose one of {', '.join(loaded)}"
+            )
+        loaded = next(iter(loaded.values()))
+    return loaded
+
+
+def text_field(names: Any, field: str | None, where: str) -> str:
+    """The field that holds the passage among `names`: `field`, or the first of `TEXT_FIELDS`."""
+    wanted = TEXT_FIELDS if field is None else (field,)
+    for name in wanted:
+        if name in names:
+            return name
+    raise CompressorError(
+        f"{where} has no field {' or '.join(repr(name) for name in wanted)}; its fields are "
+        f"{', '.join(map(repr, names)) or 'none'}. Name the one that holds the passage"
+    )
+
+
+def string_value(row: Row, field: str, *, blank: bool = True) -> str:
+    """The text in `field`. A `CompressorError` if it is missing, no text, not storable, or blank."""
+    if field not in row.values:
+        fields = ", ".join(map(repr, row.values)) or "none"
+        raise CompressorError(f"{row.where}: the field {field!r} is missing; its fields are {fields}")
+    value = row.values[field]
+    if not isinstance(value, str):
+        raise CompressorError(f"{row.where}: the field {field!r} must be text but is {type_name(value)}")
+    if not blank and not value.strip():
+        raise CompressorError(f"{row.where}: the field {field!r} is blank")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise CompressorError(
+            f"{row.where}: the field {field!r} holds half a surrogate pair at character {error.start + 1}"
+        ) from None
+    return value
+
+
+def text_value(row: Row, field: str) -> str:
+    """The passage of a row: text that is not blank."""
+    return string_value(row, field, blank=False)
+
+
+def record_id(row: Row, field: str = "id", *, default: str | None = None) -> str:
+    """The id of a row as text; `default` where the row has no such field."""
+    if field not in row.values and default is not None:
+        return default
+    value = row.values.get(field)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if isinstance(value, float):
+        # 0704.0010 read as a number is 704.001: another paper.
+        raise CompressorError(f"{row.where}: the {field} {value!r} is a number; store ids as text")
+    return string_value(row, field, blank=False)
+
+
+def date_value(row: Row, field: str) -> str:
+    """A date as text: dates and times become yyyy-mm-dd, null becomes "", text stays as it is."""
+    value = row.values[field]
+    if isinstance(value, datetime.date):
+        return value.isoformat()[:10]
+    return "" if value is None else string_value(row, field)
+
+
+@contextmanager
+def _progress_only_on_terminals() -> Iterator[None]:
+    """Keep the loading layer's bars out of log files."""
+    import datasets
+
+    before = not datasets.are_progress_bars_disabled()
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if before:
+            datasets.enable_progress_bars()

@@ -1,0 +1,328 @@
+"""Where records come from: names become files, and files become rows that know their line.
+
+Every reader here names the file and the line (row, item) of what it cannot read, as a `CompressorError`.
+"""
+
+from __future__ import annotations
+
+import csv
+import glob
+import gzip
+import json
+import os
+import re
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any, NamedTuple, cast
+
+from compressor.errors import CompressorError
+from compressor.files import read_json
+
+SHIPPED = Path(__file__).resolve().parents[2] / "data"
+SPLITS = ("train", "validation", "test")
+MANIFEST = "manifest.json"
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt")
+
+# A line longer than this is not a record; without a limit, binary junk is read into memory whole.
+_MAX_LINE = 1 << 26
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(:[\w.-]+)?")
+
+
+class Row(NamedTuple):
+    """One record as it was read: `where` names its file and place, `values` maps fields to values."""
+
+    number: int
+    where: str
+    values: dict[str, Any]
+
+
+class Hub(NamedTuple):
+    """A data set on the hub: `name` is owner/name, `config` its configuration if one was named."""
+
+    name: str
+    config: str | None
+
+
+def kind_of(path: Path) -> str | None:
+    """The data suffix of `path` (".jsonl" for "x.jsonl.gz"), or None if it is not a data file."""
+    name = path.name.lower().removesuffix(".gz")
+    suffix = Path(name).suffix
+    return suffix if suffix in SUFFIXES else None
+
+
+def stem_of(path: Path) -> str:
+    """The name of `path` without folder, data suffix and ".gz"."""
+    return Path(path.name[:-3] if path.name.lower().endswith(".gz") else path.name).stem
+
+
+def split_of(path: Path) -> str | None:
+    """The split that a file name states, as `datasets` reads it: "train-00000.parquet" is "train"."""
+    match = re.match(rf"({'|'.join(SPLITS)})(?![A-Za-z0-9])", stem_of(path))
+    return match.group(1) if match else None
+
+
+def shipped_names() -> list[str]:
+    """Names of the small sets that come with the project, such as "arxiv-test"."""
+    if not SHIPPED.is_dir():
+        return []
+    return sorted(stem_of(path) for path in SHIPPED.iterdir() if kind_of(path))
+
+
+def resolve(
+    source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    *,
+    split: str | None = None,
+    every_split: bool = False,
+) -> list[Path | Hub]:
+    """Turn what the user wrote into files (and hub ids), in the order written.
+
+    Args:
+        source: a file, a folder (a built corpus, or data files), a glob, a shipped name, a hub id
+            ("owner/name" or "owner/name:config"), or several: a list, or one string with commas.
+        split: which split to take of a folder that holds several. Plain files have no splits.
+        every_split: take all files of a folder, whatever their splits.
+
+    Raises:
+        CompressorError: nothing matches, or a folder needs `split`.
+    """
+    if not isinstance(source, str | os.PathLike):
+        found = [part for item in source for part in resolve(item, split=split, every_split=every_split)]
+    else:
+        text = os.fspath(source).strip()
+        if "," in text and not Path(text).exists():
+            pieces = [piece.strip() for piece in text.split(",") if piece.strip()]
+            found = [part for piece in pieces for part in _resolve_one(piece, split, every_split)]
+        else:
+            found = _resolve_one(text, split, every_split)
+    if not found:
+        raise CompressorError("no data source was given: name a file, a folder, a glob or a hub id")
+    return found
+
+
+def _resolve_one(text: str, split: str | None, every_split: bool) -> list[Path | Hub]:
+    path = Path(text).expanduser()
+    if text and path.is_dir():
+        return list(_folder_files(path, split, every_split))
+    if text and path.exists():
+        if kind_of(path) is None:
+            raise CompressorError(f"{path} is not a kind of file that can be read: {_kinds()}")
+        return [path]
+    if any(mark in text for mark in "*?["):
+        matches = sorted(Path(name) for name in glob.glob(str(path), recursive=True))
+        files: list[Path | Hub] = [match for match in matches if match.is_file() and kind_of(match)]
+        if not files:
+            raise CompressorError(f"no data file matches {text!r} ({_kinds()})")
+        return files
+    if text in (names := shipped_names()):
+        return [next(path for path in sorted(SHIPPED.iterdir()) if kind_of(path) and stem_of(path) == text)]
+    if _HUB_ID.fullmatch(text) and kind_of(path) is None and not Path(text.split("/")[0]).exists():
+        name, _, config = text.partition(":")
+        return [Hub(name, config or None)]
+    raise CompressorError(
+        f"{text!r} is not there: it is neither a file nor a folder, nor one of the sets that come with the "
+        f"project ({', '.join(names) or 'none here'}), nor a hub id (owner/name)"
+    )
+
+
+def _kinds() -> str:
+    return f"known: {', '.join(SUFFIXES)}, each also with .gz except .parquet"
+
+
+def _folder_files(folder: Path, split: str | None, every_split: bool) -> list[Path]:
+    """Data files of a folder: the shards its manifest lists, or the files that lie in it."""
+    if (folder / MANIFEST).exists():
+        manifest = read_json(folder / MANIFEST)
+        try:
+            by_split = {
+                name: [folder / shard["file"] for shard in value["shards"]]
+                for name, value in manifest["splits"].items()
+            }
+        except (TypeError, KeyError, AttributeError):
+            raise CompressorError(
+                f"{folder / MANIFEST} is not the manifest of a corpus: no splits.<name>.shards[].file"
+            ) from None
+    else:
+        by_split = {}
+        for path in sorted(folder.iterdir()):
+            if path.is_file() and kind_of(path) and not path.name.startswith("."):
+                by_split.setdefault(split_of(path) or "", []).append(path)
+    by_split = {name: files for name, files in by_split.items() if files}
+    if not by_split:
+        raise CompressorError(f"{folder} holds no data ({_kinds()})")
+    if split is None and len(by_split) == 1:
+        split = next(iter(by_split))
+    if not every_split and (split is None or split not in by_split):
+        # Mixing splits by default would train on the test set without a word.
+        names = ", ".join(name or "(files of no split)" for name in by_split)
+        got = "none was named" if split is None else f"it has no {split!r}"
+        raise CompressorError(f"{folder} holds several splits and {got}: choose one of {names}")
+    chosen = [path for name, files in by_split.items() if every_split or name == split for path in files]
+    missing = [path for path in chosen if not path.exists()]
+    if missing:
+        raise CompressorError(f"{missing[0]} is listed in {folder / MANIFEST} but is not there; build it again")
+    return chosen
+
+
+def read_rows(path: Path) -> Iterator[Row]:
+    """Read a data file record by record, in constant memory (a JSON array is read whole).
+
+    JSON lines (also under the name .json), JSON arrays of objects, CSV and TSV with a header line,
+    Parquet, and text, where each paragraph (separated by blank lines) becomes `{"text": ...}`.
+    All but Parquet may be compressed with gzip.
+
+    Raises:
+        CompressorError: names the file and line of whatever is broken; also when there is no record.
+    """
+    readers = {".csv": _csv_rows, ".tsv": _csv_rows, ".parquet": _parquet_rows, ".txt": _text_rows}
+    kind = kind_of(path)
+    if kind is None:
+        raise CompressorError(f"{path} is not a kind of file that can be read: {_kinds()}")
+    try:
+        if path.stat().st_size == 0:
+            raise CompressorError(f"{path} is empty")
+        row = None
+        for row in readers.get(kind, _json_rows)(path):
+            yield row
+        if row is None:
+            raise CompressorError(f"{path} holds no records")
+    except OSError as error:
+        raise CompressorError(f"{path} cannot be read: {error.strerror or error}") from None
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Decoded lines with their ends, numbered from 1. Decoded one by one so that errors have a line."""
+    with open(path, "rb") as probe:
+        compressed = probe.read(2) == b"\x1f\x8b"
+    number = 0
+    try:
+        with cast("IO[bytes]", gzip.open(path, "rb") if compressed else open(path, "rb")) as file:
+            while line := file.readline(_MAX_LINE + 1):
+                number += 1
+                if len(line) > _MAX_LINE:
+                    raise CompressorError(f"{path} line {number} is longer than {_MAX_LINE:,} bytes: not text?")
+                if b"\0" in line:
+                    raise CompressorError(
+                        f"{path} line {number} holds a zero byte: binary data or UTF-16; give UTF-8 text"
+                    )
+                try:
+                    yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
+                except UnicodeDecodeError as error:
+                    raise CompressorError(
+                        f"{path} line {number} is not UTF-8 (byte {error.start + 1}: {error.reason}); "
+                        "convert the file, or it is damaged"
+                    ) from None
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise CompressorError(f"{path} is a damaged gzip file after line {number}: {error}") from None
+
+
+def _parse_json(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        place = f"character {error.colno}" if error.lineno == 1 else f"line {error.lineno} of it"
+        raise CompressorError(f"{where} is not valid JSON: {error.msg} at {place}") from None
+    except (ValueError, RecursionError) as error:
+        raise CompressorError(f"{where} is not valid JSON: {error}") from None
+
+
+def _json_rows(path: Path) -> Iterator[Row]:
+    lines = _lines(path)
+    first = True
+    for number, line in lines:
+        where = f"{path} line {number}"
+        if not line.strip():
+            continue
+        if first and line.lstrip().startswith("[") and kind_of(path) == ".json":
+            items = _parse_json(line + "".join(rest for _, rest in lines), f"the array from {where} on")
+            for index, item in enumerate(items, start=1):
+                yield _object_row(index, f"{path} item {index}", item)
+            return
+        first = False
+        yield _object_row(number, where, _parse_json(line, where))
+
+
+def _object_row(number: int, where: str, value: Any) -> Row:
+    if not isinstance(value, dict):
+        raise CompressorError(f"{where} is {type_name(value)}, not an object of fields like {{'text': ...}}")
+    return Row(number, where, value)
+
+
+def _csv_rows(path: Path) -> Iterator[Row]:
+    # The csv module refuses fields of more than 128 KiB by default; a long passage is no error.
+    csv.field_size_limit(max(csv.field_size_limit(), _MAX_LINE))
+    delimiter = "\t" if kind_of(path) == ".tsv" else ","
+    reader = csv.reader((line for _, line in _lines(path)), delimiter=delimiter, strict=True)
+    header: list[str] | None = None
+    while True:
+        first = reader.line_num + 1
+        where = f"{path} line {first}"
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            raise CompressorError(f"{where} is not valid CSV: {error}") from None
+        if not cells:
+            continue
+        if header is None:
+            header = [cell.strip() for cell in cells]
+            if len(set(header)) < len(header):
+                raise CompressorError(f"{where}: the header names a column twice: {', '.join(header)}")
+        elif len(cells) != len(header):
+            raise CompressorError(
+                f"{where} has {len(cells)} cells but the header has {len(header)} ({', '.join(header)}); "
+                "quote cells that hold the separator or a line break"
+            )
+        else:
+            yield Row(first, where, dict(zip(header, cells, strict=True)))
+
+
+def _text_rows(path: Path) -> Iterator[Row]:
+    paragraph: list[str] = []
+    start = 1
+    for number, line in _lines(path):
+        if line.strip():
+            if not paragraph:
+                start = number
+            paragraph.append(line)
+        elif paragraph:
+            yield Row(start, f"{path} line {start}", {"text": "".join(paragraph).rstrip("\r\n")})
+            paragraph = []
+    if paragraph:
+        yield Row(start, f"{path} line {start}", {"text": "".join(paragraph).rstrip("\r\n")})
+
+
+def _parquet_rows(path: Path) -> Iterator[Row]:
+    import pyarrow as pa
+
+    number = 0
+    with open_parquet(path) as file:
+        try:
+            for batch in file.iter_batches(batch_size=2048):
+                for values in batch.to_pylist():
+                    number += 1
+                    yield Row(number, f"{path} row {number}", values)
+        except (pa.ArrowException, OSError, ValueError) as error:
+            if isinstance(error, CompressorError):
+                raise
+            raise CompressorError(f"{path} is damaged after row {number}: {error}") from None
+
+
+def open_parquet(path: Path) -> Any:
+    """`pyarrow.parquet.ParquetFile`, or a `CompressorError` when `path` is not one."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return pq.ParquetFile(path)
+    except (pa.ArrowException, OSError) as error:
+        raise CompressorError(f"{path} is not a readable Parquet file: {error}") from None
+
+
+def type_name(value: Any) -> str:
+    """The type of a value as people name it, for messages."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return f"a number ({value!r})"[:60]
+    names = {dict: "an object", list: "a list", str: "text", type(None): "null", bool: "a boolean"}
+    return names.get(type(value), type(value).__name__)
