@@ -30,6 +30,8 @@ class Base(nn.Module):
         name: the path or hub id it was loaded from.
         layers, kv_heads, head_size, hidden: shape of the keys and of the embeddings.
         rotated: for each layer, whether its keys carry RoPE (SmolLM3 leaves it out in some).
+        interleaved: whether RoPE turns neighbouring dimensions (Cohere, GLM) rather than the two halves of a key.
+        doubled: whether the model lists each angle twice in a row rather than all of them twice.
         fingerprint: hash of the weights (`fingerprint`).
     """
 
@@ -61,11 +63,7 @@ class Base(nn.Module):
     @property
     def bos(self) -> int:
         """Token that starts a regeneration; bases without BOS (Qwen) use their end-of-text token."""
-        return (
-            self.tokenizer.eos_token_id
-            if self.tokenizer.bos_token_id is None
-            else self.tokenizer.bos_token_id
-        )
+        return self.tokenizer.eos_token_id if self.tokenizer.bos_token_id is None else self.tokenizer.bos_token_id
 
     @property
     def eos(self) -> int:
@@ -82,22 +80,33 @@ class Base(nn.Module):
             Keys of the same shape and type. Layers without RoPE are left as they are. The attention scaling that
             YaRN-type embeddings multiply into cos and sin is applied and taken out with the rotation.
         """
-        rotary = self.model.get_decoder().rotary_emb
         with torch.autocast(keys.device.type, enabled=False):
-            cos, sin = rotary(torch.empty(0, device=keys.device, dtype=torch.float32), positions)
-            cos, sin = cos.float()[None, :, None], sin.float()[None, :, None]
+            cos, sin = (angle[None, :, None] for angle in self._angles(positions))
             if inverse:
                 scale = cos**2 + sin**2
                 cos, sin = cos / scale, -sin / scale
-            width = cos.shape[-1]
+            width = 2 * cos.shape[-1]
             turned, rest = keys[..., :width].float(), keys[..., width:]
-            first, second = turned.chunk(2, dim=-1)
-            turned = turned * cos + torch.cat([-second, first], dim=-1) * sin
+            if self.interleaved:
+                first, second = turned[..., ::2], turned[..., 1::2]
+            else:
+                first, second = turned.chunk(2, dim=-1)
+            halves = [first * cos - second * sin, second * cos + first * sin]
+            turned = torch.stack(halves, dim=-1).flatten(-2) if self.interleaved else torch.cat(halves, dim=-1)
             moved = torch.cat([turned.to(keys.dtype), rest], dim=-1)
         if all(self.rotated):
             return moved
         chosen = torch.tensor(self.rotated, device=keys.device)[:, None, None, None, None]
         return torch.where(chosen, moved, keys)
+
+    def _angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosine and sine of each pair's angle, float32 `[batch, k, pairs]`; models give each of them twice."""
+        rotary = self.model.get_decoder().rotary_emb
+        twice = rotary(torch.empty(0, device=positions.device, dtype=torch.float32), positions)
+        pairs = twice[0].shape[-1] // 2
+        if self.doubled:
+            return twice[0][..., ::2].float(), twice[1][..., ::2].float()
+        return twice[0][..., :pairs].float(), twice[1][..., :pairs].float()
 
     def attention_mask(self, allowed: Tensor) -> Tensor:
         """A mask the attention implementation takes, from bool `[batch, queries, keys]` (True = may attend)."""
@@ -132,25 +141,24 @@ class Base(nn.Module):
                 "so a memory cannot be taken from it: use a base with full attention in every layer"
             ) from None
         layers, _, heads, _, size = here.shape
-        self.rotated = [True] * layers
-        moved = self.rotate(
-            self.rotate(here, torch.arange(4, device=self.device)[None], inverse=True),
-            torch.arange(shift, shift + 4, device=self.device)[None],
-        )
+        before = torch.arange(4, device=self.device)[None]
         tolerance = 1e-3 if here.dtype == torch.float32 else 0.05
-        rotated = []
-        for layer in range(layers):
-            size_of = there[layer].float().norm()
-            if (here[layer] - there[layer]).float().norm() <= tolerance * size_of:
-                rotated.append(False)
-            elif (moved[layer] - there[layer]).float().norm() <= tolerance * size_of:
-                rotated.append(True)
-            else:
-                raise CompressorError(
-                    f"{self.name} ({self.model.config.model_type}) encodes positions in a way that is not plain RoPE "
-                    f"(layer {layer}: moved keys differ), so memory keys cannot be moved: use another base"
-                )
-        return layers, heads, size, rotated
+
+        def explained(found: Tensor) -> list[bool]:
+            error = (found - there).float().flatten(1).norm(dim=1)
+            return (error <= tolerance * there.float().flatten(1).norm(dim=1)).tolist()
+
+        still = explained(here)
+        for self.interleaved, self.doubled in ((False, False), (True, True), (True, False), (False, True)):
+            self.rotated = [True] * layers
+            turned = explained(self.rotate(self.rotate(here, before, inverse=True), before + shift))
+            if all(a or b for a, b in zip(still, turned, strict=True)):
+                return layers, heads, size, [not unmoved for unmoved in still]
+        layer = next(i for i, (a, b) in enumerate(zip(still, turned, strict=True)) if not (a or b))
+        raise CompressorError(
+            f"{self.name} ({self.model.config.model_type}) encodes positions in a way that is not plain RoPE "
+            f"(layer {layer}: moved keys differ), so memory keys cannot be moved: use another base"
+        )
 
 
 def refuse_unsupported(config: Any, name: str) -> None:
@@ -162,11 +170,7 @@ def refuse_unsupported(config: Any, name: str) -> None:
         reason = "it is an encoder-decoder; a causal LM is needed"
     elif layer_types - {"full_attention"}:
         reason = f"it has layers of type {', '.join(sorted(layer_types - {'full_attention'}))}; every layer must attend fully"
-    elif (
-        not layer_types
-        and getattr(config, "sliding_window", None)
-        and getattr(config, "use_sliding_window", True)
-    ):
+    elif not layer_types and getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
         reason = (
             f"it attends within a sliding window of {config.sliding_window} tokens, whose cache drops positions; "
             "load a version without one (sliding_window: null)"
@@ -192,9 +196,7 @@ def fingerprint(model: nn.Module) -> str:
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
         flat = tensor.flatten()
         stride = max(1, flat.numel() // FULL_HASH_VALUES)
-        digest.update(
-            flat[::stride].to(torch.bfloat16).contiguous().cpu().view(torch.uint8).numpy().tobytes()
-        )
+        digest.update(flat[::stride].to(torch.bfloat16).contiguous().cpu().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -108,9 +108,7 @@ class Checkpoints:
                 }
         return state
 
-    def save(
-        self, stage: Stage, optimizer: torch.optim.Optimizer, names: dict[int, str], state: TrainingState
-    ) -> None:
+    def save(self, stage: Stage, optimizer: torch.optim.Optimizer, names: dict[int, str], state: TrainingState) -> None:
         """Write the checkpoint of `state.step` atomically and delete those no longer kept."""
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:

@@ -31,10 +31,9 @@ class CompressionStage:
 
     def __init__(self, config: RunConfig, accelerator: Accelerator):
         self.config = config
+        self.module: Compressor
         if config.init is not None:
-            self.module = Compressor.from_pretrained(
-                config.init, device=accelerator.device, dtype=config.base.dtype
-            )
+            self.module = Compressor.from_pretrained(config.init, device=accelerator.device, dtype=config.base.dtype)
         else:
             base = load_base(config.base, accelerator.device)
             self.module = Compressor(base, config.compressor, config.seed)
@@ -55,15 +54,13 @@ class CompressionStage:
             )
         with accelerator.main_process_first():
             self.passages = load_passages(
-                data.train, base.tokenizer, data.text_field, data.limit, data.workers
+                data.train, base.tokenizer, "train", data.text_field, data.limit, data.workers
             )
             self.held_out = load_passages(
-                data.validation, base.tokenizer, data.text_field, data.validation_limit, data.workers
+                data.validation, base.tokenizer, "validation", data.text_field, data.validation_limit, data.workers
             )
         lengths = np.asarray(self.passages["tokens"])
-        self.plan = BatchPlan(
-            lengths, data, config.training.batch_tokens, config.training.batch_passages, config.seed
-        )
+        self.plan = BatchPlan(lengths, data, config.training.batch_tokens, config.training.batch_passages, config.seed)
         rng = np.random.default_rng(config.seed)
         held_out = BatchPlan(np.asarray(self.held_out["tokens"]), data, 1 << 14, 16, config.seed)
         self.validation = sorted(
@@ -81,10 +78,7 @@ class CompressionStage:
         """Tensors for `pieces` compressed to `tokens` memory tokens."""
         base, objective = self.module.base, self.config.objective
         records = [passages[piece.record] for piece in pieces]
-        cut = [
-            record["input_ids"][p.start : p.start + p.length]
-            for record, p in zip(records, pieces, strict=True)
-        ]
+        cut = [record["input_ids"][p.start : p.start + p.length] for record, p in zip(records, pieces, strict=True)]
         ids, lengths = pad(cut)
         batch: Batch = {
             "input_ids": ids,
@@ -102,15 +96,20 @@ class CompressionStage:
                 record["input_ids"][p.start + p.length :][:CONTINUATION_TOKENS] or [base.eos]
                 for record, p in zip(records, pieces, strict=True)
             ]
-            pairs["continuation"] = [
-                continuation_pair(one[-1], rest) for one, rest in zip(cut, following, strict=True)
-            ]
+            pairs["continuation"] = [continuation_pair(one[-1], rest) for one, rest in zip(cut, following, strict=True)]
         for name, rows in pairs.items():
             stacked = stack_pairs(rows)
             batch[f"{name}_inputs"], batch[f"{name}_labels"] = stacked["inputs"], stacked["labels"]
             batch[f"{name}_weight"] = getattr(objective, name)
             batch["targets"] += stacked["targets"]
         return batch
+
+    def probe_batch(self) -> Batch:
+        # All memory tokens at once: one the batch leaves out would look dead.
+        piece = self.validation[0]
+        return self.collate(
+            self.held_out, [Piece(piece.record, 0, min(8, piece.length))], self.module.config.memory_tokens
+        )
 
     @torch.no_grad()
     def validate(self, accelerator: Accelerator) -> tuple[dict[str, float], list[str]]:
@@ -138,17 +137,12 @@ class CompressionStage:
         totals = accelerator.reduce(sums.to(device), "sum").tolist()
         nats = [value / totals[-1] for value in totals[:-1]]
         weights = {share.tokens: share.weight for share in self.config.objective.tokens}
-        figures = {
-            "loss": sum(weights[k] * n for k, n in zip(counts, nats[:-1], strict=True))
-            / sum(weights.values())
-        }
+        figures = {"loss": sum(weights[k] * n for k, n in zip(counts, nats[:-1], strict=True)) / sum(weights.values())}
         figures |= {f"nats_{tokens}": value for tokens, value in zip(counts, nats[:-1], strict=True)}
         figures["nats_swapped"] = nats[-1]
         samples = self.samples(counts[0], accelerator) if accelerator.is_main_process else []
         if nats[-1] - nats[0] < COLLAPSE:
-            samples.insert(
-                0, "warning: memories of other passages do as well: the decoder ignores the memory"
-            )
+            samples.insert(0, "warning: memories of other passages do as well: the decoder ignores the memory")
         model.train()
         return figures, samples
 
@@ -162,9 +156,7 @@ class CompressionStage:
         lines = []
         for passage, back in zip(cut, written, strict=True):
             for label, ids in (("passage", passage), ("regenerated", back)):
-                lines.append(
-                    f"{label:>11}: {' '.join(tokenizer.decode(ids, skip_special_tokens=True).split())[:160]}"
-                )
+                lines.append(f"{label:>11}: {' '.join(tokenizer.decode(ids, skip_special_tokens=True).split())[:160]}")
         return lines
 
     def save(self, folder: Path) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
 import yaml
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 from compressor.errors import CompressorError
 
@@ -59,9 +59,7 @@ class ArchitectureConfig:
     rope_theta: float = 10000.0
 
     def __post_init__(self) -> None:
-        require(
-            self.vocabulary >= 260, "architecture.vocabulary", self.vocabulary, "at least 260 (256 bytes + 3)"
-        )
+        require(self.vocabulary >= 260, "architecture.vocabulary", self.vocabulary, "at least 260 (256 bytes + 3)")
         require(self.layers >= 1, "architecture.layers", self.layers, "at least 1")
         require(
             self.heads >= 1 and self.hidden % self.heads == 0 and self.hidden // self.heads % 2 == 0,
@@ -267,7 +265,9 @@ class TrainingConfig:
     """CPU threads of each process; by default what torch chooses."""
 
     def __post_init__(self) -> None:
-        at_least_1 = "steps batch_tokens batch_passages accumulation log_every validate_every checkpoint_every keep_last"
+        at_least_1 = (
+            "steps batch_tokens batch_passages accumulation log_every validate_every checkpoint_every keep_last"
+        )
         for name in at_least_1.split():
             require(getattr(self, name) >= 1, f"training.{name}", getattr(self, name), "at least 1")
         require(0 < self.learning_rate <= 1, "training.learning_rate", self.learning_rate, "in (0, 1]")
@@ -393,6 +393,8 @@ def parse_config(
         CompressorError: unknown key or value out of range.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
+    # The texts under the fields of a configuration are what --help says about them.
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(description=description, exit_on_error=False)
     parser.add_argument("--config", action="config", help="YAML file with settings")
     for name, text in (flags or {}).items():
@@ -404,11 +406,7 @@ def parse_config(
         if name and name not in known:
             raise CompressorError(unknown_key(name, config, "command line"))
         if name == "config":
-            path = (
-                argument.split("=", 1)[1]
-                if "=" in argument
-                else (argv[position + 1 : position + 2] or [""])[0]
-            )
+            path = argument.split("=", 1)[1] if "=" in argument else (argv[position + 1 : position + 2] or [""])[0]
             _reject_unknown(read_yaml(path), config, path)
     try:
         namespace = parser.parse_args(argv)

@@ -125,9 +125,7 @@ def stream(
     """
     sampling = sampling or Sampling()
     if any(not prompt for prompt in prompts):
-        raise CompressorError(
-            "generation needs at least one prompt token for each row (BOS asks for regeneration)"
-        )
+        raise CompressorError("generation needs at least one prompt token for each row (BOS asks for regeneration)")
     batch, device = len(prompts), base.device
     generators = [torch.Generator().manual_seed(sampling.seed) for _ in range(batch)]
     widest = max(map(len, prompts))

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import logging
+import math
+from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import yaml
-from accelerate.utils import set_seed
 
 from compressor.config import RunConfig, parse_config
 from compressor.errors import exits_cleanly
 from compressor.files import atomic_path
 
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from compressor.training import Stage
+
 
 @exits_cleanly
 def train_main(argv: list[str] | None = None) -> int:
-    """Entry point of `train.py`; returns the exit status."""
+    """Entry point of `train.py`; returns the exit status: 0 when finished or stopped by a signal after saving."""
     config, flags = parse_config(
         RunConfig,
         argv,
@@ -22,14 +30,90 @@ def train_main(argv: list[str] | None = None) -> int:
         {"dry_run": "show settings, batch arithmetic, parameter counts and memory, then stop"},
     )
     # Imported after the settings are known to be good: torch and transformers take seconds.
+    from accelerate.utils import set_seed
+
     from compressor.training import make_accelerator, train
 
     accelerator = make_accelerator(config)
+    if not accelerator.is_main_process:
+        # One process speaks; a library's warnings would come once for each.
+        logging.disable(logging.WARNING)
     set_seed(config.seed)
+    if flags.dry_run:
+        stage = make_stage(config, accelerator)
+        if accelerator.is_main_process:
+            print(yaml.safe_dump(asdict(config), sort_keys=False) + "\n" + describe(stage, config, accelerator))
+        return 0
     Path(config.output).mkdir(parents=True, exist_ok=True)
-    if config.stage == "base":
-        from compressor.pretraining import BaseStage as Stage
-    else:
-        from compressor.compression import CompressionStage as Stage  # type: ignore[assignment]
-    train(Stage(config, accelerator), config, accelerator)
+    stage = make_stage(config, accelerator)
+    if accelerator.is_main_process:
+        with atomic_path(Path(config.output) / "config.yaml") as path:
+            path.write_text(yaml.safe_dump(asdict(config), sort_keys=False))
+        print(describe(stage, config, accelerator), flush=True)
+    train(stage, config, accelerator)
     return 0
+
+
+def make_stage(config: RunConfig, accelerator: Accelerator) -> Stage:
+    """The stage that `config.stage` names."""
+    if config.stage == "base":
+        from compressor.pretraining import BaseStage
+
+        return BaseStage(config, accelerator)
+    from compressor.compression import CompressionStage
+
+    return CompressionStage(config, accelerator)
+
+
+def describe(stage: Stage, config: RunConfig, accelerator: Accelerator) -> str:
+    """Batch arithmetic, parameter counts and an estimate of memory, as lines of text."""
+    settings, devices = config.training, accelerator.num_processes
+    batch = stage.micro_batch(0)
+    trainable = sum(p.numel() for p in stage.module.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in stage.module.parameters() if not p.requires_grad)
+    dead = dead_parameters(stage)
+    lines = [
+        f"stage {config.stage}, {settings.steps} steps, output {config.output}",
+        f"batch: up to {settings.batch_tokens} passage tokens and {settings.batch_passages} passages per device x "
+        f"{devices} device{'s' * (devices > 1)} x {settings.accumulation} accumulated = up to "
+        f"{settings.batch_tokens * devices * settings.accumulation} tokens a step "
+        f"(the first micro-batch has {batch['passages']} passages, {batch['targets']} targets)",
+        f"parameters: {trainable:,} trainable ({100 * trainable / (trainable + frozen):.1f}%), {frozen:,} frozen, "
+        f"{sum(dead.values()):,} dead (trainable, but no gradient reaches them)",
+        *(f"  dead: {name} ({count:,})" for name, count in list(dead.items())[:10]),
+        f"memory for each device, estimated: {memory_estimate(stage, config) / 2**30:.1f} GiB",
+    ]
+    return "\n".join(lines)
+
+
+def dead_parameters(stage: Stage) -> dict[str, int]:
+    """Trainable parameters that get no gradient in one real backward pass, with their sizes.
+
+    Leaves no gradients and no training state behind.
+    """
+    batch = stage.probe_batch()
+    device = next(stage.module.parameters()).device
+    loss = stage.module({k: v.to(device) if hasattr(v, "to") else v for k, v in batch.items()})
+    loss.backward()
+    dead = {n: p.numel() for n, p in stage.module.named_parameters() if p.requires_grad and p.grad is None}
+    stage.module.zero_grad(set_to_none=True)
+    return dead
+
+
+def memory_estimate(stage: Stage, config: RunConfig) -> int:
+    """Bytes: weights, gradients and AdamW's two moments, and the activations of one micro-batch.
+
+    Activations are counted as 34 values of 2 bytes a token, layer and hidden unit (Korthikanti et al. 2022,
+    arXiv 2205.05198, equation 2 without the attention matrices, which fused attention does not keep), or one with
+    activation checkpointing, and three float32 copies of the logits.
+    """
+    parameters = list(stage.module.parameters())
+    held = sum(p.numel() * p.element_size() for p in parameters)
+    training = sum(p.numel() * 12 for p in parameters if p.requires_grad)
+    holder: Any = getattr(stage.module, "base", stage.module)
+    model = holder.model.config
+    tokens = config.training.batch_tokens * (1 if config.stage == "base" else 2)
+    values = 2 if config.training.activation_checkpointing else 34
+    activations = tokens * model.num_hidden_layers * model.hidden_size * values * 2
+    logits = config.training.batch_tokens * model.vocab_size * 4 * 3
+    return math.ceil(held + training + activations + logits)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
 from compressor.base import Base
+from compressor.codecs.artifact import load_memory, save_memory
 from compressor.config import Layout
 from compressor.errors import CompressorError
 from compressor.layouts import TRUNCATABLE, decoder_start, memory_positions
@@ -70,12 +72,19 @@ class Memory:
         keys, values = self.keys.to(device=device, dtype=dtype), self.values.to(device=device, dtype=dtype)
         return replace(self, keys=keys, values=values)
 
+    def save(self, path: str | Path) -> None:
+        """Write a checked memory file (`compressor/codecs/artifact.py`)."""
+        save_memory(self, path)
+
+    @staticmethod
+    def load(path: str | Path) -> Memory:
+        """Read a file that `save` wrote; a damaged or foreign one is a `CompressorError`."""
+        return load_memory(path)
+
     def split(self) -> list[Memory]:
         """One memory for each segment."""
         sizes = [segment.tokens for segment in self.segments]
-        parts = zip(
-            self.segments, self.keys.split(sizes, dim=2), self.values.split(sizes, dim=2), strict=True
-        )
+        parts = zip(self.segments, self.keys.split(sizes, dim=2), self.values.split(sizes, dim=2), strict=True)
         return [replace(self, keys=k, values=v, segments=(segment,)) for segment, k, v in parts]
 
     def truncate(self, tokens: int) -> Memory:
@@ -86,9 +95,7 @@ class Memory:
         """
         fewest = min(segment.tokens for segment in self.segments)
         if not 1 <= tokens <= fewest:
-            raise CompressorError(
-                f"cannot truncate to {tokens} memory tokens: the memory has {fewest} for a segment"
-            )
+            raise CompressorError(f"cannot truncate to {tokens} memory tokens: the memory has {fewest} for a segment")
         if tokens < fewest and self.layout not in TRUNCATABLE:
             raise CompressorError(
                 f"memories of layout {self.layout} cannot be truncated, because its positions depend on the number of "
@@ -136,9 +143,7 @@ class Memory:
         for segment in self.segments:
             length = torch.tensor([segment.passage_tokens], device=device)
             extra = seen if self.layout == "after" else 0
-            placed.append(
-                memory_positions(self.layout, length, segment.tokens, self.most)[0] + offset + extra
-            )
+            placed.append(memory_positions(self.layout, length, segment.tokens, self.most)[0] + offset + extra)
             offset += segment.passage_tokens
             seen += segment.tokens
         start = decoder_start(self.layout, torch.tensor([offset], device=device), self.tokens)[0]

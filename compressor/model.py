@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, overload
 
@@ -107,9 +108,7 @@ class Compressor(nn.Module):
                 inputs_embeds=torch.cat([embedded, memory], dim=1),
                 position_ids=positions,
                 attention_mask=self.base.attention_mask(
-                    encoder_attention(
-                        lengths, width, tokens, self.config.passage_attention == "bidirectional"
-                    )
+                    encoder_attention(lengths, width, tokens, self.config.passage_attention == "bidirectional")
                 ),
                 past_key_values=cache,
                 use_cache=True,
@@ -143,14 +142,13 @@ class Compressor(nn.Module):
             raise CompressorError("cannot compress an empty passage: give at least one token of text")
         count = -(-len(ids) // self.config.max_passage_tokens)
         edges = [len(ids) * i // count for i in range(count + 1)]
-        return [list(ids[a:b]) for a, b in zip(edges, edges[1:], strict=False)]
+        return [list(ids[a:b]) for a, b in pairwise(edges)]
 
+    # A str is a Sequence[str] too: the first overload comes first on purpose.
     @overload
-    def compress(self, passages: str, tokens: int | None = None, batch_size: int = 16) -> Memory: ...
+    def compress(self, passages: str, tokens: int | None = None, batch_size: int = 16) -> Memory: ...  # type: ignore[overload-overlap]
     @overload
-    def compress(
-        self, passages: Sequence[str], tokens: int | None = None, batch_size: int = 16
-    ) -> list[Memory]: ...
+    def compress(self, passages: Sequence[str], tokens: int | None = None, batch_size: int = 16) -> list[Memory]: ...
 
     def compress(
         self, passages: str | Sequence[str], tokens: int | None = None, batch_size: int = 16
@@ -169,9 +167,7 @@ class Compressor(nn.Module):
             CompressorError: an empty text, or more memory tokens than the compressor has.
         """
         texts = [passages] if isinstance(passages, str) else list(passages)
-        ids = (
-            self.base.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
-        )
+        ids = self.base.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
         memories = self.compress_ids(ids, tokens, batch_size)
         return memories[0] if isinstance(passages, str) else memories
 
@@ -196,8 +192,8 @@ class Compressor(nn.Module):
         self.eval()
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
-            ids, lengths = pad([segments[i] for i in chosen], self.base.device)
-            keys, values = self.encode(ids, lengths, tokens)
+            padded, lengths = pad([segments[i] for i in chosen], self.base.device)
+            keys, values = self.encode(padded, lengths, tokens)
             for row, i in enumerate(chosen):
                 parts[i] = Memory(
                     keys[:, row].clone(),
@@ -257,8 +253,7 @@ class Compressor(nn.Module):
                     "base": {"path": self.base.name, "fingerprint": self.base.fingerprint},
                     "config": asdict(self.config),
                     "files": {
-                        name: sha256(path / name)
-                        for name in ("adapter_model.safetensors", "memory_tokens.safetensors")
+                        name: sha256(path / name) for name in ("adapter_model.safetensors", "memory_tokens.safetensors")
                     },
                 },
             )
@@ -280,9 +275,7 @@ class Compressor(nn.Module):
         for name, digest in settings["files"].items():
             try:
                 if sha256(folder / name) != digest:
-                    raise CompressorError(
-                        f"{folder / name} is damaged: its checksum differs from compressor.json's"
-                    )
+                    raise CompressorError(f"{folder / name} is damaged: its checksum differs from compressor.json's")
                 state.update(load_file(folder / name))
             except (OSError, SafetensorError) as error:
                 raise CompressorError(f"{folder / name} is missing or damaged: {error}") from None
@@ -290,9 +283,7 @@ class Compressor(nn.Module):
         found = {_parameter_name(key): value for key, value in state.items()}
         if set(found) != set(wanted) or any(found[name].shape != wanted[name].shape for name in wanted):
             odd = sorted(set(found) ^ set(wanted))[:3] or "shapes"
-            raise CompressorError(
-                f"checkpoint {folder} does not fit its own settings and base (differs in: {odd})"
-            )
+            raise CompressorError(f"checkpoint {folder} does not fit its own settings and base (differs in: {odd})")
         with torch.no_grad():
             for name, parameter in self.named_parameters():
                 if name in found:
@@ -328,8 +319,8 @@ class Compressor(nn.Module):
             base = load_base(BaseConfig(path=name, dtype=dtype), device)  # type: ignore[arg-type]
         if base.fingerprint != trained_on["fingerprint"]:
             raise CompressorError(
-                f"checkpoint {path} was trained on the base {trained_on['path']} (weights {trained_on['fingerprint'][:12]}) "
-                f"but {base.name} has weights {base.fingerprint[:12]}: give the right base"
+                f"checkpoint {path} was trained on the base {trained_on['path']} "
+                f"(weights {trained_on['fingerprint'][:12]}) but {base.name} has weights {base.fingerprint[:12]}: give the right base"
             )
         try:
             model = cls(base, CompressorConfig(**settings["config"]))
@@ -372,14 +363,10 @@ def encoder_attention(lengths: Tensor, width: int, tokens: int, bidirectional: b
     allowed = index[:, None] >= index[None, :]
     if bidirectional:
         allowed = allowed | ((index[:, None] < width) & (index[None, :] < width))
-    return (allowed[None] & real[:, None, :]) | torch.eye(total, dtype=torch.bool, device=lengths.device)[
-        None
-    ]
+    return (allowed[None] & real[:, None, :]) | torch.eye(total, dtype=torch.bool, device=lengths.device)[None]
 
 
-def pad(
-    sequences: Sequence[Sequence[int]], device: torch.device | str = "cpu", fill: int = 0
-) -> tuple[Tensor, Tensor]:
+def pad(sequences: Sequence[Sequence[int]], device: torch.device | str = "cpu", fill: int = 0) -> tuple[Tensor, Tensor]:
     """Right-pad token ids: int64 `[batch, width]` and lengths, int64 `[batch]`."""
     lengths = torch.tensor([len(ids) for ids in sequences], dtype=torch.int64)
     padded = torch.full((len(sequences), int(lengths.max())), fill, dtype=torch.int64)

@@ -33,9 +33,7 @@ def target_loss(model: Compressor, prefix: Prefix, inputs: Tensor, labels: Tenso
     """
     with model.adapters(on=False):
         logits = decode(model.base, prefix, inputs).float()
-    losses = nn.functional.cross_entropy(
-        logits.flatten(0, 1), labels.flatten(), reduction="none", ignore_index=IGNORED
-    )
+    losses = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none", ignore_index=IGNORED)
     return losses.view(labels.shape).sum(1)
 
 

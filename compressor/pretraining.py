@@ -6,18 +6,22 @@ can be trained on the result: bits per byte and in-context copying accuracy on u
 
 from __future__ import annotations
 
+import json
 import math
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from accelerate import Accelerator
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+import compressor
 from compressor.config import ArchitectureConfig, RunConfig
 from compressor.data.packing import RowPacker, pack_rows, read_question_records
 from compressor.data.records import load_texts
@@ -84,9 +88,7 @@ class NextToken(nn.Module):
         """`batch["rows"]` is int64 `[rows, length]`; returns the sum over `rows * (length - 1)` targets."""
         rows = batch["rows"]
         logits = self.model(input_ids=rows, use_cache=False).logits
-        return nn.functional.cross_entropy(
-            logits[:, :-1].flatten(0, 1).float(), rows[:, 1:].flatten(), reduction="sum"
-        )
+        return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), rows[:, 1:].flatten(), reduction="sum")
 
 
 @torch.no_grad()
@@ -100,9 +102,7 @@ def bits_per_byte(
     """
     device = next(model.parameters()).device
     bits, size, tokens = 0.0, 0, 0
-    encoded = [
-        [tokenizer.bos_token_id, *ids, tokenizer.eos_token_id] for ids in tokenizer(list(texts))["input_ids"]
-    ]
+    encoded = [[tokenizer.bos_token_id, *ids, tokenizer.eos_token_id] for ids in tokenizer(list(texts))["input_ids"]]
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
     for start in range(0, len(order), batch_size):
         chunk = [encoded[i] for i in order[start : start + batch_size]]
@@ -151,20 +151,16 @@ class BaseStage:
         self.config = config
         output = Path(config.output)
         with accelerator.main_process_first():
-            self.texts = [load_texts(source, field=config.data.text_field) for source in config.data.train]
-            held_out = load_texts(config.data.validation[0], field=config.data.text_field)
-        texts = [text for source in self.texts for text in source["text"]]
-        if config.data.limit:
-            texts = texts[: config.data.limit]
+            train = load_texts(config.data.train, split="train", field=config.data.text_field, limit=config.data.limit)
+            held_out = load_texts(config.data.validation, split="validation", field=config.data.text_field)
+        texts = train["text"]
         self.validation_texts = list(held_out["text"][: config.data.validation_limit])
         questions = read_question_records(config.data.qa) if config.mixture.qa else []
 
         tokenizer_folder = output / "tokenizer"
         if accelerator.is_main_process and not tokenizer_folder.exists():
             order = np.random.default_rng(config.seed).permutation(len(texts))[:TOKENIZER_TEXTS]
-            sample = [texts[int(i)] for i in order] + [
-                context for context, _ in questions[: TOKENIZER_TEXTS // 10]
-            ]
+            sample = [texts[int(i)] for i in order] + [context for context, _ in questions[: TOKENIZER_TEXTS // 10]]
             with atomic_path(tokenizer_folder) as path:
                 train_tokenizer(sample, config.architecture.vocabulary).save_pretrained(path)
         accelerator.wait_for_everyone()
@@ -192,17 +188,13 @@ class BaseStage:
                     config.mixture,
                     seed=config.seed + length,
                 )
-                print(
-                    f"packing {batches * self._rows_per_batch(length):,} rows of {length} tokens", flush=True
-                )
+                print(f"packing {batches * self._rows_per_batch(length):,} rows of {length} tokens", flush=True)
                 with atomic_path(path) as temporary:
                     pack_rows(packer, temporary, batches * self._rows_per_batch(length), length)
             accelerator.wait_for_everyone()
             self.rows[length] = np.load(path, mmap_mode="r")
             if len(self.rows[length]) < batches * self._rows_per_batch(length):
-                raise CompressorError(
-                    f"{path} holds too few rows for this configuration: delete it to pack again"
-                )
+                raise CompressorError(f"{path} holds too few rows for this configuration: delete it to pack again")
         torch.manual_seed(config.seed)
         self.module = NextToken(make_model(config.architecture, self.tokenizer))
 
@@ -219,6 +211,10 @@ class BaseStage:
         ids = [f"rows-{length}[{number * size + i}]" for i in range(size)]
         return {"rows": rows, "ids": ids, "targets": size * (length - 1), "passages": size}
 
+    def probe_batch(self) -> Batch:
+        rows = self.micro_batch(0)["rows"][:1, :8]
+        return {"rows": rows, "ids": [], "targets": 7, "passages": 1}
+
     def validate(self, accelerator: Accelerator) -> tuple[dict[str, float], list[str]]:
         self.module.eval()
         mine = self.validation_texts[accelerator.process_index :: accelerator.num_processes]
@@ -226,9 +222,7 @@ class BaseStage:
             sums: list[float] = list(bits_per_byte(self.module.model, self.tokenizer, mine))
             for length in COPY_LENGTHS:
                 sums += copying_accuracy(self.module.model, self.tokenizer, mine, length)
-        reduced = accelerator.reduce(
-            torch.tensor(sums, dtype=torch.float64).to(accelerator.device), "sum"
-        ).tolist()
+        reduced = accelerator.reduce(torch.tensor(sums, dtype=torch.float64).to(accelerator.device), "sum").tolist()
         figures = {"loss": reduced[0] * math.log(2) / reduced[2], "bits_per_byte": reduced[0] / reduced[1]}
         for place, length in enumerate(COPY_LENGTHS):
             figures[f"copying_{length}"] = reduced[3 + 2 * place] / max(1.0, reduced[4 + 2 * place])
@@ -243,16 +237,8 @@ class BaseStage:
         generator = torch.Generator().manual_seed(0)
         ids = [self.tokenizer.bos_token_id]
         for _ in range(tokens):
-            logits = self.module.model(input_ids=torch.tensor([ids], device=device), use_cache=False).logits[
-                0, -1
-            ]
-            ids.append(
-                int(
-                    torch.multinomial(
-                        (logits.float().cpu() / temperature).softmax(-1), 1, generator=generator
-                    )
-                )
-            )
+            logits = self.module.model(input_ids=torch.tensor([ids], device=device), use_cache=False).logits[0, -1]
+            ids.append(int(torch.multinomial((logits.float().cpu() / temperature).softmax(-1), 1, generator=generator)))
             if ids[-1] == self.tokenizer.eos_token_id:
                 break
         return self.tokenizer.decode(ids, skip_special_tokens=True).replace("\n", " / ")
@@ -265,3 +251,44 @@ class BaseStage:
     def load(self, folder: Path) -> None:
         loaded = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
         self.module.model.load_state_dict(loaded.state_dict())
+
+
+def export(run: Path, output: Path, dtype: str = "bfloat16") -> None:
+    """Write the finished base of a run as a transformers model folder with a generated card, atomically.
+
+    Raises:
+        CompressorError: the run has not finished.
+    """
+    if not (run / "final").exists():
+        raise CompressorError(f"{run} has no finished model (final/): let the run end first")
+    model = LlamaForCausalLM.from_pretrained(run / "final", dtype=getattr(torch, dtype))
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(run / "final")
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    trained = [row for row in rows if "loss" in row][-1]
+    held_out = [row for row in rows if "validation_bits_per_byte" in row][-1]
+    copying = ", ".join(f"{held_out[f'validation_copying_{length}']:.1%} at {length} tokens" for length in COPY_LENGTHS)
+    mixture = settings["mixture"]
+    card = (
+        "---\nlibrary_name: transformers\nlicense: apache-2.0\n---\n# arxiv-mini base\n\n"
+        f"A Llama of {model.num_parameters():,} parameters with a byte-level BPE of {len(tokenizer)} tokens, trained from "
+        "scratch on arXiv abstracts dated before 2026 (CC0) and SQuAD v1.1 training questions (CC BY-SA 4.0).\n\n"
+        f"- Recipe: `configs/arxiv-mini/base.yaml`, {trained['step']:,} steps, {trained['tokens']:,} target tokens, "
+        f"{trained['seconds'] / 60:.0f} minutes; mixture plain {mixture['plain']}, repeated {mixture['repeat']}, "
+        f"question-answer {mixture['qa']}; package version {compressor.__version__}, commit {_commit()}.\n"
+        f"- Validation abstracts (January 2026, unseen): {held_out['validation_bits_per_byte']:.3f} bits per byte; "
+        f"in-context copying accuracy {copying}.\n"
+    )
+    with atomic_path(output) as path:
+        model.save_pretrained(path)
+        tokenizer.save_pretrained(path)
+        (path / "README.md").write_text(card)
+
+
+def _commit() -> str:
+    """The checkout's commit, or `unknown` outside one."""
+    try:
+        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"

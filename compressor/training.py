@@ -34,11 +34,15 @@ Batch = dict[str, Any]
 class Stage(Protocol):
     """What the loop needs to know of a stage."""
 
-    module: nn.Module
-    """`module(batch)` returns the summed loss in nats, a scalar that carries the gradient."""
+    @property
+    def module(self) -> nn.Module:
+        """`module(batch)` returns the summed loss in nats, a scalar that carries the gradient."""
 
     def micro_batch(self, index: int) -> Batch:
         """The batch of this index: a pure function of the index and the seed, on the CPU."""
+
+    def probe_batch(self) -> Batch:
+        """The smallest useful batch, to see which parameters get a gradient."""
 
     def validate(self, accelerator: Accelerator) -> tuple[dict[str, float], list[str]]:
         """Figures (with `loss`, lower is better) and sample lines; called on every process."""
@@ -57,9 +61,7 @@ def learning_rate(step: int, config: TrainingConfig) -> float:
     final = config.final_learning_rate
     if config.schedule == "cosine":
         progress = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
-        return config.learning_rate * (
-            final + (1 - final) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-        )
+        return config.learning_rate * (final + (1 - final) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
     if config.decay_steps and step >= config.steps - config.decay_steps:
         left = (config.steps - step) / config.decay_steps
         return config.learning_rate * (final + (1 - final) * max(0.0, left))
@@ -130,11 +132,7 @@ class RunLog:
             kept = []
             if first_step and self.path.exists():
                 # Rows written after the checkpoint belong to steps that are about to be repeated.
-                kept = [
-                    line
-                    for line in self.path.read_text().splitlines()
-                    if json.loads(line)["step"] <= first_step
-                ]
+                kept = [line for line in self.path.read_text().splitlines() if json.loads(line)["step"] <= first_step]
             self.path.write_text("".join(line + "\n" for line in kept))
             if sys.stderr.isatty():
                 self.bar = tqdm(total=self.steps, initial=first_step, unit="step", dynamic_ncols=True)
@@ -169,9 +167,7 @@ def _move(batch: Batch, device: torch.device) -> Batch:
     return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
 
 
-def _refuse_non_finite(
-    value: float, what: str, step: int, batches: Sequence[Batch], accelerator: Accelerator
-) -> None:
+def _refuse_non_finite(value: float, what: str, step: int, batches: Sequence[Batch], accelerator: Accelerator) -> None:
     if math.isfinite(value):
         return
     ids = gather_object([name for batch in batches for name in batch["ids"]])

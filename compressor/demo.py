@@ -1,0 +1,177 @@
+"""What `demo.py` does: compress a passage, regenerate it, show both."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from compressor.config import parse_config, require
+from compressor.errors import CompressorError, exits_cleanly
+
+EXAMPLE_TOKENS = 96
+"""The shipped example is cut to this length, the shortest of the published evaluation."""
+
+
+@dataclass
+class DemoConfig:
+    """Options of the demo."""
+
+    text: str | None = None
+    """File with the passage, or - for standard input; by default an unseen abstract that ships with the project."""
+    tokens: int | None = None
+    """Memory tokens; by default all the compressor has."""
+    length: int | None = None
+    """Use the first so many tokens of the passage; by default 96 of the shipped abstract, all of your own text."""
+    example: int = 0
+    """Which shipped test abstract to use."""
+    checkpoint: str = "models/arxiv-mini/compressor"
+    """Compressor checkpoint: folder or hub id."""
+    base: str | None = None
+    """Frozen base: folder or hub id; by default the one the checkpoint names."""
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        require(self.tokens is None or self.tokens >= 1, "tokens", self.tokens, "at least 1")
+        require(self.length is None or self.length >= 1, "length", self.length, "at least 1")
+        require(self.example >= 0, "example", self.example, "at least 0")
+
+
+def read_text(path: str) -> str:
+    """A text file, or standard input for "-", without the white space around it.
+
+    Raises:
+        CompressorError: the file is missing, empty or not text.
+    """
+    name = "standard input" if path == "-" else path
+    try:
+        text = (sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()).decode("utf-8")
+    except OSError as error:
+        raise CompressorError(f"cannot read {name}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise CompressorError(f"{name} is not UTF-8 text: only text can be compressed") from None
+    if "\x00" in text:
+        raise CompressorError(f"{name} holds NUL bytes, so it is not text: only text can be compressed")
+    if not text.strip():
+        raise CompressorError(f"{name} is empty: give a passage of at least one word")
+    return text.strip()
+
+
+def read_passage(config: DemoConfig) -> tuple[str, str]:
+    """The passage and where it is from."""
+    if config.text is None:
+        from compressor.data.records import load_texts
+
+        shipped = load_texts("arxiv-test")
+        if config.example >= len(shipped):
+            raise CompressorError(
+                f"example = {config.example} is out of range: there are {len(shipped)} test abstracts"
+            )
+        record = shipped[config.example]
+        return record["text"], f"arXiv {record['id']} ({record['date']}), unseen in training"
+    return read_text(config.text), "standard input" if config.text == "-" else config.text
+
+
+def mark_differences(passage: str, regeneration: str, colour: bool) -> str:
+    """The regeneration with its differences to the passage, word by word.
+
+    Words that are missing stand in [-...-], words that were added in {+...+}; on a terminal also red and green.
+    """
+    old, new = re.findall(r"\S+\s*", passage), re.findall(r"\S+\s*", regeneration)
+    missing, added = ("\033[31m[-{}-]\033[0m ", "\033[32m{{+{}+}}\033[0m ") if colour else ("[-{}-] ", "{{+{}+}} ")
+    pieces = []
+    matcher = difflib.SequenceMatcher(a=[w.strip() for w in old], b=[w.strip() for w in new], autojunk=False)
+    for kind, a, b, c, d in matcher.get_opcodes():
+        if kind == "equal":
+            pieces += new[c:d]
+            continue
+        if a < b:
+            pieces.append(missing.format("".join(old[a:b]).strip()))
+        if c < d:
+            pieces.append(added.format("".join(new[c:d]).strip()))
+    return "".join(pieces).strip()
+
+
+def run_demo(config: DemoConfig) -> dict[str, Any]:
+    """Compress and regenerate the passage.
+
+    Returns:
+        `passage`, `source`, `tokens`, `passage_tokens`, `text_tokens` (before cutting), `regeneration`, `bleu`,
+        `rouge_l` (0-100 and 0-1), `seconds` (load, compress, regenerate) and `memory_bytes` (bfloat16).
+    """
+    text, source = read_passage(config)
+    import torch
+
+    from compressor.evaluation.metrics import bleu, rouge_l
+    from compressor.model import Compressor
+
+    started = time.perf_counter()
+    model = Compressor.from_pretrained(config.checkpoint, base=config.base, device=config.device)
+    loaded = time.perf_counter()
+    tokenizer = model.base.tokenizer
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    length = config.length or (EXAMPLE_TOKENS if config.text is None else len(ids))
+    cut = ids[:length]
+    memory = model.compress_ids([cut], config.tokens)[0]
+    compressed = time.perf_counter()
+    regeneration = model.regenerate(memory)
+    done = time.perf_counter()
+    passage = tokenizer.decode(cut, skip_special_tokens=True)
+    return {
+        "passage": passage,
+        "source": source,
+        "tokens": memory.tokens,
+        "segments": len(memory.segments),
+        "passage_tokens": len(cut),
+        "text_tokens": len(ids),
+        "regeneration": regeneration,
+        "bleu": round(bleu([regeneration], [passage]).value, 2),
+        "rouge_l": round(float(rouge_l([regeneration], [passage])[0]), 4),
+        "seconds": {
+            "load": round(loaded - started, 3),
+            "compress": round(compressed - loaded, 3),
+            "regenerate": round(done - compressed, 3),
+        },
+        "memory_bytes": memory.to(dtype=torch.bfloat16).nbytes,
+    }
+
+
+def show(result: dict[str, Any], colour: bool) -> str:
+    """The result for people."""
+    ratio = result["passage_tokens"] / result["tokens"]
+    cut = result["text_tokens"] - result["passage_tokens"]
+    seconds = result["seconds"]
+    segments = f" in {result['segments']} segments" if result["segments"] > 1 else ""
+    lines = [
+        f"Passage: {result['source']}"
+        + (f"; the first {result['passage_tokens']} of {result['text_tokens']} tokens (--length)" if cut else ""),
+        "",
+        result["passage"],
+        "",
+        f"{result['passage_tokens']} tokens -> {result['tokens']} memory tokens{segments} ({ratio:.3g}x); "
+        f"{len(result['passage'].encode()):,} bytes of text -> {result['memory_bytes']:,} bytes of keys and values",
+        "",
+        "Regenerated from the memory alone, [-missing-] {+added+}:",
+        "",
+        mark_differences(result["passage"], result["regeneration"], colour),
+        "",
+        f"BLEU {result['bleu']:.1f}   ROUGE-L {result['rouge_l']:.3f}   "
+        f"exact match {'yes' if result['regeneration'] == result['passage'] else 'no'}",
+        "   ".join(f"{name} {value:.2f} s" for name, value in seconds.items()),
+    ]
+    return "\n".join(lines)
+
+
+@exits_cleanly
+def demo_main(argv: list[str] | None = None) -> int:
+    """Entry point of `demo.py`; returns the exit status."""
+    flags = {"json": "print one JSON object instead of text"}
+    config, options = parse_config(DemoConfig, argv, "Compress a passage and regenerate it from its memory.", flags)
+    result = run_demo(config)
+    print(json.dumps(result, ensure_ascii=False) if options.json else show(result, sys.stdout.isatty()))
+    return 0

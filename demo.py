@@ -1,0 +1,13 @@
+"""Compress a passage into a few memory tokens and regenerate it from them.
+
+python demo.py                                  an unseen arXiv abstract, offline, with the bundled model
+python demo.py --text notes.txt --tokens 4      your own text
+cat notes.txt | python demo.py --text - --json  one JSON object
+"""
+
+import sys
+
+from compressor.demo import demo_main
+
+if __name__ == "__main__":
+    sys.exit(demo_main())
