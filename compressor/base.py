@@ -19,6 +19,10 @@ UNSUPPORTED_ROPE = {
     "dynamic": "its frequencies change with the length of the input, so keys cannot be moved",
     "longrope": "its frequencies change with the length of the input, so keys cannot be moved",
 }
+NO_ROPE = (
+    "it has no rotary position embedding, so memory keys cannot be moved; use a base with RoPE and full attention (Llama, "
+    "Qwen2/2.5/3, Mistral without sliding window, SmolLM2/3, OLMo2, Gemma-1, Phi-3, GPT-NeoX, Granite, GLM, Cohere)"
+)
 
 
 class Base(nn.Module):
@@ -41,13 +45,10 @@ class Base(nn.Module):
         self.model, self.tokenizer, self.name = model, tokenizer, name
         self.model.requires_grad_(False)
         self.model.eval()
-        rotary = getattr(model.get_decoder(), "rotary_emb", None)
-        if rotary is None:
-            raise CompressorError(
-                f"{name} ({model.config.model_type}) has no rotary position embedding, so memory keys cannot be moved: "
-                "use a base with RoPE and full attention (Llama, Qwen2/2.5/3, Mistral without sliding window, "
-                "SmolLM2/3, OLMo2, Gemma-1, Phi-3, GPT-NeoX)"
-            )
+        if tokenizer.eos_token_id is None:
+            raise CompressorError(f"the tokenizer of {name} has no end-of-text token (eos_token), which ends a passage")
+        if getattr(model.get_decoder(), "rotary_emb", None) is None:
+            raise CompressorError(f"{name} ({model.config.model_type}) is not supported: {NO_ROPE}")
         self.layers, self.kv_heads, self.head_size, self.rotated = self._probe()
         self.hidden = model.get_input_embeddings().weight.shape[1]
         self.fingerprint = fingerprint(model)
@@ -119,7 +120,7 @@ class Base(nn.Module):
     def _probe(self) -> tuple[int, int, int, list[bool]]:
         """Run four tokens at two places and see whether `rotate` explains the difference between their keys."""
         ids = torch.arange(4, device=self.device)[None] % self.model.get_input_embeddings().weight.shape[0]
-        shift = 5
+        shift = 101
         caches = []
         for start in (0, shift):
             cache = DynamicCache(config=self.model.config)
@@ -144,20 +145,21 @@ class Base(nn.Module):
         before = torch.arange(4, device=self.device)[None]
         tolerance = 1e-3 if here.dtype == torch.float32 else 0.05
 
-        def explained(found: Tensor) -> list[bool]:
-            error = (found - there).float().flatten(1).norm(dim=1)
-            return (error <= tolerance * there.float().flatten(1).norm(dim=1)).tolist()
+        def errors(found: Tensor) -> Tensor:
+            size_of = there.float().flatten(1).norm(dim=1)
+            return (found - there).float().flatten(1).norm(dim=1) / size_of.clamp(min=1e-30)
 
-        still = explained(here)
+        unmoved = errors(here)
         for self.interleaved, self.doubled in ((False, False), (True, True), (True, False), (False, True)):
             self.rotated = [True] * layers
-            turned = explained(self.rotate(self.rotate(here, before, inverse=True), before + shift))
-            if all(a or b for a, b in zip(still, turned, strict=True)):
-                return layers, heads, size, [not unmoved for unmoved in still]
-        layer = next(i for i, (a, b) in enumerate(zip(still, turned, strict=True)) if not (a or b))
+            moved = errors(self.rotate(self.rotate(here, before, inverse=True), before + shift))
+            if bool((torch.minimum(unmoved, moved) <= tolerance).all()):
+                # The better explanation, not the first that will do: slow RoPE dimensions hardly move a key.
+                return layers, heads, size, (moved <= unmoved).tolist()
         raise CompressorError(
             f"{self.name} ({self.model.config.model_type}) encodes positions in a way that is not plain RoPE "
-            f"(layer {layer}: moved keys differ), so memory keys cannot be moved: use another base"
+            f"(layer {int((torch.minimum(unmoved, moved) > tolerance).nonzero()[0])}: moved keys differ), so memory keys "
+            "cannot be moved: use another base"
         )
 
 
@@ -165,8 +167,11 @@ def refuse_unsupported(config: Any, name: str) -> None:
     """Raise a `CompressorError` with the reason if a base of this configuration cannot work."""
     kind = getattr(config, "model_type", "unknown")
     reason = ""
+    encoder_decoder = getattr(config, "is_encoder_decoder", False)
+    # What surrounds a text model (images, sound) keeps the text model's settings inside.
+    config = config if encoder_decoder else config.get_text_config()
     layer_types = set(getattr(config, "layer_types", None) or [])
-    if getattr(config, "is_encoder_decoder", False):
+    if encoder_decoder:
         reason = "it is an encoder-decoder; a causal LM is needed"
     elif layer_types - {"full_attention"}:
         reason = f"it has layers of type {', '.join(sorted(layer_types - {'full_attention'}))}; every layer must attend fully"
@@ -177,6 +182,8 @@ def refuse_unsupported(config: Any, name: str) -> None:
         )
     elif getattr(config, "kv_lora_rank", None):
         reason = "multi-head latent attention keeps no plain keys and values"
+    elif not hasattr(config, "rope_parameters"):
+        reason = NO_ROPE
     rope = getattr(config, "rope_parameters", None) or {}
     rope_type = rope.get("rope_type", "default") if isinstance(rope, dict) else "default"
     if not reason and rope_type in UNSUPPORTED_ROPE:

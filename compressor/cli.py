@@ -144,11 +144,42 @@ def export_base(argv: list[str]) -> int:
     return 0
 
 
+@dataclass
+class EvaluateBaseOptions:
+    """What `compressor evaluate-base` takes."""
+
+    output: str
+    """JSON file to write."""
+    base: str = "models/arxiv-mini/base"
+    """Folder or hub id."""
+    data: str = "arxiv-test"
+    """Texts the base has not seen: a file, a corpus folder or a shipped name."""
+    limit: int | None = None
+    """Use only the first so many texts."""
+
+
+def evaluate_base(argv: list[str]) -> int:
+    """measure a base: bits per byte, in-context copying accuracy, a sample"""
+    from compressor.config import parse_config
+
+    options, _ = parse_config(EvaluateBaseOptions, argv, f"compressor evaluate-base: {evaluate_base.__doc__}")
+    from compressor.files import write_json
+    from compressor.pretraining import evaluate
+
+    figures = evaluate(options.base, options.data, options.limit)
+    write_json(options.output, figures)
+    copying = ", ".join(f"{value:.1%} at {length} tokens" for length, value in figures["copying"].items())
+    print(f"{figures['bits_per_byte']:.4f} bits per byte over {figures['n']} texts; copying {copying}")
+    print(f"sample: {figures['sample']}")
+    return 0
+
+
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "compress": compress,
     "regenerate": regenerate,
     "corpus": corpus,
     "export-base": export_base,
+    "evaluate-base": evaluate_base,
 }
 
 

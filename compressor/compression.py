@@ -16,6 +16,7 @@ from compressor.data.collate import continuation_pair, regeneration_pair, stack_
 from compressor.data.passages import BatchPlan, Piece, load_passages
 from compressor.errors import CompressorError
 from compressor.generation import regenerate_ids
+from compressor.layouts import TRUNCATABLE
 from compressor.model import Compressor, pad
 from compressor.objectives import target_loss
 from compressor.training import Batch
@@ -64,18 +65,25 @@ class CompressionStage:
         rng = np.random.default_rng(config.seed)
         held_out = BatchPlan(np.asarray(self.held_out["tokens"]), data, 1 << 14, 16, config.seed)
         self.validation = sorted(
-            held_out.draw(rng, min(data.validation_limit, len(self.held_out))), key=lambda p: p.length
+            held_out.draw(
+                rng, min(data.validation_limit, len(self.held_out)), held_out.weights(data.curriculum_passages)
+            ),
+            key=lambda p: p.length,
         )
 
     def micro_batch(self, index: int) -> Batch:
         objective = self.config.objective
+        pieces = self.plan.batch(index)
+        counts = np.array([share.tokens for share in objective.tokens])
         weights = np.array([share.weight for share in objective.tokens])
         rng = np.random.default_rng([self.config.seed, index, 1])
-        share = objective.tokens[int(rng.choice(len(weights), p=weights / weights.sum()))]
-        return self.collate(self.passages, self.plan.batch(index), share.tokens)
+        tokens = rng.choice(counts, size=len(pieces), p=weights / weights.sum())
+        if self.module.config.layout not in TRUNCATABLE:
+            tokens[:] = tokens[0]
+        return self.collate(self.passages, pieces, tokens.tolist())
 
-    def collate(self, passages: Any, pieces: Sequence[Piece], tokens: int) -> Batch:
-        """Tensors for `pieces` compressed to `tokens` memory tokens."""
+    def collate(self, passages: Any, pieces: Sequence[Piece], tokens: Sequence[int]) -> Batch:
+        """Tensors for `pieces`, each compressed to its number of memory tokens."""
         base, objective = self.module.base, self.config.objective
         records = [passages[piece.record] for piece in pieces]
         cut = [record["input_ids"][p.start : p.start + p.length] for record, p in zip(records, pieces, strict=True)]
@@ -83,7 +91,7 @@ class CompressionStage:
         batch: Batch = {
             "input_ids": ids,
             "lengths": lengths,
-            "memory_tokens": tokens,
+            "memory_tokens": torch.tensor(tokens),
             "ids": [record["id"] for record in records],
             "targets": 0,
             "passages": len(pieces),
@@ -108,7 +116,7 @@ class CompressionStage:
         # All memory tokens at once: one the batch leaves out would look dead.
         piece = self.validation[0]
         return self.collate(
-            self.held_out, [Piece(piece.record, 0, min(8, piece.length))], self.module.config.memory_tokens
+            self.held_out, [Piece(piece.record, 0, min(8, piece.length))], [self.module.config.memory_tokens]
         )
 
     @torch.no_grad()

@@ -7,10 +7,11 @@ Everything is validated before any model or data is loaded.
 from __future__ import annotations
 
 import difflib
+import json
 import sys
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
@@ -59,7 +60,12 @@ class ArchitectureConfig:
     rope_theta: float = 10000.0
 
     def __post_init__(self) -> None:
-        require(self.vocabulary >= 260, "architecture.vocabulary", self.vocabulary, "at least 260 (256 bytes + 3)")
+        require(
+            260 <= self.vocabulary <= 1 << 16,
+            "architecture.vocabulary",
+            self.vocabulary,
+            "260 (256 bytes and the special tokens) to 65536 (rows are stored in 16 bits)",
+        )
         require(self.layers >= 1, "architecture.layers", self.layers, "at least 1")
         require(
             self.heads >= 1 and self.hidden % self.heads == 0 and self.hidden // self.heads % 2 == 0,
@@ -89,16 +95,21 @@ class CompressorConfig:
     lora_rank: int = 64
     lora_alpha: float = 64.0
     lora_dropout: float = 0.0
-    lora_targets: list[str] = field(
-        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    )
-    """Names of the linear layers that get LoRA; names the base does not have are an error."""
+    lora_targets: Literal["all-linear"] | list[str] = "all-linear"
+    """Linear layers that get LoRA: all of the base's, or those with these names, which the base must have. Layers that
+    no memory depends on (the last one's queries, output and MLP) are always left out."""
     initialisation: Literal["vocabulary", "normal"] = "vocabulary"
     """Memory tokens start as the embeddings' mean plus noise of their spread, or as standard normal noise."""
     max_passage_tokens: int = 500
     """Longer passages are split into segments of at most this many tokens."""
 
     def __post_init__(self) -> None:
+        if self.lora_targets == ["all-linear"]:
+            self.lora_targets = "all-linear"
+        # The command line checks these; a checkpoint's settings come straight here.
+        for name, known in (("layout", Layout), ("passage_attention", PassageAttention)):
+            value = getattr(self, name)
+            require(value in get_args(known), f"compressor.{name}", value, f"one of {', '.join(get_args(known))}")
         require(1 <= self.memory_tokens <= 512, "compressor.memory_tokens", self.memory_tokens, "1 to 512")
         require(self.lora_rank >= 1, "compressor.lora_rank", self.lora_rank, "at least 1")
         require(self.lora_alpha > 0, "compressor.lora_alpha", self.lora_alpha, "positive")
@@ -125,10 +136,14 @@ class LengthRange:
     low: int
     high: int
     weight: float = 1.0
+    initial_weight: float | None = None
+    """Share at the start of training; it moves linearly to `weight` over `data.curriculum_passages`."""
 
     def __post_init__(self) -> None:
         require(1 <= self.low <= self.high, "data.lengths", f"{self.low}..{self.high}", "1 <= low <= high")
         require(self.weight > 0, "data.lengths.weight", self.weight, "positive")
+        initial = self.initial_weight
+        require(initial is None or initial > 0, "data.lengths.initial_weight", initial, "positive")
 
 
 @dataclass
@@ -144,6 +159,8 @@ class DataConfig:
     validation_limit: int = 200
     lengths: list[LengthRange] = field(default_factory=lambda: [LengthRange(16, 500)])
     """Mixture of passage lengths in tokens. Mixing from the start avoids a jump between lengths."""
+    curriculum_passages: int = 0
+    """Passages over which the mixture of lengths moves from its initial weights to its final ones; 0 for none."""
     random_start: float = 0.25
     """Share of the passages cut from a random place instead of the beginning of the text."""
     qa: list[str] = field(default_factory=list)
@@ -153,7 +170,9 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         require(bool(self.train), "data.train", self.train, "a non-empty list of sources")
+        require(bool(self.validation), "data.validation", self.validation, "a non-empty list of sources")
         require(bool(self.lengths), "data.lengths", self.lengths, "a non-empty list")
+        require(self.curriculum_passages >= 0, "data.curriculum_passages", self.curriculum_passages, "at least 0")
         require(0 <= self.random_start <= 1, "data.random_start", self.random_start, "in [0, 1]")
         require(self.limit is None or self.limit >= 1, "data.limit", self.limit, "at least 1")
         require(self.validation_limit >= 1, "data.validation_limit", self.validation_limit, "at least 1")
@@ -168,15 +187,23 @@ class MixtureConfig:
     """An abstract."""
     repeat: float = 0.3
     """A passage followed by itself: in-context copying."""
+    random: float = 0.0
+    """Random tokens followed by themselves: nothing but copying predicts the second half, so it is learned early."""
     qa: float = 0.2
     """A context followed by its questions and answers."""
     row_tokens: list[int] = field(default_factory=lambda: [512, 512, 512, 1024])
     """Lengths of packed rows, used in turn by batch."""
+    copying_start: int = 0
+    """Step from which, for `copying_steps`, every row is 16 random tokens followed by themselves."""
+    copying_steps: int = 0
+    """A short stretch of nothing but copying makes it emerge at once, where the mixture alone takes thousands of steps."""
 
     def __post_init__(self) -> None:
-        for name in ("plain", "repeat", "qa"):
+        for name in ("plain", "repeat", "random", "qa"):
             require(getattr(self, name) >= 0, f"mixture.{name}", getattr(self, name), "at least 0")
-        require(self.plain + self.repeat + self.qa > 0, "mixture", "all shares 0", "positive in total")
+        for name in ("copying_start", "copying_steps"):
+            require(getattr(self, name) >= 0, f"mixture.{name}", getattr(self, name), "at least 0")
+        require(self.plain + self.repeat + self.random + self.qa > 0, "mixture", "all shares 0", "positive in total")
         require(
             bool(self.row_tokens) and min(self.row_tokens) >= 16,
             "mixture.row_tokens",
@@ -187,7 +214,7 @@ class MixtureConfig:
 
 @dataclass
 class TokensShare:
-    """Train with `tokens` memory tokens in a share of the batches."""
+    """Train with `tokens` memory tokens on a share of the passages."""
 
     tokens: int
     weight: float = 1.0
@@ -210,7 +237,8 @@ class ObjectiveConfig:
             TokensShare(1),
         ]
     )
-    """Numbers of memory tokens, sampled by weight for each batch, so that one checkpoint serves all."""
+    """Numbers of memory tokens, sampled by weight for each passage (for each batch with a layout that cannot be
+    truncated), so that one checkpoint serves all."""
     regeneration: float = 1.0
     """Weight of regenerating the passage after its memory."""
     continuation: float = 0.0
@@ -311,6 +339,7 @@ class RunConfig:
     training: TrainingConfig = field(default_factory=TrainingConfig)
 
     def __post_init__(self) -> None:
+        require(0 <= self.seed < 1 << 32, "seed", self.seed, "0 to 4294967295")
         for share in self.objective.tokens:
             require(
                 share.tokens <= self.compressor.memory_tokens,
@@ -375,6 +404,40 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return content
 
 
+def list_types(config: type, prefix: str = "") -> dict[str, Any]:
+    """Dotted keys of the settings that are lists of plain values, with the type of their elements."""
+    found: dict[str, Any] = {}
+    hints = get_type_hints(config)
+    for item in fields(config):
+        hint = hints[item.name]
+        if is_dataclass(hint):
+            found |= list_types(hint, f"{prefix}{item.name}.")  # type: ignore[arg-type]
+        for kind in (hint, *get_args(hint)):
+            if get_origin(kind) is list and not is_dataclass(get_args(kind)[0]):
+                found[prefix + item.name] = get_args(kind)[0]
+    return found
+
+
+def join_lists(config: type, argv: list[str]) -> list[str]:
+    """Let lists be written with spaces: `--tokens 16 4 1` becomes `--tokens [16,4,1]`."""
+    lists = list_types(config)
+    joined: list[str] = []
+    rest = list(argv)
+    while rest:
+        joined.append(rest.pop(0))
+        element = lists.get(joined[-1][2:]) if joined[-1].startswith("--") else None
+        values = []
+        while element is not None and rest and not rest[0].startswith("--"):
+            values.append(rest.pop(0))
+        if len(values) == 1 and values[0].startswith("["):
+            joined.append(values[0])
+        elif values:
+            # Numbers go through as they are, so that the parser's message shows what was typed.
+            plain = values if element in (int, float) else [json.dumps(value) for value in values]
+            joined.append(f"[{','.join(plain)}]")
+    return joined
+
+
 def parse_config(
     config: type, argv: list[str] | None, description: str, flags: dict[str, str] | None = None
 ) -> tuple[Any, Namespace]:
@@ -382,7 +445,7 @@ def parse_config(
 
     Args:
         config: dataclass to fill.
-        argv: arguments; None means the process's own.
+        argv: arguments; None means the process's own. Lists may be written with spaces (`join_lists`).
         description: for `--help`.
         flags: extra on/off options, name to help text.
 
@@ -392,7 +455,7 @@ def parse_config(
     Raises:
         CompressorError: unknown key or value out of range.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
+    argv = join_lists(config, list(sys.argv[1:] if argv is None else argv))
     # The texts under the fields of a configuration are what --help says about them.
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(description=description, exit_on_error=False)
@@ -407,6 +470,8 @@ def parse_config(
             raise CompressorError(unknown_key(name, config, "command line"))
         if name == "config":
             path = argument.split("=", 1)[1] if "=" in argument else (argv[position + 1 : position + 2] or [""])[0]
+            if not path or path.startswith("--"):
+                raise CompressorError("--config needs a YAML file after it")
             _reject_unknown(read_yaml(path), config, path)
     try:
         namespace = parser.parse_args(argv)

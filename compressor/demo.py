@@ -105,9 +105,10 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
         `rouge_l` (0-100 and 0-1), `seconds` (load, compress, regenerate) and `memory_bytes` (bfloat16).
     """
     text, source = read_passage(config)
+    import numpy as np
     import torch
 
-    from compressor.evaluation.metrics import bleu, rouge_l
+    from compressor.evaluation.metrics import bleu, bleu_statistics, rouge_l
     from compressor.model import Compressor
 
     started = time.perf_counter()
@@ -122,6 +123,7 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
     regeneration = model.regenerate(memory)
     done = time.perf_counter()
     passage = tokenizer.decode(cut, skip_special_tokens=True)
+    counts = {name: np.array([value]) for name, value in bleu_statistics(regeneration, passage).items()}
     return {
         "passage": passage,
         "source": source,
@@ -130,8 +132,8 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
         "passage_tokens": len(cut),
         "text_tokens": len(ids),
         "regeneration": regeneration,
-        "bleu": round(bleu([regeneration], [passage]).value, 2),
-        "rouge_l": round(float(rouge_l([regeneration], [passage])[0]), 4),
+        "bleu": round(float(bleu(counts)[0]), 2),
+        "rouge_l": round(rouge_l(regeneration, passage), 4),
         "seconds": {
             "load": round(loaded - started, 3),
             "compress": round(compressed - loaded, 3),

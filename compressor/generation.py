@@ -79,8 +79,8 @@ def score(
     rows = [[*prompt, *target] for prompt, target in zip(prompts, targets, strict=True)]
     width = max(map(len, rows)) - 1
     ids = torch.zeros(len(rows), width, dtype=torch.int64)
-    for place, row in zip(ids, rows, strict=True):
-        place[: len(row) - 1] = torch.tensor(row[:-1])
+    for place, one in zip(ids, rows, strict=True):
+        place[: len(one) - 1] = torch.tensor(one[:-1])
     logits = decode(base, prefix, ids.to(base.device)).float()
     scores = []
     for row, prompt, target in zip(range(len(rows)), prompts, targets, strict=True):

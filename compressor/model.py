@@ -46,14 +46,17 @@ class Compressor(nn.Module):
 
     def __init__(self, base: Base, config: CompressorConfig, seed: int = 0):
         super().__init__()
+        if any(isinstance(module, BaseTunerLayer) for module in base.model.modules()):
+            raise CompressorError(f"the base {base.name} already carries a compressor's adapters: load it again")
         self.base, self.config = base, config
-        torch.manual_seed(seed)
-        with warnings.catch_warnings():
-            # peft 0.21 reads an attribute that transformers 5.23 renamed.
-            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
-            self.peft: PeftModel = get_peft_model(base.model, _lora_config(base, config))
+        with torch.random.fork_rng(devices=[base.device] if base.device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            with warnings.catch_warnings():
+                # peft 0.21 reads an attribute that transformers 5.23 renamed.
+                warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+                self.peft: PeftModel = get_peft_model(base.model, _lora_config(base, config))
+            self.memory_embeddings = nn.Parameter(_initial_memory(base, config))
         self._lora_layers = [module for module in self.peft.modules() if isinstance(module, BaseTunerLayer)]
-        self.memory_embeddings = nn.Parameter(_initial_memory(base, config))
         self.activation_checkpointing = False
         self.to(base.device)
 
@@ -72,6 +75,14 @@ class Compressor(nn.Module):
         finally:
             for layer, flag in zip(self._lora_layers, before, strict=True):
                 layer._disable_adapters = flag
+
+    def train(self, mode: bool = True) -> Compressor:
+        """Training mode for the adapters only: the frozen base keeps its own dropout off."""
+        super().train(mode)
+        self.base.model.eval()
+        for layer in self._lora_layers:
+            layer.train(mode)
+        return self
 
     def encode(self, passages: Tensor, lengths: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
         """Compress a batch of passages; differentiable.
@@ -117,14 +128,23 @@ class Compressor(nn.Module):
         values = torch.stack([layer.values[:, :, width:] for layer in cache.layers])
         return self.base.rotate(keys, positions[:, width:], inverse=True), values
 
-    def prefix(self, keys: Tensor, values: Tensor, lengths: Tensor) -> Prefix:
-        """The decoder's context from what `encode` returned; differentiable."""
-        tokens = keys.shape[3]
-        positions = memory_positions(self.config.layout, lengths, tokens, self.config.memory_tokens)
+    def prefix(self, keys: Tensor, values: Tensor, lengths: Tensor, tokens: Tensor | None = None) -> Prefix:
+        """The decoder's context from what `encode` returned; differentiable.
+
+        Args:
+            keys, values: `[layers, batch, kv_heads, k, head_size]`.
+            lengths: passage tokens, int64 `[batch]`.
+            tokens: memory tokens that each row may use, int64 `[batch]`; by default all k. Fewer than k is what
+                truncating gives, and needs a layout that can be truncated.
+        """
+        slots = keys.shape[3]
+        if tokens is None:
+            tokens = torch.full_like(lengths, slots)
+        positions = memory_positions(self.config.layout, lengths, slots, self.config.memory_tokens)
         return Prefix(
             keys=list(self.base.rotate(keys, positions)),
             values=list(values),
-            mask=torch.ones(len(lengths), tokens, dtype=torch.bool, device=keys.device),
+            mask=torch.arange(slots, device=keys.device)[None] < tokens[:, None],
             start=decoder_start(self.config.layout, lengths, tokens),
         )
 
@@ -239,7 +259,8 @@ class Compressor(nn.Module):
         """
         with atomic_path(folder) as path:
             path.mkdir()
-            self.peft.save_pretrained(str(path))
+            # "auto" would ask the hub whether the base's vocabulary changed, at every checkpoint.
+            self.peft.save_pretrained(str(path), save_embedding_layers=False)
             save_file(
                 {"memory_embeddings": self.memory_embeddings.detach().contiguous()},
                 path / "memory_tokens.safetensors",
@@ -323,11 +344,12 @@ class Compressor(nn.Module):
                 f"(weights {trained_on['fingerprint'][:12]}) but {base.name} has weights {base.fingerprint[:12]}: give the right base"
             )
         try:
-            model = cls(base, CompressorConfig(**settings["config"]))
-        except TypeError as error:
+            config = CompressorConfig(**settings["config"])
+        except (TypeError, CompressorError) as error:
             raise CompressorError(
                 f"{folder / 'compressor.json'} has settings this version does not know: {error}"
             ) from None
+        model = cls(base, config)
         model.load_trainable(folder)
         return model.eval()
 
@@ -338,9 +360,12 @@ def read_settings(folder: Path) -> dict[str, Any]:
     if not path.exists():
         raise CompressorError(f"{folder} is not a compressor checkpoint: it has no compressor.json")
     settings = read_json(path)
-    missing = [key for key in ("format", "base", "config", "files") if key not in settings]
-    if missing:
-        raise CompressorError(f"{path} lacks {', '.join(missing)}; it may be damaged")
+    kinds = {"format": int, "base": dict, "config": dict, "files": dict}
+    wrong = [
+        key for key, kind in kinds.items() if not isinstance(settings, dict) or not isinstance(settings.get(key), kind)
+    ]
+    if wrong or not {"path", "fingerprint"} <= set(settings["base"]):
+        raise CompressorError(f"{path} lacks a proper {', '.join(wrong) or 'base'}; it may be damaged")
     if settings["format"] > FORMAT:
         raise CompressorError(
             f"{path} has format {settings['format']}, this version reads up to {FORMAT}: update the package"
@@ -376,24 +401,23 @@ def pad(sequences: Sequence[Sequence[int]], device: torch.device | str = "cpu", 
 
 
 def _lora_config(base: Base, config: CompressorConfig) -> LoraConfig:
-    """LoRA on the named linear layers, except where no gradient can reach.
-
-    A memory is made of keys and values alone, and those of the last layer do not depend on its queries, its output
-    projection or its MLP: only the last layer's key and value projections are adapted.
-    """
-    names = [name for name, module in base.model.named_modules() if not list(module.children())]
-    last = base.layers - 1
-    chosen = []
-    for target in config.lora_targets:
-        matches = [name for name in names if name.split(".")[-1] == target]
-        if not matches:
-            leaves = sorted({name.split(".")[-1] for name in names if re.search(r"\.\d+\.", name)})
-            raise CompressorError(
-                f"compressor.lora_targets names {target!r}, which {base.name} does not have; its layers have "
-                f"{', '.join(leaves)}"
-            )
-        reach_last = any(part in target for part in ("k_proj", "v_proj", "key", "value", "qkv"))
-        chosen += [n for n in matches if reach_last or not re.search(rf"\.{last}\.", n)]
+    """LoRA on the chosen linear layers, except where no gradient can reach."""
+    reached = _linear_layers(base)
+    chosen = [name for name, useful in reached.items() if useful]
+    if config.lora_targets != "all-linear":
+        leaves = {name.split(".")[-1] for name in reached}
+        for target in config.lora_targets:
+            if target not in leaves:
+                raise CompressorError(
+                    f"compressor.lora_targets names {target!r}, which {base.name} does not have; its linear layers are "
+                    f"{', '.join(sorted(leaves))}"
+                )
+        chosen = [name for name in chosen if name.split(".")[-1] in config.lora_targets]
+    if not chosen:
+        raise CompressorError(
+            f"no memory of {base.name} depends on compressor.lora_targets = {config.lora_targets}: keys and values of the "
+            "last layer do not depend on its queries, output projection and MLP; name the key and value projections too"
+        )
     return LoraConfig(
         r=config.lora_rank,
         lora_alpha=config.lora_alpha,
@@ -401,6 +425,44 @@ def _lora_config(base: Base, config: CompressorConfig) -> LoraConfig:
         target_modules=chosen,
         bias="none",
     )
+
+
+def _linear_layers(base: Base) -> dict[str, bool]:
+    """The decoder's linear layers, and whether the memory depends on them.
+
+    A memory is made of keys and values alone, and those of the last layer do not depend on its queries, its output
+    projection or its MLP. Rather than know the names in every family, scale each layer's output by a 1 that takes a
+    gradient, and see which ones the cache depends on.
+    """
+    ones: dict[str, Tensor] = {}
+    handles = []
+    for name, module in base.model.get_decoder().named_modules():
+        if isinstance(module, nn.Linear):
+            one = ones[name] = torch.ones((), device=base.device, requires_grad=True)
+            handles.append(module.register_forward_hook(lambda _module, _inputs, out, one=one: out * one.to(out.dtype)))
+    cache = DynamicCache()
+    ids = torch.arange(4, device=base.device)[None] % base.model.get_input_embeddings().weight.shape[0]
+    allowed = torch.ones(1, 4, 4, dtype=torch.bool, device=base.device).tril()
+    try:
+        with torch.enable_grad():
+            base.model.get_decoder()(
+                input_ids=ids,
+                position_ids=torch.arange(4, device=base.device)[None],
+                attention_mask=base.attention_mask(allowed),
+                past_key_values=cache,
+                use_cache=True,
+            )
+            total = torch.stack(
+                [(layer.keys.float().sum() + layer.values.float().sum()) for layer in cache.layers]
+            ).sum()
+        gradients = torch.autograd.grad(total, list(ones.values()), allow_unused=True)
+    finally:
+        for handle in handles:
+            handle.remove()
+    prefix = next(name for name, module in base.model.named_modules() if module is base.model.get_decoder())
+    return {
+        f"{prefix}.{name}": gradient is not None for (name, _), gradient in zip(ones.items(), gradients, strict=True)
+    }
 
 
 def _initial_memory(base: Base, config: CompressorConfig) -> Tensor:
@@ -417,7 +479,8 @@ def _parameter_name(key: str) -> str:
     """Name of a parameter of `Compressor` from its name in a PEFT file."""
     if key == "memory_embeddings":
         return key
-    return "peft." + re.sub(r"\.(lora_[AB])\.weight$", r".\1.default.weight", key)
+    # The base is registered before PEFT's wrapper, so that the layers they share go by its names.
+    return "base." + re.sub(r"\.(lora_[AB])\.weight$", r".\1.default.weight", key.removeprefix("base_model."))
 
 
 def _fetch(path: str, revision: str | None) -> Path:

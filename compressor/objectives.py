@@ -40,11 +40,12 @@ def target_loss(model: Compressor, prefix: Prefix, inputs: Tensor, labels: Tenso
 def loss(model: Compressor, batch: dict[str, Any]) -> Tensor:
     """Summed, weighted loss of a micro-batch.
 
-    The batch holds `input_ids`, `lengths`, `memory_tokens` and, for each objective with a weight, `NAME_inputs`,
-    `NAME_labels` and `NAME_weight`.
+    The batch holds `input_ids`, `lengths`, `memory_tokens` (each passage's own number) and, for each objective with a
+    weight, `NAME_inputs`, `NAME_labels` and `NAME_weight`.
     """
-    keys, values = model.encode(batch["input_ids"], batch["lengths"], batch["memory_tokens"])
-    prefix = model.prefix(keys, values, batch["lengths"])
+    tokens = batch["memory_tokens"]
+    keys, values = model.encode(batch["input_ids"], batch["lengths"], int(tokens.max()))
+    prefix = model.prefix(keys, values, batch["lengths"], tokens)
     total = torch.zeros((), device=keys.device)
     for name in OBJECTIVES:
         if f"{name}_inputs" not in batch:
@@ -54,5 +55,5 @@ def loss(model: Compressor, batch: dict[str, Any]) -> Tensor:
             losses = checkpoint(target_loss, *arguments, use_reentrant=False)
         else:
             losses = target_loss(*arguments)
-        total = total + batch[f"{name}_weight"] * losses.sum()  # type: ignore[union-attr]
+        total = total + batch[f"{name}_weight"] * losses.sum()
     return total

@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import compressor
-from compressor.config import ArchitectureConfig, RunConfig
-from compressor.data.packing import RowPacker, pack_rows, read_question_records
+from compressor.base import load_base
+from compressor.config import ArchitectureConfig, BaseConfig, RunConfig
+from compressor.data.packing import COPYING_TOKENS, RowPacker, copying_rows, pack_rows, read_question_records
 from compressor.data.records import load_texts
 from compressor.errors import CompressorError
 from compressor.files import atomic_path
@@ -144,6 +145,47 @@ def copying_accuracy(
     return correct, len(passages) * length
 
 
+@torch.no_grad()
+def sample(model: nn.Module, tokenizer: Any, tokens: int = 60, temperature: float = 0.8) -> str:
+    """A text drawn from the model, from BOS on; always with the same random numbers."""
+    device = next(model.parameters()).device
+    generator = torch.Generator().manual_seed(0)
+    ids = [tokenizer.bos_token_id]
+    for _ in range(tokens):
+        logits = model(input_ids=torch.tensor([ids], device=device), use_cache=False).logits[0, -1]
+        ids.append(int(torch.multinomial((logits.float().cpu() / temperature).softmax(-1), 1, generator=generator)))
+        if ids[-1] == tokenizer.eos_token_id:
+            break
+    return tokenizer.decode(ids, skip_special_tokens=True).replace("\n", " / ")
+
+
+def evaluate(path: str, data: str, limit: int | None = None) -> dict[str, Any]:
+    """Held-out figures of a base.
+
+    Returns:
+        `base`, `data`, `n`, `parameters`, `bits_per_byte`, `nats_per_token`, `copying` (length in tokens to accuracy
+        in the second copy of a repeated passage) and `sample`.
+    """
+    base = load_base(BaseConfig(path=path))
+    texts = list(load_texts(data, split="test", limit=limit)["text"])
+    bits, size, tokens = bits_per_byte(base.model, base.tokenizer, texts)
+    copying = {}
+    for length in COPY_LENGTHS:
+        correct, total = copying_accuracy(base.model, base.tokenizer, texts, length)
+        copying[str(length)] = correct / max(1, total)
+    return {
+        "base": path,
+        "fingerprint": base.fingerprint,
+        "data": data,
+        "n": len(texts),
+        "parameters": sum(p.numel() for p in base.model.parameters()),
+        "bits_per_byte": bits / size,
+        "nats_per_token": bits * math.log(2) / tokens,
+        "copying": copying,
+        "sample": sample(base.model, base.tokenizer),
+    }
+
+
 class BaseStage:
     """Trains the base; see `compressor.training.Stage`."""
 
@@ -171,9 +213,11 @@ class BaseStage:
                 f"{config.architecture.vocabulary}: delete it or use another --output"
             )
 
+        self.micro_batches_a_step = config.training.accumulation * accelerator.num_processes
+        self.ordinary = np.setdiff1d(np.arange(len(self.tokenizer)), self.tokenizer.all_special_ids)
         self.lengths = config.mixture.row_tokens
         self.rows: dict[int, np.ndarray] = {}
-        micro_batches = config.training.steps * config.training.accumulation * accelerator.num_processes
+        micro_batches = config.training.steps * self.micro_batches_a_step
         for length in sorted(set(self.lengths)):
             share = sum(1 for one in self.lengths if one == length)
             batches = math.ceil(micro_batches / len(self.lengths)) * share
@@ -185,6 +229,7 @@ class BaseStage:
                     lambda chunk: self.tokenizer(list(chunk), verbose=False)["input_ids"],
                     self.tokenizer.bos_token_id,
                     self.tokenizer.eos_token_id,
+                    len(self.tokenizer),
                     config.mixture,
                     seed=config.seed + length,
                 )
@@ -202,6 +247,12 @@ class BaseStage:
         return max(1, self.config.training.batch_tokens // length)
 
     def micro_batch(self, index: int) -> Batch:
+        mixture, step = self.config.mixture, index // self.micro_batches_a_step
+        if mixture.copying_start <= step < mixture.copying_start + mixture.copying_steps:
+            rng = np.random.default_rng([self.config.seed, index])
+            count = max(1, self.config.training.batch_tokens // (2 * COPYING_TOKENS + 2))
+            rows = torch.from_numpy(copying_rows(rng, count, self.ordinary, self.tokenizer.bos_token_id))
+            return {"rows": rows, "ids": ["random tokens"], "targets": rows[:, 1:].numel(), "passages": count}
         turn, place = divmod(index, len(self.lengths))
         length = self.lengths[place]
         share = self.lengths.count(length)
@@ -226,22 +277,9 @@ class BaseStage:
         figures = {"loss": reduced[0] * math.log(2) / reduced[2], "bits_per_byte": reduced[0] / reduced[1]}
         for place, length in enumerate(COPY_LENGTHS):
             figures[f"copying_{length}"] = reduced[3 + 2 * place] / max(1.0, reduced[4 + 2 * place])
-        samples = [f"sample: {self.sample()}"] if accelerator.is_main_process else []
+        samples = [f"sample: {sample(self.module.model, self.tokenizer)}"] if accelerator.is_main_process else []
         self.module.train()
         return figures, samples
-
-    @torch.no_grad()
-    def sample(self, tokens: int = 60, temperature: float = 0.8) -> str:
-        """A text drawn from the model, from BOS on; always with the same random numbers."""
-        device = next(self.module.parameters()).device
-        generator = torch.Generator().manual_seed(0)
-        ids = [self.tokenizer.bos_token_id]
-        for _ in range(tokens):
-            logits = self.module.model(input_ids=torch.tensor([ids], device=device), use_cache=False).logits[0, -1]
-            ids.append(int(torch.multinomial((logits.float().cpu() / temperature).softmax(-1), 1, generator=generator)))
-            if ids[-1] == self.tokenizer.eos_token_id:
-                break
-        return self.tokenizer.decode(ids, skip_special_tokens=True).replace("\n", " / ")
 
     def save(self, folder: Path) -> None:
         """Checkpoints keep float32, so that a resumed run is exact; `export_base` writes the bundled bfloat16."""

@@ -205,9 +205,11 @@ def train(stage: Stage, config: RunConfig, accelerator: Accelerator) -> Training
     interval = torch.zeros(3, dtype=torch.float64)
     started = interval_started = time.monotonic()
     first_step = state.step
+    # Agreed by all processes once a step; a signal that comes later counts in the next step.
+    stopping = False
 
     try:
-        while state.step < settings.steps and not stop.requested:
+        while state.step < settings.steps and not stopping:
             first = state.step * accumulation * world
             indices = [first + a * world + accelerator.process_index for a in range(accumulation)]
             batches = [stage.micro_batch(index) for index in indices]
@@ -238,7 +240,7 @@ def train(stage: Stage, config: RunConfig, accelerator: Accelerator) -> Training
             _refuse_non_finite(norm, "gradient norm", state.step, batches, accelerator)
             prepared.step()
             prepared.zero_grad()
-            stop.requested = stops > 0
+            stopping = stops > 0
             state.step += 1
             state.passages += int(passages)
             state.tokens += int(targets)
@@ -269,7 +271,7 @@ def train(stage: Stage, config: RunConfig, accelerator: Accelerator) -> Training
                 interval.zero_()
                 interval_started = now
 
-            last_step = state.step == settings.steps or stop.requested
+            last_step = state.step == settings.steps or stopping
             validated = state.step % settings.validate_every == 0 or state.step == settings.steps
             if validated:
                 figures, samples = stage.validate(accelerator)

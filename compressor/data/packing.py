@@ -1,7 +1,8 @@
 """From text to packed rows of tokens for training the base.
 
-A document is `BOS text EOS`. Three kinds are mixed: plain abstracts; a passage followed by itself
-(`BOS passage BOS passage EOS`), which teaches in-context copying; and a context with its questions and answers.
+A document is `BOS text EOS`. Four kinds are mixed: plain abstracts; a passage followed by itself
+(`BOS passage BOS passage EOS`), which teaches in-context copying; the same of random tokens; and a context with its
+questions and answers.
 Rows are filled one after the other: a repeated passage is cut so that both copies fit in the rest of its row, and
 only plain documents are split at a row's end.
 """
@@ -20,7 +21,9 @@ from compressor.errors import CompressorError
 from compressor.prompts import QUESTION, answer_text
 
 Encode = Callable[[Sequence[str]], list[list[int]]]
-SHORTEST_REPEAT = 16
+SHORTEST_REPEAT = 8
+LONGEST_RANDOM = 128
+COPYING_TOKENS = 16
 
 
 def shuffled_forever(texts: Sequence[str], encode: Encode, rng: np.random.Generator) -> Iterator[list[int]]:
@@ -56,6 +59,13 @@ def read_question_records(paths: Sequence[str]) -> list[tuple[str, list[tuple[st
     return list(grouped.items())
 
 
+def copying_rows(rng: np.random.Generator, count: int, ordinary: np.ndarray, bos: int) -> np.ndarray:
+    """Rows `BOS tokens BOS tokens` of 16 random ordinary tokens, int64 `[count, 34]`."""
+    tokens = rng.choice(ordinary, size=(count, COPYING_TOKENS))
+    start = np.full((count, 1), bos)
+    return np.concatenate([start, tokens, start, tokens], axis=1)
+
+
 class RowPacker:
     """Fills rows of fixed length from the mixture."""
 
@@ -66,6 +76,7 @@ class RowPacker:
         encode: Encode,
         bos: int,
         eos: int,
+        vocabulary: int,
         mixture: MixtureConfig,
         seed: int,
     ):
@@ -73,30 +84,38 @@ class RowPacker:
         self.plain = shuffled_forever(texts, encode, self.rng)
         self.questions = questions
         self.encode, self.bos, self.eos = encode, bos, eos
-        shares = np.array([mixture.plain, mixture.repeat, mixture.qa if questions else 0.0])
+        self.ordinary = np.setdiff1d(np.arange(vocabulary), [bos, eos])
+        shares = np.array([mixture.plain, mixture.repeat, mixture.qa if questions else 0.0, mixture.random])
         self.shares = shares / shares.sum()
 
-    def repeated(self, room: int) -> list[int]:
-        """`BOS passage BOS passage EOS` in at most `room` tokens; the passage length is uniform."""
-        passage = next(self.plain)
+    def repeated(self, room: int, random: bool = False) -> list[int]:
+        """`BOS passage BOS passage EOS` in at most `room` tokens, of text or of random tokens.
+
+        The passage length is log-uniform: copying is learned from short passages first.
+        """
+        passage = self.rng.choice(self.ordinary, size=LONGEST_RANDOM).tolist() if random else next(self.plain)
         longest = min(len(passage), (room - 3) // 2)
-        length = int(self.rng.integers(min(SHORTEST_REPEAT, longest), longest + 1))
+        shortest = min(SHORTEST_REPEAT, longest)
+        length = min(longest, int(np.exp(self.rng.uniform(np.log(shortest), np.log(longest + 1)))))
         start = int(self.rng.integers(0, len(passage) - length + 1))
         cut = passage[start : start + length]
         return [self.bos, *cut, self.bos, *cut, self.eos]
 
     def asked(self, room: int) -> list[int]:
-        """A context and as many of its question-answer pairs as fit in `room` tokens."""
+        """A context and as many of its question-answer pairs as fit in `room` tokens; nothing if none does.
+
+        A context alone would end without EOS, and BOS after that asks for a repetition.
+        """
         context, pairs = self.questions[int(self.rng.integers(len(self.questions)))]
         order = self.rng.permutation(len(pairs))
         texts = [QUESTION.format(question=pairs[int(i)][0]) + answer_text(pairs[int(i)][1]) for i in order]
         passage, *asked = self.encode([context, *texts])
-        ids = [self.bos, *passage]
+        ids = context_only = [self.bos, *passage]
         for pair in asked:
             if len(ids) + len(pair) + 1 > room:
                 break
-            ids += [*pair, self.eos]
-        return ids
+            ids = [*ids, *pair, self.eos]
+        return [] if ids is context_only else ids
 
     def rows(self, count: int, length: int) -> Iterator[np.ndarray]:
         """Yield `count` rows, uint16 `[length]`."""
@@ -106,10 +125,10 @@ class RowPacker:
             carry = carry[length:]
             while len(row) < length:
                 room = length - len(row)
-                kind = int(self.rng.choice(3, p=self.shares))
+                kind = int(self.rng.choice(4, p=self.shares))
                 document: list[int] = []
-                if kind == 1 and room >= 2 * SHORTEST_REPEAT + 3:
-                    document = self.repeated(room)
+                if kind in (1, 3) and room >= 2 * SHORTEST_REPEAT + 3:
+                    document = self.repeated(room, random=kind == 3)
                 elif kind == 2 and room >= 256:
                     document = self.asked(room)
                 if not document or len(document) > room:

@@ -12,7 +12,7 @@ from compressor.config import DataConfig
 from compressor.data.records import load_texts
 from compressor.errors import CompressorError
 
-ROUND = 16_384
+ROUND = 2048
 """Passages drawn and sorted by length at a time."""
 
 
@@ -79,10 +79,19 @@ class BatchPlan:
         self._ends: list[int] = []  # micro-batches up to and including each round
         self._cached: tuple[int, list[list[Piece]]] = (-1, [])
 
-    def draw(self, rng: np.random.Generator, count: int) -> list[Piece]:
-        """`count` pieces at random."""
-        weights = np.array([share.weight for share in self.data.lengths])
-        kind = rng.choice(len(weights), size=count, p=weights / weights.sum())
+    def weights(self, seen: int) -> np.ndarray:
+        """Weights of the length ranges after `seen` passages."""
+        final = np.array([share.weight for share in self.data.lengths])
+        first = np.array(
+            [share.weight if share.initial_weight is None else share.initial_weight for share in self.data.lengths]
+        )
+        first, final = first / first.sum(), final / final.sum()
+        progress = min(1.0, seen / self.data.curriculum_passages) if self.data.curriculum_passages else 1.0
+        return first + progress * (final - first)
+
+    def draw(self, rng: np.random.Generator, count: int, weights: np.ndarray) -> list[Piece]:
+        """`count` pieces at random, with these weights of the length ranges."""
+        kind = rng.choice(len(weights), size=count, p=weights)
         low = np.array([share.low for share in self.data.lengths])[kind]
         high = np.array([share.high for share in self.data.lengths])[kind]
         wanted = np.minimum(rng.integers(low, high + 1), self.sorted[-1])
@@ -98,13 +107,13 @@ class BatchPlan:
     def _round(self, number: int) -> list[list[Piece]]:
         rng = np.random.default_rng([self.seed, number])
         batches: list[list[Piece]] = [[]]
-        for piece in sorted(self.draw(rng, ROUND), key=lambda piece: piece.length):
+        for piece in sorted(self.draw(rng, ROUND, self.weights(number * ROUND)), key=lambda piece: piece.length):
             batch = batches[-1]
             if batch and (len(batch) == self.batch_passages or (len(batch) + 1) * piece.length > self.batch_tokens):
                 batch = []
                 batches.append(batch)
             batch.append(piece)
-        rng.shuffle(batches)  # type: ignore[arg-type]
+        rng.shuffle(batches)
         return batches
 
     def batch(self, index: int) -> list[Piece]:

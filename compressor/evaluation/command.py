@@ -1,0 +1,112 @@
+"""What `evaluate.py` does: settings, checks that need no model, one call, the printed table."""
+
+from __future__ import annotations
+
+import logging
+import re
+import shlex
+import sys
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+from compressor.config import parse_config, require
+from compressor.errors import exits_cleanly
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+@dataclass
+class EvaluationConfig:
+    """One evaluation: a checkpoint, a task, data, and the sizes and lengths to measure at."""
+
+    checkpoint: str = "models/arxiv-mini/compressor"
+    """Compressor checkpoint: folder or hub id."""
+    base: str | None = None
+    """Folder or hub id of the frozen base; by default the one the checkpoint names."""
+    task: str = "regeneration"
+    """What is measured."""
+    data: str = "arxiv-test"
+    """A JSONL, Parquet, CSV or text file, a folder, a shipped name or a hub id."""
+    split: str | None = None
+    """Split of a data set that has several."""
+    text_field: str | None = None
+    """Field that holds the passage; by default `text` or `abstract`."""
+    tokens: list[int] = field(default_factory=list)
+    """Numbers of memory tokens, for instance 16 4 1; by default all the checkpoint has."""
+    lengths: list[int] = field(default_factory=list)
+    """Lengths in tokens: passages at least that long are cut to it. By default passages are taken whole."""
+    limit: int | None = None
+    """Most passages for each length (the first ones long enough)."""
+    split_date: str | None = None
+    """Report records dated before this day (yyyy-mm-dd) and from it on apart."""
+    output: str = "outputs/evaluation"
+    """Folder for metrics.json, predictions.jsonl, config.yaml, table.md and plots."""
+    batch_size: int = 16
+    """Passages handled together on each device. Rounding differs a little from one batch size to another."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Data type the base is held in."""
+    resamples: int = 1000
+    """Bootstrap resamples behind the 95% intervals."""
+    seed: int = 0
+    """Seed of the resamples; decoding is greedy."""
+    published: bool = False
+    """Show the figures of the 500xCompressor paper (an 8B base) beside these: second table, dashed lines."""
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "lengths"):
+            values = getattr(self, name)
+            require(all(value >= 1 for value in values), name, values, "numbers of at least 1")
+            require(len(set(values)) == len(values), name, values, "numbers that differ from each other")
+        require(self.limit is None or self.limit >= 1, "limit", self.limit, "at least 1")
+        require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
+        require(self.resamples >= 0, "resamples", self.resamples, "at least 0")
+        require(self.seed >= 0, "seed", self.seed, "at least 0")
+        require(
+            self.split_date is None or re.fullmatch(r"\d{4}-\d{2}-\d{2}", self.split_date) is not None,
+            "split_date",
+            self.split_date,
+            "a day written yyyy-mm-dd",
+        )
+
+
+@exits_cleanly
+def evaluate_main(argv: list[str] | None = None) -> int:
+    """Entry point of `evaluate.py`; returns the exit status."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    config, flags = parse_config(
+        EvaluationConfig,
+        argv,
+        "Measure a compressor checkpoint.",
+        {"overwrite": "replace the output folder if it holds an earlier evaluation"},
+    )
+    # Imported after the settings are known to be good: torch and transformers take seconds.
+    from accelerate import Accelerator
+
+    from compressor.evaluation.report import published_table, text_table
+    from compressor.evaluation.runner import evaluate
+
+    accelerator = Accelerator()
+    if not accelerator.is_main_process:
+        # One process speaks; a library's warnings would come once for each.
+        logging.disable(logging.WARNING)
+    metrics = evaluate(config, accelerator, overwrite=flags.overwrite, command=command_line(argv, accelerator))
+    if metrics is not None:
+        print(text_table(metrics["rows"], metrics["figures"]))
+        for note in metrics["notes"]:
+            print(note)
+        if config.published:
+            print("\n" + published_table())
+        print(f"wrote {config.output}")
+    return 0
+
+
+def command_line(argv: list[str], accelerator: Accelerator) -> str:
+    """The command that repeats this evaluation."""
+    launcher = "python"
+    if accelerator.num_processes > 1 and accelerator.device.type == "cpu":
+        # `accelerate launch --cpu` starts one process whatever --num_processes says.
+        launcher = f"ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes {accelerator.num_processes}"
+    elif accelerator.num_processes > 1:
+        launcher = f"accelerate launch --num_processes {accelerator.num_processes}"
+    return f"{launcher} {shlex.join(['evaluate.py', *argv])}"

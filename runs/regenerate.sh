@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Trains the bundled compressor and writes it to models/arxiv-mini/compressor.
+#   runs/regenerate.sh CORPUS
+# A run that was stopped goes on when called again.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+corpus=${1:?usage: runs/regenerate.sh CORPUS}
+python train.py --config configs/arxiv-mini/regenerate.yaml --data.train "[$corpus]" --data.validation "[$corpus]" \
+  --training.resume true
+rm -rf models/arxiv-mini/compressor
+cp -r outputs/arxiv-mini/regenerate/final models/arxiv-mini/compressor
+mkdir -p results
+cp outputs/arxiv-mini/regenerate/log.jsonl results/regenerate-log.jsonl
