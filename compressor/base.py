@@ -20,8 +20,8 @@ UNSUPPORTED_ROPE = {
     "longrope": "its frequencies change with the length of the input, so keys cannot be moved",
 }
 NO_ROPE = (
-    "it has no rotary position embedding, so memory keys cannot be moved; use a base with RoPE and full attention (Llama, "
-    "Qwen2/2.5/3, Mistral without sliding window, SmolLM2/3, OLMo2, Gemma-1, Phi-3, GPT-NeoX, Granite, GLM, Cohere)"
+    "it has no rotary position embedding, so memory keys cannot be moved; use a base with RoPE and full attention "
+    "(Llama, Qwen2/2.5/3, Mistral without sliding window, SmolLM2/3, OLMo2, Gemma-1, Phi-3, GPT-NeoX, Granite, GLM)"
 )
 
 
@@ -47,6 +47,8 @@ class Base(nn.Module):
         self.model.eval()
         if tokenizer.eos_token_id is None:
             raise CompressorError(f"the tokenizer of {name} has no end-of-text token (eos_token), which ends a passage")
+        # Text that spells a special token is text: "</s>" in a passage must not end it.
+        self.tokenizer.split_special_tokens = True
         if getattr(model.get_decoder(), "rotary_emb", None) is None:
             raise CompressorError(f"{name} ({model.config.model_type}) is not supported: {NO_ROPE}")
         self.layers, self.kv_heads, self.head_size, self.rotated = self._probe()
@@ -138,8 +140,8 @@ class Base(nn.Module):
             here, there = (torch.stack([layer.keys for layer in cache.layers]) for cache in caches)
         except (RuntimeError, AttributeError, TypeError):
             raise CompressorError(
-                f"{self.name} ({self.model.config.model_type}) does not keep one key tensor of one shape for each layer, "
-                "so a memory cannot be taken from it: use a base with full attention in every layer"
+                f"{self.name} ({self.model.config.model_type}) does not keep one key tensor of one shape for each "
+                "layer, so a memory cannot be taken from it: use a base with full attention in every layer"
             ) from None
         layers, _, heads, _, size = here.shape
         before = torch.arange(4, device=self.device)[None]
@@ -156,10 +158,10 @@ class Base(nn.Module):
             if bool((torch.minimum(unmoved, moved) <= tolerance).all()):
                 # The better explanation, not the first that will do: slow RoPE dimensions hardly move a key.
                 return layers, heads, size, (moved <= unmoved).tolist()
+        layer = int((torch.minimum(unmoved, moved) > tolerance).nonzero()[0])
         raise CompressorError(
             f"{self.name} ({self.model.config.model_type}) encodes positions in a way that is not plain RoPE "
-            f"(layer {int((torch.minimum(unmoved, moved) > tolerance).nonzero()[0])}: moved keys differ), so memory keys "
-            "cannot be moved: use another base"
+            f"(layer {layer}: moved keys differ), so memory keys cannot be moved: use another base"
         )
 
 
@@ -174,7 +176,8 @@ def refuse_unsupported(config: Any, name: str) -> None:
     if encoder_decoder:
         reason = "it is an encoder-decoder; a causal LM is needed"
     elif layer_types - {"full_attention"}:
-        reason = f"it has layers of type {', '.join(sorted(layer_types - {'full_attention'}))}; every layer must attend fully"
+        others = ", ".join(sorted(layer_types - {"full_attention"}))
+        reason = f"it has layers of type {others}; every layer must attend fully"
     elif not layer_types and getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
         reason = (
             f"it attends within a sliding window of {config.sliding_window} tokens, whose cache drops positions; "

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,15 +35,17 @@ class TrainingState:
     seconds: float = 0.0
     best_step: int = 0
     best_loss: float | None = None
+    interval: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
+    """Loss, targets and passages since the last row of the log."""
 
     def note_validation(self, loss: float) -> None:
         """Remember the step with the lowest validation loss."""
         if self.best_loss is None or loss < self.best_loss:
             self.best_loss, self.best_step = loss, self.step
 
-    def at(self, seconds: float) -> TrainingState:
-        """This state with its running time."""
-        return replace(self, seconds=round(seconds, 2))
+    def at(self, seconds: float, interval: list[float]) -> TrainingState:
+        """This state with its running time and the sums for the next row of the log."""
+        return replace(self, seconds=round(seconds, 2), interval=interval)
 
 
 class Checkpoints:

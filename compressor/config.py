@@ -196,7 +196,7 @@ class MixtureConfig:
     copying_start: int = 0
     """Step from which, for `copying_steps`, every row is 16 random tokens followed by themselves."""
     copying_steps: int = 0
-    """A short stretch of nothing but copying makes it emerge at once, where the mixture alone takes thousands of steps."""
+    """A short stretch of nothing but copying makes it emerge, where the mixture alone takes thousands of steps."""
 
     def __post_init__(self) -> None:
         for name in ("plain", "repeat", "random", "qa"):
@@ -424,7 +424,11 @@ def join_lists(config: type, argv: list[str]) -> list[str]:
     joined: list[str] = []
     rest = list(argv)
     while rest:
-        joined.append(rest.pop(0))
+        key, given, value = rest.pop(0).partition("=")
+        if given and not value.startswith("[") and key[:2] == "--" and key[2:] in lists:
+            rest[:0] = [value]  # --train=FILE is --train FILE
+            given = ""
+        joined.append(f"{key}={value}" if given else key)
         element = lists.get(joined[-1][2:]) if joined[-1].startswith("--") else None
         values = []
         while element is not None and rest and not rest[0].startswith("--"):

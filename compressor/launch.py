@@ -12,7 +12,8 @@ import yaml
 
 from compressor.config import RunConfig, parse_config
 from compressor.errors import exits_cleanly
-from compressor.files import atomic_path
+from compressor.files import atomic_path, write_json
+from compressor.provenance import run_record
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -49,6 +50,8 @@ def train_main(argv: list[str] | None = None) -> int:
     if accelerator.is_main_process:
         with atomic_path(Path(config.output) / "config.yaml") as path:
             path.write_text(yaml.safe_dump(asdict(config), sort_keys=False))
+        if not (Path(config.output) / "run.json").exists():
+            write_json(Path(config.output) / "run.json", run_record())
         print(describe(stage, config, accelerator), flush=True)
     train(stage, config, accelerator)
     return 0

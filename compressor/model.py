@@ -261,6 +261,10 @@ class Compressor(nn.Module):
             path.mkdir()
             # "auto" would ask the hub whether the base's vocabulary changed, at every checkpoint.
             self.peft.save_pretrained(str(path), save_embedding_layers=False)
+            # PEFT lists the layers in the order of a set: sorted, the same training gives the same files.
+            adapter = read_json(path / "adapter_config.json")
+            adapter["target_modules"] = sorted(adapter["target_modules"])
+            write_json(path / "adapter_config.json", adapter)
             save_file(
                 {"memory_embeddings": self.memory_embeddings.detach().contiguous()},
                 path / "memory_tokens.safetensors",
@@ -341,7 +345,8 @@ class Compressor(nn.Module):
         if base.fingerprint != trained_on["fingerprint"]:
             raise CompressorError(
                 f"checkpoint {path} was trained on the base {trained_on['path']} "
-                f"(weights {trained_on['fingerprint'][:12]}) but {base.name} has weights {base.fingerprint[:12]}: give the right base"
+                f"(weights {trained_on['fingerprint'][:12]}) but {base.name} has weights {base.fingerprint[:12]}: "
+                "give the right base"
             )
         try:
             config = CompressorConfig(**settings["config"])
@@ -415,8 +420,8 @@ def _lora_config(base: Base, config: CompressorConfig) -> LoraConfig:
         chosen = [name for name in chosen if name.split(".")[-1] in config.lora_targets]
     if not chosen:
         raise CompressorError(
-            f"no memory of {base.name} depends on compressor.lora_targets = {config.lora_targets}: keys and values of the "
-            "last layer do not depend on its queries, output projection and MLP; name the key and value projections too"
+            f"no memory of {base.name} depends on compressor.lora_targets = {config.lora_targets}: keys and values of "
+            "the last layer do not depend on its queries, output and MLP; name the key and value projections too"
         )
     return LoraConfig(
         r=config.lora_rank,
@@ -452,9 +457,8 @@ def _linear_layers(base: Base) -> dict[str, bool]:
                 past_key_values=cache,
                 use_cache=True,
             )
-            total = torch.stack(
-                [(layer.keys.float().sum() + layer.values.float().sum()) for layer in cache.layers]
-            ).sum()
+            kept: list[Any] = list(cache.layers)
+            total = torch.stack([(layer.keys.float().sum() + layer.values.float().sum()) for layer in kept]).sum()
         gradients = torch.autograd.grad(total, list(ones.values()), allow_unused=True)
     finally:
         for handle in handles:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,13 +20,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-import compressor
 from compressor.base import load_base
 from compressor.config import ArchitectureConfig, BaseConfig, RunConfig
 from compressor.data.packing import COPYING_TOKENS, RowPacker, copying_rows, pack_rows, read_question_records
 from compressor.data.records import load_texts
 from compressor.errors import CompressorError
-from compressor.files import atomic_path
+from compressor.files import atomic_path, read_json
 from compressor.training import Batch
 
 SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>")
@@ -207,6 +205,7 @@ class BaseStage:
                 train_tokenizer(sample, config.architecture.vocabulary).save_pretrained(path)
         accelerator.wait_for_everyone()
         self.tokenizer = PreTrainedTokenizerFast.from_pretrained(tokenizer_folder)
+        self.tokenizer.split_special_tokens = True  # as in `Base`
         if len(self.tokenizer) > min(config.architecture.vocabulary, 1 << 16):
             raise CompressorError(
                 f"the tokenizer in {tokenizer_folder} has {len(self.tokenizer)} tokens but architecture.vocabulary is "
@@ -301,6 +300,7 @@ def export(run: Path, output: Path, dtype: str = "bfloat16") -> None:
         raise CompressorError(f"{run} has no finished model (final/): let the run end first")
     model = LlamaForCausalLM.from_pretrained(run / "final", dtype=getattr(torch, dtype))
     tokenizer = PreTrainedTokenizerFast.from_pretrained(run / "final")
+    record = read_json(run / "run.json")
     settings = yaml.safe_load((run / "config.yaml").read_text())
     rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     trained = [row for row in rows if "loss" in row][-1]
@@ -309,11 +309,12 @@ def export(run: Path, output: Path, dtype: str = "bfloat16") -> None:
     mixture = settings["mixture"]
     card = (
         "---\nlibrary_name: transformers\nlicense: apache-2.0\n---\n# arxiv-mini base\n\n"
-        f"A Llama of {model.num_parameters():,} parameters with a byte-level BPE of {len(tokenizer)} tokens, trained from "
-        "scratch on arXiv abstracts dated before 2026 (CC0) and SQuAD v1.1 training questions (CC BY-SA 4.0).\n\n"
+        f"A Llama of {model.num_parameters():,} parameters with a byte-level BPE of {len(tokenizer)} tokens, trained "
+        "from scratch on arXiv abstracts dated before 2026 (CC0) and SQuAD v1.1 training questions (CC BY-SA 4.0).\n\n"
         f"- Recipe: `configs/arxiv-mini/base.yaml`, {trained['step']:,} steps, {trained['tokens']:,} target tokens, "
         f"{trained['seconds'] / 60:.0f} minutes; mixture plain {mixture['plain']}, repeated {mixture['repeat']}, "
-        f"question-answer {mixture['qa']}; package version {compressor.__version__}, commit {_commit()}.\n"
+        f"question-answer {mixture['qa']}; package version {record['versions']['compressor']}, "
+        f"commit {record['commit']}.\n"
         f"- Validation abstracts (January 2026, unseen): {held_out['validation_bits_per_byte']:.3f} bits per byte; "
         f"in-context copying accuracy {copying}.\n"
     )
@@ -321,12 +322,3 @@ def export(run: Path, output: Path, dtype: str = "bfloat16") -> None:
         model.save_pretrained(path)
         tokenizer.save_pretrained(path)
         (path / "README.md").write_text(card)
-
-
-def _commit() -> str:
-    """The checkout's commit, or `unknown` outside one."""
-    try:
-        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"

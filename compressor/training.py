@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import signal
 import sys
 import time
@@ -26,6 +27,7 @@ from tqdm import tqdm
 from compressor.checkpoints import Checkpoints, TrainingState
 from compressor.config import RunConfig, TrainingConfig
 from compressor.errors import CompressorError
+from compressor.files import atomic_path
 
 Batch = dict[str, Any]
 """Tensors plus `ids` (record ids, for messages), `targets` (tokens the loss is summed over) and `passages`."""
@@ -80,6 +82,8 @@ def make_accelerator(config: RunConfig) -> Accelerator:
     if config.training.threads:
         torch.set_num_threads(config.training.threads)
     return Accelerator(
+        # Without this, processes started together on a machine without accelerators would each train alone.
+        cpu=int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.accelerator.is_available(),
         mixed_precision=config.training.mixed_precision,
         log_with=list(config.training.trackers) or None,
         project_dir=config.output,
@@ -132,8 +136,9 @@ class RunLog:
             kept = []
             if first_step and self.path.exists():
                 # Rows written after the checkpoint belong to steps that are about to be repeated.
-                kept = [line for line in self.path.read_text().splitlines() if json.loads(line)["step"] <= first_step]
-            self.path.write_text("".join(line + "\n" for line in kept))
+                kept = [line for line in self.path.read_text().splitlines() if _step_of(line) <= first_step]
+            with atomic_path(self.path) as path:
+                path.write_text("".join(line + "\n" for line in kept))
             if sys.stderr.isatty():
                 self.bar = tqdm(total=self.steps, initial=first_step, unit="step", dynamic_ncols=True)
 
@@ -156,6 +161,14 @@ class RunLog:
     def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
+
+
+def _step_of(line: str) -> float:
+    """Step of a row of the log; a row that a kill cut short comes after all others."""
+    try:
+        return json.loads(line)["step"]
+    except ValueError:
+        return math.inf
 
 
 def duration(seconds: float) -> str:
@@ -201,8 +214,9 @@ def train(stage: Stage, config: RunConfig, accelerator: Accelerator) -> Training
     stop = StopSignal()
     world, accumulation = accelerator.num_processes, settings.accumulation
     parameters = [p for p in stage.module.parameters() if p.requires_grad]
-    # Sums since the last line: loss, targets, passages.
-    interval = torch.zeros(3, dtype=torch.float64)
+    # Sums since the last line: loss, targets, passages; a resumed run takes up those of its checkpoint.
+    interval = torch.tensor(state.interval, dtype=torch.float64)
+    earlier = interval.clone()
     started = interval_started = time.monotonic()
     first_step = state.step
     # Agreed by all processes once a step; a signal that comes later counts in the next step.
@@ -251,11 +265,12 @@ def train(stage: Stage, config: RunConfig, accelerator: Accelerator) -> Training
                 now = time.monotonic()
                 spent = max(now - interval_started, 1e-9)
                 mean = float(interval[0] / interval[1])
+                fresh = (interval - earlier).tolist()
                 left = (now - started) / (state.step - first_step) * (settings.steps - state.step)
                 log.line(
                     f"step {state.step:>{len(str(settings.steps))}}/{settings.steps}  loss {mean:7.4f}  "
-                    f"lr {rate:.2e}  grad {norm:7.3f}  {interval[1] / spent:8.0f} tokens/s  "
-                    f"{interval[2] / spent:7.1f} passages/s  ETA {duration(left)}"
+                    f"lr {rate:.2e}  grad {norm:7.3f}  {fresh[1] / spent:8.0f} tokens/s  "
+                    f"{fresh[2] / spent:7.1f} passages/s  ETA {duration(left)}"
                 )
                 log.row(
                     state.step,
@@ -269,6 +284,7 @@ def train(stage: Stage, config: RunConfig, accelerator: Accelerator) -> Training
                     },
                 )
                 interval.zero_()
+                earlier.zero_()
                 interval_started = now
 
             last_step = state.step == settings.steps or stopping
@@ -288,7 +304,7 @@ def train(stage: Stage, config: RunConfig, accelerator: Accelerator) -> Training
                 or state.step % settings.checkpoint_every == 0
                 or (validated and state.best_step == state.step)
             ):
-                saved = state.at(state.seconds + time.monotonic() - started)
+                saved = state.at(state.seconds + time.monotonic() - started, interval.tolist())
                 checkpoints.save(stage, optimizer, names, saved)
     finally:
         stop.restore()

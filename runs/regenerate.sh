@@ -11,3 +11,4 @@ rm -rf models/arxiv-mini/compressor
 cp -r outputs/arxiv-mini/regenerate/final models/arxiv-mini/compressor
 mkdir -p results
 cp outputs/arxiv-mini/regenerate/log.jsonl results/regenerate-log.jsonl
+cp outputs/arxiv-mini/regenerate/run.json results/regenerate-run.json

@@ -6,12 +6,10 @@ import difflib
 import hashlib
 import json
 import os
-import platform
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,6 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from tqdm import tqdm
 
-import compressor
 from compressor.base import resolve as resolve_path
 from compressor.data.records import load_texts
 from compressor.data.sources import resolve as resolve_data
@@ -33,18 +30,8 @@ from compressor.evaluation.report import load_published, markdown_table, regener
 from compressor.evaluation.tasks import TASKS, Item, Result, Task, parts
 from compressor.files import atomic_path, sha256
 from compressor.model import Compressor, read_settings
+from compressor.provenance import versions
 
-LIBRARIES = (
-    "torch",
-    "transformers",
-    "peft",
-    "accelerate",
-    "tokenizers",
-    "datasets",
-    "sacrebleu",
-    "rouge-score",
-    "numpy",
-)
 LINES = 10
 """Progress lines of a run without a terminal."""
 
@@ -111,8 +98,7 @@ def evaluate(
         "data": describe_data(config, records),
         "seed": config.seed,
         "command": command,
-        "versions": {"compressor": compressor.__version__, "python": platform.python_version()}
-        | {name: version(name) for name in LIBRARIES},
+        "versions": versions(),
         "device": torch.cuda.get_device_name(accelerator.device)
         if accelerator.device.type == "cuda"
         else accelerator.device.type,

@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Makes every figure of the README from the bundled models: results/*.json, the plots, README.md's generated parts.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+python -m compressor.cli evaluate-base --base models/arxiv-mini/base --data arxiv-test --output results/base.json
+python evaluate.py --checkpoint models/arxiv-mini/compressor --task regeneration --data arxiv-test \
+  --tokens 16 8 4 2 1 --lengths 96 192 288 384 480 --published --output "$work/regeneration"
+cp "$work/regeneration/metrics.json" results/regeneration.json
+cp "$work/regeneration/regeneration.png" results/regeneration.png
+python runs/readme.py --snippet > "$work/snippet.py"
+(cd "$work" && PYTHONPATH="$OLDPWD" python snippet.py) > results/snippet.txt
+python runs/readme.py
