@@ -1,6 +1,6 @@
 """How long a training step takes, variants alternating in one run; prints medians and ratios.
 
-    python benchmarks/training_step.py --passages 16 --length 96 --repeats 5 --output results/benchmark-training-step.json
+    python benchmarks/training_step.py --output results/benchmark-training-step.json
 
 Variants: the base with eager or sdpa attention; every passage padded to 500 tokens, as the published code does.
 Times are the process's CPU seconds on a CPU (other programs do not count) and wall seconds on a GPU.

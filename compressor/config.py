@@ -340,6 +340,12 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         require(0 <= self.seed < 1 << 32, "seed", self.seed, "0 to 4294967295")
+        require(
+            not self.training.activation_checkpointing or self.training.compile == "no",
+            "training.activation_checkpointing",
+            True,
+            "false with training.compile, which cannot trace it",
+        )
         for share in self.objective.tokens:
             require(
                 share.tokens <= self.compressor.memory_tokens,

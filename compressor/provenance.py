@@ -9,7 +9,17 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-LIBRARIES = ("torch", "transformers", "peft", "accelerate", "datasets", "tokenizers")
+LIBRARIES = (
+    "torch",
+    "transformers",
+    "peft",
+    "accelerate",
+    "datasets",
+    "tokenizers",
+    "sacrebleu",
+    "rouge-score",
+    "numpy",
+)
 
 
 def commit() -> str:
