@@ -159,9 +159,7 @@ def test_normalising() -> None:
 
 
 def test_shards_and_manifest_agree_and_datasets_reads_the_folder(tmp_path: Path) -> None:
-    source = snapshot(
-        tmp_path / "s.json", *[paper(f"p{n}") for n in range(25)], paper("v", "1 Aug 2023 00:00")
-    )
+    source = snapshot(tmp_path / "s.json", *[paper(f"p{n}") for n in range(25)], paper("v", "1 Aug 2023 00:00"))
     manifest = build(tmp_path, source, shard_records=10, licence="CC0-1.0")
     shards = manifest["splits"]["train"]["shards"]
     assert [shard["records"] for shard in shards] == [10, 10, 5]
@@ -195,9 +193,7 @@ def test_every_kind_of_file_gives_the_same_corpus(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text(words("x") + "\n\n" + words("y") + "\n")
     with pytest.raises(CompressorError, match=r"a\.txt line 1 has no date"):
         build_corpus(CorpusConfig(source=str(tmp_path / "a.txt"), output=str(tmp_path / "txt")))
-    manifest = build_corpus(
-        CorpusConfig(source=str(tmp_path / "a.txt"), output=str(tmp_path / "txt"), undated="train")
-    )
+    manifest = build_corpus(CorpusConfig(source=str(tmp_path / "a.txt"), output=str(tmp_path / "txt"), undated="train"))
     assert manifest["kept"]["train"] == 2
 
 
@@ -243,9 +239,7 @@ def test_what_a_source_holds_out_stays_held_out(tmp_path: Path) -> None:
     folder.mkdir()
     snapshot(folder / "train-00000.jsonl", paper("a"), paper("twin", abstract=words("t")))
     test_day = "Mon, 1 Jan 2024 00:00:00 GMT"
-    snapshot(
-        folder / "test.jsonl", paper("old"), paper("new", test_day), paper("x", test_day, abstract=words("t"))
-    )
+    snapshot(folder / "test.jsonl", paper("old"), paper("new", test_day), paper("x", test_day, abstract=words("t")))
     manifest = build(tmp_path, str(folder), keep_source_splits=True)
     assert [row["id"] for row in rows(tmp_path, "train")] == ["a"]
     assert [row["id"] for row in rows(tmp_path, "test")] == ["new", "x"]
@@ -266,14 +260,10 @@ def test_samples_do_not_depend_on_order_and_balance_archives(tmp_path: Path) -> 
     build_corpus(config, overwrite=True)
     assert rows(tmp_path, "train") == first
     sample = SampleConfig(train=24, seed=1)
-    build_corpus(
-        CorpusConfig(source=config.source, output=str(tmp_path / "out"), sample=sample), overwrite=True
-    )
+    build_corpus(CorpusConfig(source=config.source, output=str(tmp_path / "out"), sample=sample), overwrite=True)
     assert rows(tmp_path, "train") != first
     with pytest.raises(CompressorError, match=r"sample.train = 95 but the split has only 94"):
-        build_corpus(
-            CorpusConfig(source=config.source, output=str(tmp_path / "more"), sample=SampleConfig(train=95))
-        )
+        build_corpus(CorpusConfig(source=config.source, output=str(tmp_path / "more"), sample=SampleConfig(train=95)))
 
 
 def test_even_shares() -> None:

@@ -97,9 +97,7 @@ def test_a_folder_of_several_splits_must_be_asked_for_one(tmp_path: Path) -> Non
     for name in ("train-00000", "train-00001", "test"):
         parquet(tmp_path / f"{name}.parquet", id=[name], text=[name])
     assert [text for _, text in pairs(tmp_path, split="train")] == ["train-00000", "train-00001"]
-    with pytest.raises(
-        CompressorError, match=r"several splits and none was named: choose one of test, train"
-    ):
+    with pytest.raises(CompressorError, match=r"several splits and none was named: choose one of test, train"):
         load_texts(tmp_path)
     with pytest.raises(CompressorError, match="has no 'validation'"):
         load_texts(tmp_path, split="validation")
@@ -114,11 +112,7 @@ def test_shipped_sets_have_names() -> None:
             assert high < "2026-01-01"
         else:
             assert low >= "2026-01-01"
-    texts = [
-        text
-        for name in ("arxiv-train", "arxiv-validation", "arxiv-test")
-        for text in load_texts(name)["text"]
-    ]
+    texts = [text for name in ("arxiv-train", "arxiv-validation", "arxiv-test") for text in load_texts(name)["text"]]
     assert len(set(texts)) == len(texts)
 
 

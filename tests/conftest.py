@@ -1,0 +1,310 @@
+"""Fixtures that all tests share: a tiny base on disk, a tiny compressor, and a tiny model of every family.
+
+Nothing here uses the network or the caches of the person who runs the tests.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# Read when `datasets` and `transformers` are imported, here and in the commands that tests start.
+_CACHE = tempfile.mkdtemp(prefix="compressor-tests-")
+os.environ["HF_DATASETS_CACHE"] = _CACHE
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: threads only cost
+
+PROJECT = Path(__file__).resolve().parents[1]
+if str(PROJECT) not in sys.path:
+    sys.path.insert(0, str(PROJECT))
+
+
+_PARTIAL = {"partial_rotary_factor": 0.5, "rope_type": "default", "rope_theta": 10000.0}
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "llama-untied": ("llama", {"tie_word_embeddings": False}),
+    "llama3-rope": (
+        "llama",
+        {
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 500000.0,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 64,
+            }
+        },
+    ),
+    "llama-linear-rope": (
+        "llama",
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}},
+    ),
+    "llama-yarn-rope": (
+        "llama",
+        {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 10000.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 128,
+            }
+        },
+    ),
+    "qwen2": ("qwen2", {}),
+    "qwen3": ("qwen3", {}),
+    "qwen3-moe": (
+        "qwen3_moe",
+        {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+    ),
+    "mistral": ("mistral", {"sliding_window": None}),
+    "mixtral": ("mixtral", {"sliding_window": None, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "smollm3": ("smollm3", {"no_rope_layers": [1, 0, 1]}),
+    "olmo": ("olmo", {}),
+    "olmo2": ("olmo2", {}),
+    "gemma": ("gemma", {}),
+    "phi": ("phi", {"rope_parameters": _PARTIAL}),
+    "phi3": ("phi3", {"pad_token_id": 0}),
+    "gpt-neox": ("gpt_neox", {"rope_parameters": {**_PARTIAL, "partial_rotary_factor": 0.25}, "head_dim": None}),
+    "granite": ("granite", {"embedding_multiplier": 12.0, "residual_multiplier": 0.22, "logits_scaling": 8.0}),
+    "stablelm": ("stablelm", {"rope_parameters": {**_PARTIAL, "partial_rotary_factor": 0.25}}),
+    "cohere": ("cohere", {}),
+    "glm": ("glm", {"pad_token_id": 0, "rope_parameters": _PARTIAL}),
+    "helium": ("helium", {}),
+    "nemotron": ("nemotron", {"rope_parameters": _PARTIAL}),
+    "ernie4-5": ("ernie4_5", {}),
+    "falcon": ("falcon", {"alibi": False, "new_decoder_architecture": True, "num_kv_heads": 2, "head_dim": None}),
+    "dropout": ("phi", {"rope_parameters": _PARTIAL, "resid_pdrop": 0.5, "attention_dropout": 0.5}),
+}
+"""Families that must work: model type of transformers, and settings besides the common small ones."""
+
+
+def family_model(family: str, **settings: Any) -> Any:
+    """A random model of 3 layers and hidden size 64 of a family in `FAMILIES`, or of a transformers model type."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    kind, special = FAMILIES.get(family, (family, {}))
+    common = {
+        "vocab_size": 512,
+        "hidden_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "intermediate_size": 96,
+        "max_position_embeddings": 512,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
+    chosen = {
+        key: value for key, value in (common | special | settings).items() if value is not None or key not in common
+    }
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **chosen))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() >= 2:
+                parameter.mul_(4)  # else attention is nearly uniform and positions hardly matter
+    return model.eval()
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test that takes `family` runs for every family."""
+    if "family" in metafunc.fixturenames:
+        metafunc.parametrize("family", list(FAMILIES))
+
+
+@pytest.fixture
+def make_family_base(tiny_base_folder: Path) -> Callable[..., Any]:
+    """Builds a `Base` around a tiny random model of a family, with the tiny tokenizer."""
+    from transformers import PreTrainedTokenizerFast
+
+    from compressor.base import Base
+
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tiny_base_folder)
+
+    def make(family: str, **settings: Any) -> Base:
+        return Base(family_model(family, **settings), tokenizer, family)
+
+    return make
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(_CACHE, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def project() -> Path:
+    """The root of the repository."""
+    return PROJECT
+
+
+@pytest.fixture(scope="session")
+def texts() -> list[str]:
+    """A few hundred real abstracts."""
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(PROJECT / "data" / "arxiv-train.parquet")
+    name = "text" if "text" in table.column_names else "abstract"
+    return table.column(name).to_pylist()[:300]
+
+
+@pytest.fixture(scope="session")
+def tiny_base_folder(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> Path:
+    """A saved Llama of 3 layers and hidden size 32, random weights, with a byte-level BPE of 512 tokens."""
+    import torch
+
+    from compressor.config import ArchitectureConfig
+    from compressor.pretraining import make_model, train_tokenizer
+
+    folder = tmp_path_factory.mktemp("base") / "tiny-base"
+    tokenizer = train_tokenizer(texts, 512)
+    shape = ArchitectureConfig(
+        vocabulary=512, hidden=32, layers=3, heads=4, key_value_heads=2, intermediate=64, positions=1024
+    )
+    torch.manual_seed(0)
+    model = make_model(shape, tokenizer)
+    # Random weights of the usual spread give nearly uniform logits; wider ones make each test say more.
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(4)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def tiny_base(tiny_base_folder: Path) -> Any:
+    """The tiny base, freshly loaded: a compressor puts its adapters into it."""
+    from compressor.base import load_base
+    from compressor.config import BaseConfig
+
+    return load_base(BaseConfig(path=str(tiny_base_folder)))
+
+
+@pytest.fixture
+def make_tiny_compressor(tiny_base_folder: Path) -> Callable[..., Any]:
+    """Builds a compressor on a fresh tiny base: 8 memory tokens and LoRA rank 4, other settings by keyword.
+
+    `stirred` gives the adapters' B matrices random values, so that switching them matters (LoRA starts at zero).
+    """
+    import torch
+
+    from compressor.base import load_base
+    from compressor.config import BaseConfig, CompressorConfig
+    from compressor.model import Compressor
+
+    def make(stirred: bool = True, base: Any = None, seed: int = 0, **settings: Any) -> Compressor:
+        settings = {"memory_tokens": 8, "lora_rank": 4, "lora_alpha": 8.0, "max_passage_tokens": 64} | settings
+        base = load_base(BaseConfig(path=str(tiny_base_folder))) if base is None else base
+        model = Compressor(base, CompressorConfig(**settings), seed)
+        if stirred:
+            generator = torch.Generator().manual_seed(1)
+            with torch.no_grad():
+                for name, parameter in model.named_parameters():
+                    if "lora_B" in name:
+                        parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+        return model
+
+    return make
+
+
+@pytest.fixture
+def tiny_compressor(make_tiny_compressor: Callable[..., Any]) -> Any:
+    """A compressor with 8 memory tokens on a fresh tiny base."""
+    return make_tiny_compressor()
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> tuple[str, str]:
+    """Paths of small training and validation files (JSON lines)."""
+    import json
+
+    folder = tmp_path_factory.mktemp("corpus")
+    paths = []
+    for name, chosen in (("train", texts[:60]), ("validation", texts[60:68])):
+        path = folder / f"{name}.jsonl"
+        path.write_text(
+            "".join(json.dumps({"id": f"{name}-{i}", "text": text}) + "\n" for i, text in enumerate(chosen))
+        )
+        paths.append(str(path))
+    return paths[0], paths[1]
+
+
+@pytest.fixture(scope="session")
+def training_options(tiny_base_folder: Path, corpus: tuple[str, str]) -> list[str]:
+    """Command line of a run that does a step in a few hundredths of a second; `--output` is missing."""
+    options = {
+        "base.path": str(tiny_base_folder),
+        "compressor.memory_tokens": "4",
+        "compressor.lora_rank": "2",
+        "compressor.lora_dropout": "0.1",
+        "compressor.max_passage_tokens": "32",
+        "objective.tokens": '[{"tokens": 4}, {"tokens": 2}]',
+        "objective.continuation": "0.3",
+        "data.train": f'["{corpus[0]}"]',
+        "data.validation": f'["{corpus[1]}"]',
+        "data.validation_limit": "4",
+        "data.lengths": '[{"low": 4, "high": 32}]',
+        "training.batch_tokens": "128",
+        "training.warmup_steps": "3",
+        "training.learning_rate": "1e-2",
+        "training.mixed_precision": "no",
+        "training.log_every": "1",
+        "training.threads": "1",
+    }
+    return [f"--{key}={value}" for key, value in options.items()]
+
+
+@pytest.fixture(scope="session")
+def start_training() -> Iterator[Callable[..., Any]]:
+    """Starts `train.py` as a command of its own, with one process or through `accelerate launch`, on the CPU."""
+    import subprocess
+
+    started = []
+
+    def start(argv: list[str], processes: int = 1) -> subprocess.Popen[str]:
+        command = [sys.executable]
+        if processes > 1:
+            launcher = "-m accelerate.commands.accelerate_cli launch --config_file configs/accelerate/cpu.yaml"
+            command += [*launcher.split(), "--num_processes", str(processes), "--num_cpu_threads_per_process", "1"]
+            command += ["--main_process_port", "0"]
+        environment = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONWARNINGS": "ignore"}
+        process = subprocess.Popen(
+            [*command, "train.py", *argv],
+            cwd=PROJECT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            os.killpg(process.pid, 9)
+            process.wait()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> Iterator[None]:
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -1,0 +1,82 @@
+"""Loading the frozen base: what it measures, and messages when it cannot be loaded."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from compressor.base import PROJECT, Base, load_base, resolve
+from compressor.config import BaseConfig
+from compressor.errors import CompressorError
+
+
+def test_shape_and_tokens_of_the_tiny_base(tiny_base: Base) -> None:
+    shape = (tiny_base.layers, tiny_base.kv_heads, tiny_base.head_size, tiny_base.hidden)
+    assert shape == (3, 2, 8, 32)
+    assert tiny_base.rotated == [True] * 3
+    assert (tiny_base.bos, tiny_base.eos) == (1, 2)
+    assert (tiny_base.dtype, tiny_base.device.type) == (torch.float32, "cpu")
+    assert not any(p.requires_grad for p in tiny_base.parameters())
+    assert not tiny_base.model.training
+
+
+def test_a_base_without_bos_starts_with_its_end_of_text(tiny_base: Base) -> None:
+    tiny_base.tokenizer.bos_token = None
+    assert tiny_base.bos == tiny_base.eos == 2
+
+
+def test_text_that_spells_a_special_token_is_text(tiny_base: Base) -> None:
+    text = "It ends with <eos>, begins with <bos> and is filled with <pad>."
+    ids = tiny_base.tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert not {0, 1, 2} & set(ids)
+    assert tiny_base.tokenizer.decode(ids, skip_special_tokens=True) == text
+    batch = tiny_base.tokenizer([text, "<eos>"], add_special_tokens=False, verbose=False)["input_ids"]
+    assert batch[0] == ids
+    assert 2 not in batch[1]
+
+
+def test_the_fingerprint_tells_weights_apart_but_not_types(tiny_base_folder: Path, tiny_base: Base) -> None:
+    half = load_base(BaseConfig(path=str(tiny_base_folder), dtype="bfloat16"))
+    assert half.dtype == torch.bfloat16
+    assert half.fingerprint == tiny_base.fingerprint
+    for name in ("model.norm.weight", "model.layers.2.mlp.down_proj.weight"):
+        with torch.no_grad():
+            tiny_base.model.get_parameter(name)[-1] += 0.5
+        changed = Base(tiny_base.model, tiny_base.tokenizer, "changed")
+        assert changed.fingerprint != half.fingerprint
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
+@pytest.mark.parametrize("damage", ["missing", "truncated"])
+def test_a_damaged_base_is_refused_by_name(tiny_base_folder: Path, tmp_path: Path, name: str, damage: str) -> None:
+    folder = tmp_path / "damaged-base"
+    shutil.copytree(tiny_base_folder, folder)
+    path = folder / name
+    content = path.read_bytes()
+    path.unlink()
+    if damage == "truncated":
+        path.write_bytes(content[: len(content) // 2])
+    with pytest.raises(CompressorError, match=r"cannot load the base .*damaged-base"):
+        load_base(BaseConfig(path=str(folder)))
+
+
+def test_a_base_that_is_not_there_is_refused_with_what_to_do() -> None:
+    with pytest.raises(CompressorError, match=r"cannot load the base 'no/such-base'.*--base\.path"):
+        load_base(BaseConfig(path="no/such-base"))
+
+
+def test_bundled_paths_are_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert resolve("data/arxiv-train.parquet") == str(PROJECT / "data" / "arxiv-train.parquet")
+    assert resolve("owner/model") == "owner/model"
+
+
+def test_quantisation_without_the_package_says_what_to_install(
+    tiny_base_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "bitsandbytes", None)
+    with pytest.raises(CompressorError, match=r"kv-compressor\[quantised-base\]"):
+        load_base(BaseConfig(path=str(tiny_base_folder), quantisation="int4"))

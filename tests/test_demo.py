@@ -1,0 +1,112 @@
+"""The demo and the memory commands, on the bundled model."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from compressor.cli import main as cli
+from compressor.demo import demo_main, mark_differences
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def demo(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert demo_main(list(arguments)) == 0
+    return capsys.readouterr().out
+
+
+def test_differences_are_marked_word_by_word() -> None:
+    assert mark_differences("a b c d", "a x c d e", colour=False) == "a [-b-] {+x+} c d {+e+}"
+    assert mark_differences("the same", "the same", colour=False) == "the same"
+    assert "\033[31m[-b-]" in mark_differences("a b", "a", colour=True)
+
+
+def test_the_demo_runs_offline_without_arguments() -> None:
+    run = subprocess.run(
+        [sys.executable, "demo.py"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={"HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin"},
+    )
+    assert run.returncode == 0, run.stderr
+    assert "96 tokens -> 16 memory tokens (6x)" in run.stdout
+    assert "ROUGE-L" in run.stdout
+    assert "Traceback" not in run.stderr
+
+
+def test_json_has_the_documented_keys(capsys: pytest.CaptureFixture[str]) -> None:
+    result = json.loads(demo(capsys, "--json", "--tokens", "4", "--length", "32"))
+    assert {"passage", "tokens", "passage_tokens", "regeneration", "bleu", "rouge_l", "seconds"} <= set(result)
+    assert (result["tokens"], result["passage_tokens"]) == (4, 32)
+    assert 0 <= result["rouge_l"] <= 1
+    assert 0 <= result["bleu"] <= 100
+
+
+def test_own_text_is_taken_whole_and_segmented(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "long.txt"
+    path.write_text("We measure the spectrum of light scattered by dust. " * 60)
+    result = json.loads(demo(capsys, "--text", str(path), "--json"))
+    assert result["passage_tokens"] == result["text_tokens"] > 500
+    assert result["segments"] == 2
+    assert result["tokens"] == 32
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty"),
+        (b"  \n", "is empty"),
+        (b"\xff\xfe\x00", "not UTF-8"),
+        (b"a\x00b", "NUL"),
+        (None, "cannot read"),
+    ],
+)
+def test_bad_text_is_refused(
+    content: bytes | None, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "passage.txt"
+    if content is not None:
+        path.write_bytes(content)
+    assert demo_main(["--text", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.startswith("error: ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tokens", "99"], "1 to 16"),
+        (["--tokens", "0"], "at least 1"),
+        (["--checkpoint", "no/such"], "no/such"),
+        (["--token", "4"], "did you mean tokens"),
+        (["--example", "100000"], "out of range"),
+    ],
+)
+def test_bad_options_are_refused(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert demo_main(arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_memory_file_regenerates_without_the_adapters(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text, memory = tmp_path / "passage.txt", tmp_path / "passage.memory"
+    text.write_text("We study the conductivity of thin films at low temperature.")
+    assert cli(["compress", "--text", str(text), "--output", str(memory), "--dtype", "float32"]) == 0
+    capsys.readouterr()
+    assert cli(["regenerate", "--memory", str(memory)]) == 0
+    written = capsys.readouterr().out.strip()
+    assert written == json.loads(demo(capsys, "--text", str(text), "--json"))["regeneration"].strip()
+
+    assert cli(["compress", "--text", str(text), "--output", str(memory)]) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    damaged = bytearray(memory.read_bytes())
+    damaged[-7] ^= 1
+    memory.write_bytes(damaged)
+    assert cli(["regenerate", "--memory", str(memory)]) == 2
+    assert "damaged" in capsys.readouterr().err

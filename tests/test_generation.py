@@ -1,0 +1,267 @@
+"""Decoding from a prefix: scoring, greedy and sampled generation, batches, streaming, ends and limits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from compressor.base import Base
+from compressor.errors import CompressorError
+from compressor.generation import (
+    Sampling,
+    decode,
+    generate,
+    regenerate,
+    regenerate_ids,
+    regeneration_limit,
+    score,
+    stream,
+)
+from compressor.memory import Memory, Prefix, empty_prefix, memory_prefix
+from compressor.model import Compressor
+
+PASSAGES = [[(7 * i + j) % 400 + 5 for i in range(n)] for j, n in enumerate((30, 9, 17))]
+PROMPTS = [[1], [5, 6, 7, 8], [1, 9]]
+LIMITS = [12, 5, 20]
+HOT = Sampling(temperature=1.0, seed=3)
+
+
+@pytest.fixture
+def decoder(tiny_compressor: Compressor) -> tuple[Base, list[Memory]]:
+    """The tiny base with its adapters off for good, and three memories of unequal size."""
+    memories = tiny_compressor.compress_ids(PASSAGES)
+    memories[1] = memories[1].truncate(3)
+    for layer in tiny_compressor._lora_layers:
+        layer._disable_adapters = True
+    return tiny_compressor.base, memories
+
+
+def passage_prefix(base: Base, passage: list[int]) -> Prefix:
+    """The passage itself as a context: its own keys and values."""
+    cache = DynamicCache()
+    with torch.no_grad():
+        base.model(torch.tensor([passage]), past_key_values=cache, use_cache=True)
+    return Prefix(
+        [layer.keys for layer in cache.layers],
+        [layer.values for layer in cache.layers],
+        torch.ones(1, len(passage), dtype=torch.bool),
+        torch.tensor([len(passage)]),
+    )
+
+
+# -- against the plain model ---------------------------------------------------------------------------------------
+
+
+def test_decoding_after_a_passage_equals_the_plain_model(tiny_base: Base) -> None:
+    following = [4, 8, 15, 16, 23]
+    with torch.no_grad():
+        ours = decode(tiny_base, passage_prefix(tiny_base, PASSAGES[0]), torch.tensor([following]))
+        plain = tiny_base.model(torch.tensor([[*PASSAGES[0], *following]])).logits[:, len(PASSAGES[0]) :]
+    torch.testing.assert_close(ours, plain, atol=1e-4, rtol=1e-4)
+
+
+def test_greedy_generation_equals_transformers_own(tiny_base: Base) -> None:
+    for prompt in PROMPTS:
+        inputs = torch.tensor([[*PASSAGES[0], *prompt]])
+        theirs = tiny_base.model.generate(
+            inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=15, do_sample=False, eos_token_id=2
+        )
+        ours = generate(tiny_base, passage_prefix(tiny_base, PASSAGES[0]), [prompt], [15])[0]
+        expected = theirs[0, inputs.shape[1] :].tolist()
+        assert ours.ids == [token for token in expected if token != 2]
+
+
+def test_generation_without_context_equals_the_plain_model(tiny_base: Base) -> None:
+    ours = generate(tiny_base, empty_prefix(tiny_base, 2), [[1, 7], [1, 9, 30]], [4, 4])
+    for prompt, one in zip(([1, 7], [1, 9, 30]), ours, strict=True):
+        ids = list(prompt)
+        for token in one.ids:
+            with torch.no_grad():
+                assert int(tiny_base.model(torch.tensor([ids])).logits[0, -1].argmax()) == token
+            ids.append(token)
+        assert len(one.ids) == 4
+
+
+# -- batches, streams ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), HOT, Sampling(0.7, top_k=20, top_p=0.9, seed=8)])
+def test_a_batch_gives_each_row_what_it_gets_alone(decoder: tuple[Base, list[Memory]], sampling: Sampling) -> None:
+    base, memories = decoder
+    together = generate(base, memory_prefix(base, memories), PROMPTS, LIMITS, sampling)
+    assert [len(one.ids) for one in together if not one.finished] == [
+        limit for limit, one in zip(LIMITS, together, strict=True) if not one.finished
+    ]
+    for memory, prompt, limit, expected in zip(memories, PROMPTS, LIMITS, together, strict=True):
+        alone = generate(base, memory_prefix(base, [memory]), [prompt], [limit], sampling)[0]
+        assert (alone.ids, alone.finished) == (expected.ids, expected.finished)
+        assert alone.logprobs == pytest.approx(expected.logprobs, abs=1e-4)
+
+
+def test_streaming_gives_what_generate_collects(decoder: tuple[Base, list[Memory]]) -> None:
+    base, memories = decoder
+    whole = generate(base, memory_prefix(base, memories), PROMPTS, LIMITS, HOT)
+    steps = list(stream(base, memory_prefix(base, memories), PROMPTS, LIMITS, HOT))
+    assert len(steps) == max(len(one.logprobs) for one in whole)
+    for row, one in enumerate(whole):
+        column = [step[row] for step in steps]
+        rows = [pair for pair in column if pair is not None]
+        assert column == rows + [None] * (len(column) - len(rows))  # nothing after a row's end
+        assert [token for token, _ in rows] == one.ids + [base.eos] * one.finished
+        assert [logprob for _, logprob in rows] == one.logprobs
+
+
+def test_the_first_token_comes_before_the_rest_is_computed(decoder: tuple[Base, list[Memory]]) -> None:
+    base, memories = decoder
+    calls = []
+    handle = base.model.register_forward_hook(lambda *_: calls.append(1))
+    next(stream(base, memory_prefix(base, memories), PROMPTS, LIMITS))
+    handle.remove()
+    assert len(calls) == 1
+
+
+# -- ends and limits -----------------------------------------------------------------------------------------------
+
+
+def test_generation_stops_at_eos_and_leaves_it_out(
+    decoder: tuple[Base, list[Memory]],
+) -> None:
+    base, memories = decoder
+    free = generate(base, memory_prefix(base, memories), PROMPTS, [20] * 3, HOT)
+    token = free[0].ids[4]
+    base.tokenizer.eos_token = base.tokenizer.convert_ids_to_tokens(token)
+    assert base.eos == token
+    stopped = generate(base, memory_prefix(base, memories), PROMPTS, [20] * 3, HOT)
+    for one, whole in zip(stopped, free, strict=True):
+        ids = [*whole.ids, *([2] if whole.finished else [])]
+        end = ids.index(token) if token in ids else len(ids)
+        assert one.ids == ids[:end]
+        assert one.finished == (token in ids)
+        assert len(one.logprobs) == end + one.finished
+    assert stopped[0].finished
+
+
+def test_limits_are_kept_row_by_row(decoder: tuple[Base, list[Memory]]) -> None:
+    base, memories = decoder
+    results = generate(base, memory_prefix(base, memories), PROMPTS, [0, 1, 7])
+    assert [len(one.ids) for one in results] == [0, 1, 7]
+    assert generate(base, memory_prefix(base, memories), PROMPTS, [0, 0, 0])[1].ids == []
+
+
+def test_an_empty_prompt_is_refused(decoder: tuple[Base, list[Memory]]) -> None:
+    base, memories = decoder
+    with pytest.raises(CompressorError, match="at least one prompt token"):
+        generate(base, memory_prefix(base, memories[:2]), [[1], []], [5, 5])
+
+
+# -- scores --------------------------------------------------------------------------------------------------------
+
+
+def test_log_probabilities_are_the_models_own(decoder: tuple[Base, list[Memory]]) -> None:
+    base, memories = decoder
+    for sampling in (Sampling(), Sampling(0.5, top_k=5, seed=1)):
+        results = generate(base, memory_prefix(base, memories), PROMPTS, LIMITS, sampling)
+        scores = score(base, memory_prefix(base, memories), PROMPTS, [one.ids for one in results])
+        for one, scored in zip(results, scores, strict=True):
+            assert scored[:, 0].tolist() == pytest.approx(one.logprobs[: len(one.ids)], abs=1e-3)
+            if sampling.temperature == 0:
+                assert bool((scored[:, 1] == 1).all())
+
+
+def test_scoring_a_batch_equals_scoring_alone_and_the_full_forward(decoder: tuple[Base, list[Memory]]) -> None:
+    base, memories = decoder
+    targets = [[3, 4, 5], [9], [7, 2]]
+    together = score(base, memory_prefix(base, memories), PROMPTS, targets)
+    for memory, prompt, target, expected in zip(memories, PROMPTS, targets, together, strict=True):
+        assert expected.shape == (len(target), 2)
+        alone = score(base, memory_prefix(base, [memory]), [prompt], [target])[0]
+        torch.testing.assert_close(alone, expected, atol=1e-4, rtol=1e-4)
+        with torch.no_grad():
+            logits = decode(base, memory_prefix(base, [memory]), torch.tensor([[*prompt, *target]]))[0]
+        rows = logits.log_softmax(-1)[len(prompt) - 1 : -1]
+        torch.testing.assert_close(
+            rows.gather(1, torch.tensor(target)[:, None])[:, 0], expected[:, 0], atol=1e-4, rtol=1e-4
+        )
+
+
+# -- sampling ------------------------------------------------------------------------------------------------------
+
+
+def test_the_narrowest_sampling_is_greedy(decoder: tuple[Base, list[Memory]]) -> None:
+    base, memories = decoder
+    greedy = generate(base, memory_prefix(base, memories), PROMPTS, LIMITS)
+    for sampling in (Sampling(2.0, top_k=1), Sampling(2.0, top_p=1e-9), Sampling(1e-4)):
+        found = generate(base, memory_prefix(base, memories), PROMPTS, LIMITS, sampling)
+        assert [one.ids for one in found] == [one.ids for one in greedy]
+
+
+def test_top_k_and_top_p_bound_what_is_drawn_and_the_seed_decides(decoder: tuple[Base, list[Memory]]) -> None:
+    base, memories = decoder
+    prefix, ids = memory_prefix(base, memories[:1]), torch.tensor([[1]])
+    with torch.no_grad():
+        probabilities = decode(base, prefix, ids)[0, -1].softmax(-1)
+    ordered = probabilities.argsort(descending=True).tolist()
+
+    def draw(**options: Any) -> set[int]:
+        return {
+            generate(base, prefix, [[1]], [1], Sampling(1.0, seed=seed, **options))[0].ids[0] for seed in range(150)
+        }
+
+    drawn = draw(top_k=4)
+    assert drawn <= set(ordered[:4])
+    assert len(drawn) > 1
+    nucleus, total = set(), 0.0
+    for token in ordered:
+        if total >= 0.3:
+            break
+        nucleus.add(token)
+        total += float(probabilities[token])
+    drawn = draw(top_p=0.3)
+    assert drawn <= nucleus
+    assert len(drawn) > 1
+    assert len(draw()) > 20
+    runs = [generate(base, prefix, [[1]], [12], Sampling(1.0, seed=seed))[0].ids for seed in (1, 1, 2)]
+    assert runs[0] == runs[1] != runs[2]
+
+
+@pytest.mark.parametrize("options", [{"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.5}, {"top_k": 0}])
+def test_impossible_sampling_is_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(CompressorError, match="sampling needs"):
+        Sampling(**options)
+
+
+# -- regeneration --------------------------------------------------------------------------------------------------
+
+
+def test_segments_are_written_apart_and_joined(make_tiny_compressor: Callable[..., Compressor]) -> None:
+    model = make_tiny_compressor(max_passage_tokens=12)
+    memories = model.compress_ids(PASSAGES)
+    assert [len(memory.segments) for memory in memories] == [3, 1, 2]
+    with model.adapters(on=False):
+        written = regenerate_ids(model.base, memories)
+        for size in (1, 2):
+            assert regenerate_ids(model.base, memories, batch_size=size) == written
+        for memory, ids in zip(memories, written, strict=True):
+            parts = [
+                generate(
+                    model.base,
+                    memory_prefix(model.base, [part]),
+                    [[model.base.bos]],
+                    [regeneration_limit(part.passage_tokens)],
+                )[0].ids
+                for part in memory.split()
+            ]
+            assert ids == [token for part in parts for token in part]
+        texts = regenerate(model.base, memories)
+    assert texts == [model.base.tokenizer.decode(ids, skip_special_tokens=True) for ids in written]
+    # The public call switches the adapters off by itself, and takes one memory or many.
+    assert model.regenerate(memories) == texts
+    assert model.regenerate(memories[0]) == texts[0]
+
+
+def test_the_limit_leaves_room_for_a_late_eos() -> None:
+    assert [regeneration_limit(n) for n in (1, 80, 500)] == [9, 88, 550]

@@ -1,0 +1,120 @@
+"""What only a CUDA device shows: bfloat16 training, torch.compile, resuming there, memories between devices."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+
+from compressor.base import load_base
+from compressor.config import BaseConfig
+from compressor.generation import decode, generate
+from compressor.launch import train_main
+from compressor.memory import memory_prefix
+from compressor.model import Compressor
+from compressor.training import StopSignal
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+
+PASSAGES = [[(7 * i + j) % 400 + 5 for i in range(n)] for j, n in enumerate((30, 9, 17))]
+
+
+@pytest.fixture(autouse=True)
+def _on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "false")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    torch.compiler.reset()
+
+
+def losses(output: Path) -> list[float]:
+    lines = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+@pytest.fixture
+def options(training_options: list[str], project: Path) -> dict[str, list[str]]:
+    """Both stages in bfloat16, ten steps."""
+    common = ["--training.steps=10", "--training.mixed_precision=bf16", "--training.checkpoint_every=4"]
+    regenerate = [option for option in training_options if "mixed_precision" not in option]
+    base = [
+        "--stage=base",
+        f"--data.train={project}/data/arxiv-train.parquet",
+        f"--data.validation={project}/data/arxiv-validation.parquet",
+        "--data.limit=150",
+        "--data.validation_limit=4",
+        "--architecture.vocabulary=400",
+        "--architecture.hidden=64",
+        "--architecture.layers=2",
+        "--architecture.heads=4",
+        "--architecture.key_value_heads=2",
+        "--architecture.intermediate=96",
+        "--mixture.qa=0",
+        "--mixture.row_tokens=[64, 64, 128]",
+        "--training.batch_tokens=256",
+        "--training.warmup_steps=2",
+        "--training.log_every=1",
+    ]
+    return {"regenerate": [*regenerate, "--base.dtype=bfloat16", *common], "base": [*base, *common]}
+
+
+@pytest.mark.parametrize("stage", ["regenerate", "base"])
+def test_bfloat16_training_runs_and_resumes_on_the_gpu(
+    options: dict[str, list[str]], stage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    argv = options[stage]
+    assert train_main([*argv, f"--output={tmp_path / 'whole'}"]) == 0
+    whole = losses(tmp_path / "whole")
+    assert whole[-1] < whole[0]
+    with monkeypatch.context() as patch:
+        # Stop after the step in which the flag is read for the sixth time.
+        reads: list[int] = []
+        patch.setattr(
+            StopSignal, "requested", property(lambda self: (reads.append(1), len(reads) > 5)[1]), raising=False
+        )
+        patch.setattr(StopSignal, "__init__", lambda self: setattr(self, "previous", {}))
+        assert train_main([*argv, f"--output={tmp_path / 'parts'}"]) == 0
+    assert len(losses(tmp_path / "parts")) == 6
+    assert train_main([*argv, f"--output={tmp_path / 'parts'}", "--training.resume=true"]) == 0
+    assert losses(tmp_path / "parts") == pytest.approx(whole, rel=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # torch's own import of its compiler
+@pytest.mark.parametrize("stage", ["regenerate", "base"])
+@pytest.mark.parametrize("mode", ["static", "dynamic"])
+def test_compiled_training_equals_plain_training(
+    options: dict[str, list[str]], stage: str, mode: str, tmp_path: Path
+) -> None:
+    argv = [*options[stage], "--training.steps=4", "--training.mixed_precision=no", "--base.dtype=float32"]
+    assert train_main([*argv, f"--output={tmp_path / 'plain'}"]) == 0
+    assert train_main([*argv, f"--output={tmp_path / mode}", f"--training.compile={mode}"]) == 0
+    assert losses(tmp_path / mode) == pytest.approx(losses(tmp_path / "plain"), rel=1e-3)
+
+
+def test_a_memory_moves_between_devices(tiny_base_folder: Path, make_tiny_compressor: Callable[..., Any]) -> None:
+    here: Compressor = make_tiny_compressor()
+    there: Compressor = make_tiny_compressor(base=load_base(BaseConfig(path=str(tiny_base_folder)), "cuda"))
+    for one, other in zip(here.compress_ids(PASSAGES), there.compress_ids(PASSAGES), strict=True):
+        assert other.keys.device.type == "cuda"
+        torch.testing.assert_close(one.keys, other.keys.cpu(), atol=1e-3, rtol=1e-3)
+        ids = torch.tensor([[1, 7, 8]])
+        with there.adapters(on=False), here.adapters(on=False), torch.no_grad():
+            near = decode(here.base, memory_prefix(here.base, [other.to("cpu")]), ids)
+            far = decode(there.base, memory_prefix(there.base, [one]), ids.cuda())
+        torch.testing.assert_close(near, far.cpu(), atol=1e-2, rtol=1e-2)
+
+
+def test_batches_equal_singles_on_the_gpu(tiny_base_folder: Path, make_tiny_compressor: Callable[..., Any]) -> None:
+    model: Compressor = make_tiny_compressor(base=load_base(BaseConfig(path=str(tiny_base_folder)), "cuda"))
+    memories = model.compress_ids(PASSAGES)
+    prompts = [[1], [5, 6, 7], [1, 9]]
+    with model.adapters(on=False):
+        together = generate(model.base, memory_prefix(model.base, memories), prompts, [8, 8, 8])
+        for memory, prompt, expected in zip(memories, prompts, together, strict=True):
+            assert generate(model.base, memory_prefix(model.base, [memory]), [prompt], [8])[0].ids == expected.ids

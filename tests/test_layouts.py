@@ -1,0 +1,70 @@
+"""Positions of memory tokens and of the decoder's start, layout by layout."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+import pytest
+import torch
+
+from compressor.config import Layout
+from compressor.layouts import TRUNCATABLE, decoder_start, memory_positions, van_der_corput
+
+LAYOUTS = get_args(Layout)
+N, K, M = 32, 4, 8
+EXPECTED = {
+    "restart": ([32, 33, 34, 35], 4),
+    "after": ([32, 33, 34, 35], 36),
+    "spread": ([4, 12, 20, 28], 32),
+    "overlay": ([4, 12, 20, 28], 0),
+    "nested": ([2, 18, 10, 26], 0),  # middles of 8 parts are 2, 6, ... 30, taken in the order 0, 4, 2, 6
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_positions_are_as_documented(layout: Layout) -> None:
+    positions, start = EXPECTED[layout]
+    lengths = torch.tensor([N])
+    assert memory_positions(layout, lengths, K, M).tolist() == [positions]
+    assert decoder_start(layout, lengths, K).tolist() == [start]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_rows_of_a_batch_are_independent_and_whole_numbers(layout: Layout) -> None:
+    lengths = torch.tensor([1, 2, 7, 100, 500])
+    together = memory_positions(layout, lengths, 8, 16)
+    assert together.dtype == torch.int64
+    for row, n in enumerate(lengths):
+        assert torch.equal(together[row], memory_positions(layout, n[None], 8, 16)[0])
+    assert decoder_start(layout, lengths, 8).shape == (5,)
+    per_row = decoder_start(layout, lengths, torch.tensor([1, 2, 3, 4, 5]))
+    for row, k in enumerate([1, 2, 3, 4, 5]):
+        assert per_row[row] == decoder_start(layout, lengths[row : row + 1], k)[0]
+
+
+@pytest.mark.parametrize("layout", ["spread", "overlay", "nested"])
+def test_spread_layouts_stay_inside_the_passage(layout: Layout) -> None:
+    for n in (1, 2, 3, 15, 16, 17, 500):
+        positions = memory_positions(layout, torch.tensor([n]), 16, 16)
+        assert 0 <= int(positions.min()) <= int(positions.max()) < n
+
+
+def test_van_der_corput_reverses_bits() -> None:
+    assert van_der_corput(8) == [0, 4, 2, 6, 1, 5, 3, 7]
+    for count in (1, 2, 4, 16, 64):
+        bits = count.bit_length() - 1
+        assert van_der_corput(count) == [int(f"{i:0{bits}b}"[::-1], 2) if bits else 0 for i in range(count)]
+
+
+@pytest.mark.parametrize("first", [1, 2, 4, 8, 16])
+def test_the_first_tokens_of_nested_are_evenly_spread(first: int) -> None:
+    places = sorted(memory_positions("nested", torch.tensor([320]), 16, 16)[0, :first].tolist())
+    gaps = {b - a for a, b in zip(places, [*places[1:], places[0] + 320], strict=True)}
+    assert gaps == {320 // first}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_only_truncatable_layouts_keep_positions_when_tokens_are_left_out(layout: Layout) -> None:
+    lengths = torch.tensor([37, 200])
+    kept = torch.equal(memory_positions(layout, lengths, 8, 8)[:, :2], memory_positions(layout, lengths, 2, 8))
+    assert kept == (layout in TRUNCATABLE)

@@ -1,0 +1,650 @@
+"""The training loop in one process: schedule, log, checkpoints, stops, failures, and learning by heart."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+import compressor.objectives
+from compressor.base import load_base
+from compressor.compression import CompressionStage
+from compressor.config import BaseConfig, RunConfig, TrainingConfig, parse_config
+from compressor.errors import CompressorError
+from compressor.launch import train_main
+from compressor.model import Compressor
+from compressor.training import learning_rate, make_accelerator, make_optimizer, train
+
+
+@pytest.fixture(autouse=True)
+def _on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def rows(output: Path, kind: str = "loss") -> list[dict[str, float]]:
+    lines = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    return [line for line in lines if kind in line]
+
+
+def same_files(one: Path, other: Path) -> bool:
+    names = sorted(path.name for path in one.iterdir())
+    assert names == sorted(path.name for path in other.iterdir())
+    return all((one / name).read_bytes() == (other / name).read_bytes() for name in names)
+
+
+# -- the loop, with a stage that says what it was asked ------------------------------------------------------------
+
+
+class Dot(nn.Module):
+    """`weight . x`, summed; `x` is a function of the index, so that gradients are known."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2, 3))
+        self.bias = nn.Parameter(torch.zeros(3))
+
+    def forward(self, batch: dict[str, Any]) -> Tensor:
+        return ((batch["x"] - self.weight) ** 2).sum() + (self.bias * batch["x"]).sum()
+
+
+class Scripted:
+    """A stage whose batches, validation losses and mishaps are given."""
+
+    def __init__(self, validation: Callable[[int], float] = lambda call: 1.0, at: dict[int, Any] | None = None):
+        torch.manual_seed(0)
+        self.module = Dot()
+        self.validation, self.calls, self.asked = validation, 0, []
+        self.at = at or {}
+        """What happens when the micro-batch of this index is asked for."""
+
+    def micro_batch(self, index: int) -> dict[str, Any]:
+        self.asked.append(index)
+        x = torch.randn(2, 3, generator=torch.Generator().manual_seed(index)) + 5
+        event = self.at.get(index)
+        if event == "nan":
+            x[0, 0] = math.nan
+        elif event is not None:
+            event()
+        return {"x": x, "ids": [f"record-{index}-{i}" for i in range(30)], "targets": 3 + index % 2, "passages": 2}
+
+    def probe_batch(self) -> dict[str, Any]:
+        return self.micro_batch(0)
+
+    def validate(self, accelerator: Accelerator) -> tuple[dict[str, float], list[str]]:
+        self.calls += 1
+        return {"loss": self.validation(self.calls)}, []
+
+    def save(self, folder: Path) -> None:
+        from safetensors.torch import save_file
+
+        folder.mkdir()
+        save_file(self.module.state_dict(), folder / "model.safetensors")
+
+    def load(self, folder: Path) -> None:
+        self.module.load_state_dict(load_file(folder / "model.safetensors"))
+
+
+def settings(output: Path, **training: Any) -> RunConfig:
+    chosen = {"steps": 12, "warmup_steps": 2, "log_every": 1, "mixed_precision": "no", "learning_rate": 1e-2}
+    return RunConfig(output=str(output), training=TrainingConfig(**(chosen | training)))
+
+
+def run(stage: Any, config: RunConfig) -> Any:
+    return train(stage, config, make_accelerator(config))
+
+
+def raise_signal(number: int = signal.SIGTERM) -> Callable[[], None]:
+    return lambda: signal.raise_signal(number)
+
+
+def test_every_micro_batch_is_asked_for_once_in_order(tmp_path: Path) -> None:
+    stage = Scripted()
+    state = run(stage, settings(tmp_path, steps=4, accumulation=3))
+    assert stage.asked == list(range(12))
+    assert (state.step, state.passages, state.tokens) == (4, 24, sum(3 + i % 2 for i in range(12)))
+
+
+def test_the_loss_is_the_mean_over_the_targets_of_the_whole_step(tmp_path: Path) -> None:
+    stage = Scripted()
+    run(stage, settings(tmp_path, steps=1, accumulation=3, clip=1e9))
+    twin = Scripted()
+    batches = [twin.micro_batch(index) for index in range(3)]
+    loss = sum(twin.module(batch) for batch in batches) / sum(batch["targets"] for batch in batches)
+    loss.backward()
+    norm = torch.cat([p.grad.flatten() for p in twin.module.parameters()]).norm()
+    row = rows(tmp_path)[0]
+    assert row["loss"] == pytest.approx(loss.item(), rel=1e-6)
+    assert row["gradient_norm"] == pytest.approx(norm.item(), rel=1e-5)
+
+
+def test_gradients_are_clipped_to_the_norm(tmp_path: Path) -> None:
+    seen = []
+    handle = register_optimizer_step_post_hook(
+        lambda optimizer, *_: seen.append(
+            torch.cat([p.grad.flatten() for g in optimizer.param_groups for p in g["params"]]).norm().item()
+        )
+    )
+    run(Scripted(), settings(tmp_path, steps=3, clip=0.5))
+    handle.remove()
+    assert seen == pytest.approx([0.5] * 3, rel=1e-3)
+    assert all(row["gradient_norm"] > 1 for row in rows(tmp_path))
+
+
+def test_the_learning_rate_warms_up_and_falls() -> None:
+    def curve(**options: Any) -> list[float]:
+        config = TrainingConfig(steps=10, learning_rate=1.0, **options)
+        return [learning_rate(step, config) for step in range(10)]
+
+    cosine = curve(warmup_steps=4, final_learning_rate=0.1)
+    assert cosine[:5] == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0])
+    assert cosine[7] == pytest.approx(0.55)
+    assert cosine[4:] == sorted(cosine[4:], reverse=True)
+    assert 0.1 < cosine[9] < 0.2
+    assert curve(warmup_steps=0)[0] == 1.0
+    constant = curve(warmup_steps=2, schedule="constant")
+    assert constant == pytest.approx([0.5] + [1.0] * 9)
+    falling = curve(warmup_steps=0, schedule="constant", decay_steps=4, final_learning_rate=0.2)
+    assert falling == pytest.approx([1.0] * 7 + [0.8, 0.6, 0.4])
+
+
+def test_the_log_has_a_row_a_step_with_the_rate_that_was_used(tmp_path: Path) -> None:
+    config = settings(tmp_path, steps=12, validate_every=5)
+    run(Scripted(validation=lambda call: 1.0 / call), config)
+    logged = rows(tmp_path)
+    assert [row["step"] for row in logged] == list(range(1, 13))
+    assert [row["learning_rate"] for row in logged] == [learning_rate(step, config.training) for step in range(12)]
+    assert [row["passages"] for row in logged] == [2 * (step + 1) for step in range(12)]
+    assert [row["step"] for row in rows(tmp_path, "validation_loss")] == [5, 10, 12]
+
+
+def test_fewer_rows_hold_means_over_their_steps(tmp_path: Path) -> None:
+    run(Scripted(), settings(tmp_path / "each", learning_rate=1e-6))
+    run(Scripted(), settings(tmp_path / "fifth", learning_rate=1e-6, log_every=5))
+    each, fifth = rows(tmp_path / "each"), rows(tmp_path / "fifth")
+    assert [row["step"] for row in fifth] == [5, 10, 12]
+    targets = [3 + index % 2 for index in range(12)]
+    for row, (a, b) in zip(fifth, ((0, 5), (5, 10), (10, 12)), strict=True):
+        mean = sum(e["loss"] * t for e, t in zip(each[a:b], targets[a:b], strict=True)) / sum(targets[a:b])
+        assert row["loss"] == pytest.approx(mean)
+
+
+def test_weight_decay_touches_matrices_only() -> None:
+    module = Dot()
+    module.weight.requires_grad_(True)
+    groups = make_optimizer(module, TrainingConfig(weight_decay=0.3)).param_groups
+    assert [(g["weight_decay"], [tuple(p.shape) for p in g["params"]]) for g in groups] == [
+        (0.3, [(2, 3)]),
+        (0.0, [(3,)]),
+    ]
+
+
+def test_frozen_parameters_are_not_optimised() -> None:
+    module = Dot()
+    module.weight.requires_grad_(False)
+    groups = make_optimizer(module, TrainingConfig()).param_groups
+    assert [p is module.bias for g in groups for p in g["params"]] == [True]
+
+
+# -- checkpoints ---------------------------------------------------------------------------------------------------
+
+
+def kept(output: Path) -> list[int]:
+    return sorted(int(path.name.split("-")[1]) for path in (output / "checkpoints").iterdir())
+
+
+def test_the_newest_and_the_best_checkpoints_are_kept(tmp_path: Path) -> None:
+    losses = [5.0, 1.0, 3.0, 2.0, 4.0, 4.0]
+    state = run(
+        Scripted(lambda call: losses[call - 1]), settings(tmp_path, validate_every=2, checkpoint_every=2, keep_last=2)
+    )
+    assert kept(tmp_path) == [4, 10, 12]
+    assert (state.best_step, state.best_loss) == (4, 1.0)
+    assert (tmp_path / "final" / "model.safetensors").exists()
+
+
+def test_the_best_is_saved_when_it_is_found(tmp_path: Path) -> None:
+    losses = [5.0, 1.0, 3.0]
+    run(
+        Scripted(lambda call: losses[call - 1]), settings(tmp_path, validate_every=4, checkpoint_every=100, keep_last=1)
+    )
+    assert kept(tmp_path) == [8, 12]
+
+
+def test_a_checkpoint_has_no_pickle_in_it(tmp_path: Path) -> None:
+    run(Scripted(), settings(tmp_path))
+    assert {path.suffix for path in tmp_path.rglob("*") if path.is_file()} == {".safetensors", ".json", ".jsonl"}
+
+
+@pytest.mark.parametrize("log_every", [1, 5])
+def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, log_every: int) -> None:
+    options = {
+        "accumulation": 2,
+        "log_every": log_every,
+        "validate_every": 4,
+        "checkpoint_every": 3,
+        "weight_decay": 0.1,
+    }
+    run(Scripted(lambda call: 1.0 / call), settings(tmp_path / "whole", **options))
+    stopped = run(Scripted(at={13: raise_signal()}), settings(tmp_path / "parts", **options))
+    assert stopped.step == 7
+    assert kept(tmp_path / "parts")[-1] == 7
+    assert not (tmp_path / "parts" / "final").exists()
+    stage = Scripted()
+    state = run(stage, settings(tmp_path / "parts", resume=True, **options))
+    assert stage.asked[0] == 14
+    assert state.step == 12
+    whole, parts = rows(tmp_path / "whole"), rows(tmp_path / "parts")
+    for row in (*whole, *parts):
+        row.pop("seconds")
+    assert whole == parts
+    assert same_files(tmp_path / "whole" / "final", tmp_path / "parts" / "final")
+
+
+def test_what_a_kill_leaves_behind_is_ignored_and_removed(tmp_path: Path) -> None:
+    run(Scripted(at={7: raise_signal()}), settings(tmp_path, checkpoint_every=4))
+    leftover = tmp_path / "checkpoints" / ".step-0000009.x1y2" / "step-0000009"
+    shutil.copytree(tmp_path / "checkpoints" / "step-0000004", leftover)
+    (tmp_path / "checkpoints" / "notes.txt").write_text("mine")
+    with (tmp_path / "log.jsonl").open("a") as log:
+        log.write('{"step": 9, "loss": 1.0}\n{"step": 10, "lo')  # a row cut short
+    state = run(Scripted(), settings(tmp_path, checkpoint_every=4, resume=True))
+    assert state.step == 12
+    assert not list((tmp_path / "checkpoints").glob(".*"))
+    assert (tmp_path / "checkpoints" / "notes.txt").exists()
+    assert [row["step"] for row in rows(tmp_path)] == list(range(1, 13))
+
+
+def test_a_failure_while_saving_leaves_the_checkpoint_before(tmp_path: Path) -> None:
+    class Failing(Scripted):
+        def save(self, folder: Path) -> None:
+            super().save(folder)
+            if self.asked[-1] == 7:
+                raise OSError("no space left on device")
+
+    with pytest.raises(OSError, match="no space"):
+        run(Failing(), settings(tmp_path, checkpoint_every=4))
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-0000004"]
+    assert run(Scripted(), settings(tmp_path, resume=True)).step == 12
+
+
+def test_starting_over_an_existing_run_is_refused(tmp_path: Path) -> None:
+    run(Scripted(), settings(tmp_path, steps=3))
+    log = (tmp_path / "log.jsonl").read_bytes()
+    with pytest.raises(CompressorError, match=r"already holds a run at step 3.*--training\.resume true"):
+        run(Scripted(), settings(tmp_path, steps=3))
+    assert (tmp_path / "log.jsonl").read_bytes() == log
+
+
+def test_resuming_where_nothing_is_starts_and_where_all_is_done_ends(tmp_path: Path) -> None:
+    assert run(Scripted(), settings(tmp_path, resume=True)).step == 12
+    shutil.rmtree(tmp_path / "final")
+    stage = Scripted()
+    assert run(stage, settings(tmp_path, resume=True)).step == 12
+    assert stage.asked == []
+    assert (tmp_path / "final").exists()
+    assert len(rows(tmp_path)) == 12
+
+
+@pytest.mark.parametrize("name", ["optimizer.safetensors", "state.json", "model/model.safetensors"])
+@pytest.mark.parametrize("damage", ["missing", "truncated"])
+def test_a_damaged_checkpoint_is_refused_by_name(tmp_path: Path, name: str, damage: str) -> None:
+    run(Scripted(), settings(tmp_path, steps=4, checkpoint_every=2))
+    path = tmp_path / "checkpoints" / "step-0000004" / name
+    content = path.read_bytes()
+    path.unlink()
+    if damage == "truncated":
+        path.write_bytes(content[: len(content) // 2])
+    with pytest.raises(CompressorError, match="step-0000004"):
+        run(Scripted(), settings(tmp_path, steps=6, resume=True))
+    shutil.rmtree(tmp_path / "checkpoints" / "step-0000004")
+    assert run(Scripted(), settings(tmp_path, steps=6, resume=True)).step == 6
+
+
+# -- stops and failures --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_step_and_saves(tmp_path: Path, number: int, capsys: pytest.CaptureFixture[str]) -> None:
+    before = signal.getsignal(number)
+    state = run(Scripted(at={4: raise_signal(number)}), settings(tmp_path, checkpoint_every=100))
+    assert state.step == 5
+    assert kept(tmp_path) == [5]
+    assert "stopped by a signal after step 5; go on with --training.resume true" in capsys.readouterr().out
+    assert signal.getsignal(number) is before
+
+
+def test_a_signal_while_validating_or_updating_is_not_lost(tmp_path: Path) -> None:
+    class Interrupted(Scripted):
+        def validate(self, accelerator: Accelerator) -> tuple[dict[str, float], list[str]]:
+            signal.raise_signal(signal.SIGTERM)
+            return super().validate(accelerator)
+
+    state = run(Interrupted(), settings(tmp_path / "a", validate_every=4, checkpoint_every=100))
+    assert state.step <= 5
+    assert kept(tmp_path / "a")[-1] == state.step
+
+    calls = []
+    handle = register_optimizer_step_post_hook(
+        lambda *_: (calls.append(1), signal.raise_signal(signal.SIGTERM) if len(calls) == 3 else None)
+    )
+    state = run(Scripted(), settings(tmp_path / "b", checkpoint_every=100))
+    handle.remove()
+    assert state.step <= 4
+    assert kept(tmp_path / "b")[-1] == state.step
+
+
+def test_a_second_ctrl_c_ends_at_once(tmp_path: Path) -> None:
+    def twice() -> None:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        run(Scripted(at={4: twice}), settings(tmp_path))
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_loss_that_is_not_a_number_stops_with_step_and_records(tmp_path: Path) -> None:
+    with pytest.raises(CompressorError) as raised:
+        run(Scripted(at={9: "nan"}), settings(tmp_path, accumulation=2, checkpoint_every=2))
+    message = str(raised.value)
+    assert "the loss is nan at step 5" in message
+    assert "record-8-0" in message
+    assert "and 20 more" in message  # 2 micro-batches of 30 records, 40 shown
+    assert kept(tmp_path) == [2, 4]
+    assert torch.isfinite(
+        load_file(tmp_path / "checkpoints" / "step-0000004" / "model" / "model.safetensors")["weight"]
+    ).all()
+
+
+def test_a_gradient_that_is_not_finite_stops_too(tmp_path: Path) -> None:
+    stage = Scripted()
+    stage.module.weight.register_hook(lambda gradient: gradient * math.inf)
+    with pytest.raises(CompressorError, match="the gradient norm is inf at step 1"):
+        run(stage, settings(tmp_path))
+
+
+def test_a_tracker_that_is_not_installed_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "wandb", None)
+    with pytest.raises(CompressorError, match=r"wandb.*kv-compressor\[tracking\]"):
+        make_accelerator(settings(tmp_path, trackers=["wandb"]))
+
+
+# -- stage regenerate ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def configure(training_options: list[str], tmp_path: Path) -> Callable[..., RunConfig]:
+    def make(*argv: str) -> RunConfig:
+        return parse_config(RunConfig, [*training_options, f"--output={tmp_path / 'run'}", *argv], "test")[0]
+
+    return make
+
+
+def test_batches_hold_what_the_configuration_asks_for(configure: Callable[..., RunConfig]) -> None:
+    config = configure()
+    stage = CompressionStage(config, make_accelerator(config))
+    base, seen = stage.module.base, set()
+    for index in range(12):
+        batch, again = stage.micro_batch(index), stage.micro_batch(index)
+        assert all(
+            torch.equal(batch[key], again[key]) if isinstance(batch[key], Tensor) else batch[key] == again[key]
+            for key in batch
+        )
+        size, width = batch["input_ids"].shape
+        assert size * width <= 128
+        assert batch["passages"] == size == len(batch["ids"])
+        seen |= set(batch["memory_tokens"].tolist())
+        total = 0
+        for row, n in enumerate(batch["lengths"].tolist()):
+            passage = batch["input_ids"][row, :n].tolist()
+            assert 4 <= n <= 32
+            assert batch["regeneration_inputs"][row, : n + 1].tolist() == [base.bos, *passage]
+            assert batch["regeneration_labels"][row, : n + 1].tolist() == [*passage, base.eos]
+            assert batch["continuation_inputs"][row, 0] == passage[-1]
+            labels = batch["continuation_labels"][row]
+            total += n + 1 + int((labels != -100).sum())
+        assert batch["targets"] == total
+        assert (batch["regeneration_weight"], batch["continuation_weight"]) == (1.0, 0.3)
+    assert seen == {2, 4}
+
+
+def test_the_continuation_is_the_text_that_follows(configure: Callable[..., RunConfig]) -> None:
+    config = configure("--data.random_start=1")
+    stage = CompressionStage(config, make_accelerator(config))
+    pieces = stage.plan.batch(0)
+    batch = stage.collate(stage.passages, pieces, [4] * len(pieces))
+    for row, piece in enumerate(pieces):
+        ids = stage.passages[piece.record]["input_ids"]
+        following = ids[piece.start + piece.length :][:64] or [stage.module.base.eos]
+        labels = [token for token in batch["continuation_labels"][row].tolist() if token != -100]
+        assert labels == following
+        assert batch["continuation_inputs"][row, 1 : len(following)].tolist() == following[:-1]
+
+
+def test_layouts_that_move_with_k_use_one_number_for_a_batch(configure: Callable[..., RunConfig]) -> None:
+    config = configure("--compressor.layout=spread")
+    stage = CompressionStage(config, make_accelerator(config))
+    counts = [set(stage.micro_batch(index)["memory_tokens"].tolist()) for index in range(12)]
+    assert all(len(count) == 1 for count in counts)
+    assert set.union(*counts) == {2, 4}
+
+
+def test_a_run_writes_a_compressor_a_log_and_its_configuration(
+    training_options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "run"
+    argv = [*training_options, f"--output={output}", "--training.steps=4", "--training.validate_every=2"]
+    assert train_main(argv) == 0
+    printed = capsys.readouterr().out
+    assert "0 dead" in printed
+    config = parse_config(RunConfig, ["--config", str(output / "config.yaml")], "test")[0]
+    assert config == parse_config(RunConfig, argv, "test")[0]
+    figures = rows(output, "validation_loss")[0]
+    assert {"validation_nats_4", "validation_nats_2", "validation_nats_swapped"} <= set(figures)
+    model = Compressor.from_pretrained(output / "final")
+    assert model.compress("Some text.").tokens == 4
+    assert same_files(output / "final", output / "checkpoints" / "step-0000004" / "model")
+    assert not [path for path in output.rglob("*") if path.suffix in (".bin", ".pt", ".pth", ".pkl", ".npz")]
+    # Only what is trained is in the checkpoint: adapters and memory tokens, and two moments of each.
+    trained = sum(value.numel() for value in model.trainable_state().values())
+    moments = load_file(output / "checkpoints" / "step-0000004" / "optimizer.safetensors")
+    assert sum(value.numel() for key, value in moments.items() if not key.endswith("/step")) == 2 * trained
+
+
+def test_the_reported_validation_loss_is_that_of_the_saved_model(configure: Callable[..., RunConfig]) -> None:
+    config = configure("--training.steps=3")
+    accelerator = make_accelerator(config)
+    train(CompressionStage(config, accelerator), config, accelerator)
+    logged = rows(Path(config.output), "validation_loss")[-1]
+    fresh = configure(f"--init={config.output}/final", "--output=unused")
+    figures, _ = CompressionStage(fresh, accelerator).validate(accelerator)
+    for name, value in figures.items():
+        assert value == pytest.approx(logged[f"validation_{name}"], rel=1e-5)
+
+
+def test_a_dry_run_writes_nothing(
+    training_options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train_main([*training_options, f"--output={tmp_path / 'run'}", "--dry_run"]) == 0
+    printed = capsys.readouterr().out
+    assert "trainable" in printed
+    assert yaml.safe_load(printed.split("\nstage ")[0])["compressor"]["memory_tokens"] == 4
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_loss_of_nan_ends_the_command_with_status_2_and_record_ids(
+    training_options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    honest, calls = compressor.objectives.loss, []
+
+    def spoiled(model: Compressor, batch: dict[str, Any]) -> Tensor:
+        calls.append(1)
+        return honest(model, batch) * (math.nan if len(calls) == 5 else 1.0)
+
+    monkeypatch.setattr(compressor.objectives, "loss", spoiled)
+    argv = [*training_options, f"--output={tmp_path}", "--training.steps=9", "--training.checkpoint_every=2"]
+    assert train_main(argv) == 2
+    error = capsys.readouterr().err
+    assert "error: the loss is nan at step 4" in error  # one call went into looking for dead parameters
+    assert "train-" in error
+    assert "Traceback" not in error
+    assert kept(tmp_path) == [2]
+
+
+def test_what_does_not_fit_together_is_refused(training_options: list[str], tmp_path: Path, capsys: Any) -> None:
+    run_ = [*training_options, f"--output={tmp_path}"]
+    for extra, message in (
+        (["--compressor.max_passage_tokens=16"], "data.lengths goes up to 32"),
+        (["--base.path=no/such-base"], "cannot load the base 'no/such-base'"),
+        (["--data.train=no/such.jsonl"], "no/such.jsonl"),
+        (["--init=no/such-checkpoint"], "no/such-checkpoint"),
+    ):
+        assert train_main([*run_, *extra]) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert "Traceback" not in error
+
+
+def test_activation_checkpointing_trains_the_same(configure: Callable[..., RunConfig]) -> None:
+    losses = []
+    for on in ("false", "true"):
+        config = configure(
+            "--training.steps=4", f"--training.activation_checkpointing={on}", f"--output={configure().output}-{on}"
+        )
+        accelerator = make_accelerator(config)
+        train(CompressionStage(config, accelerator), config, accelerator)
+        losses.append([row["loss"] for row in rows(Path(config.output))])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_a_memory_that_is_ignored_is_reported(configure: Callable[..., RunConfig]) -> None:
+    config = configure()
+    accelerator = make_accelerator(config)
+    figures, samples = CompressionStage(config, accelerator).validate(accelerator)
+    assert figures["nats_swapped"] - figures["nats_4"] < 0.05
+    assert samples[0].startswith("warning: ")
+    assert "ignores the memory" in samples[0]
+
+
+def test_eight_texts_are_learned_by_heart(
+    configure: Callable[..., RunConfig], tmp_path: Path, texts: list[str], tiny_base: Any
+) -> None:
+    # A random base is never sure of anything; louder logits let it be.
+    with torch.no_grad():
+        tiny_base.model.get_decoder().norm.weight.mul_(8)
+    tiny_base.model.save_pretrained(tmp_path / "base")
+    tiny_base.tokenizer.save_pretrained(tmp_path / "base")
+    wanted = [tiny_base.tokenizer.decode(tiny_base.tokenizer(text)["input_ids"][5:13]) for text in texts[:8]]
+    path = tmp_path / "eight.jsonl"
+    path.write_text("".join(json.dumps({"id": str(i), "text": text}) + "\n" for i, text in enumerate(wanted)))
+    config = configure(
+        f"--base.path={tmp_path / 'base'}",
+        f"--data.train={path}",
+        f"--data.validation={path}",
+        '--data.lengths=[{"low": 8, "high": 8}]',
+        "--data.random_start=0",
+        "--compressor.memory_tokens=8",
+        "--compressor.lora_rank=16",
+        "--compressor.lora_dropout=0",
+        '--objective.tokens=[{"tokens": 8}]',
+        "--objective.continuation=0",
+        "--training.steps=900",
+        "--training.learning_rate=2e-2",
+        "--training.warmup_steps=20",
+        "--training.batch_passages=16",
+        "--training.batch_tokens=512",
+        "--training.validate_every=900",
+        "--training.log_every=100",
+    )
+    accelerator = make_accelerator(config)
+    stage = CompressionStage(config, accelerator)
+    assert stage.passages["tokens"] == [8] * 8
+    train(stage, config, accelerator)
+    model = Compressor.from_pretrained(Path(config.output) / "final")
+    assert model.regenerate(model.compress(wanted)) == wanted
+
+
+# -- stage base ----------------------------------------------------------------------------------------------------
+
+
+def base_options(project: Path) -> list[str]:
+    return [
+        "--stage=base",
+        f"--data.train={project}/data/arxiv-train.parquet",
+        f"--data.validation={project}/data/arxiv-validation.parquet",
+        "--data.limit=150",
+        "--data.validation_limit=4",
+        "--architecture.vocabulary=400",
+        "--architecture.hidden=32",
+        "--architecture.layers=2",
+        "--architecture.heads=4",
+        "--architecture.key_value_heads=2",
+        "--architecture.intermediate=48",
+        "--mixture.qa=0",
+        "--mixture.row_tokens=[64, 64, 128]",
+        "--training.batch_tokens=256",
+        "--training.steps=7",
+        "--training.warmup_steps=2",
+        "--training.mixed_precision=no",
+        "--training.validate_every=7",
+        "--training.checkpoint_every=3",
+        "--training.log_every=1",
+    ]
+
+
+def test_a_base_is_trained_from_text_and_resumes_exactly(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from compressor.pretraining import BaseStage
+
+    argv = base_options(project)
+    assert train_main([*argv, f"--output={tmp_path / 'whole'}"]) == 0
+    honest = BaseStage.micro_batch
+
+    def interrupted(self: BaseStage, index: int) -> dict[str, Any]:
+        if index == 4:
+            signal.raise_signal(signal.SIGTERM)
+        return honest(self, index)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(BaseStage, "micro_batch", interrupted)
+        assert train_main([*argv, f"--output={tmp_path / 'parts'}"]) == 0
+    assert kept(tmp_path / "parts")[-1] == 5
+    assert train_main([*argv, f"--output={tmp_path / 'parts'}", "--training.resume=true"]) == 0
+    whole, parts = rows(tmp_path / "whole"), rows(tmp_path / "parts")
+    assert [row["loss"] for row in whole] == [row["loss"] for row in parts]
+    assert whole[-1]["loss"] < whole[0]["loss"]
+    assert same_files(tmp_path / "whole" / "final", tmp_path / "parts" / "final")
+    figures = rows(tmp_path / "whole", "validation_loss")[-1]
+    assert 1 < figures["validation_bits_per_byte"] < 8
+    # What came out is a base for the other stage.
+    base = load_base(BaseConfig(path=str(tmp_path / "whole" / "final")))
+    assert (base.layers, base.hidden, base.bos, base.eos) == (2, 32, 1, 2)
+    text = "A text with digits 1234, ünïcode and $x^2$."
+    assert base.tokenizer.decode(base.tokenizer(text)["input_ids"]) == text
+
+
+def test_packed_rows_that_do_not_fit_the_configuration_are_refused(project: Path, tmp_path: Path, capsys: Any) -> None:
+    argv = [*base_options(project), f"--output={tmp_path}", "--training.steps=1"]
+    assert train_main(argv) == 0
+    assert train_main([*argv, "--training.resume=true", "--training.steps=40"]) == 2
+    assert "holds too few rows" in capsys.readouterr().err
+    assert train_main([*argv, "--training.resume=true", "--architecture.vocabulary=300"]) == 2
+    assert "architecture.vocabulary" in capsys.readouterr().err
