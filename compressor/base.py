@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -52,12 +52,17 @@ class Base(nn.Module):
         if getattr(model.get_decoder(), "rotary_emb", None) is None:
             raise CompressorError(f"{name} ({model.config.model_type}) is not supported: {NO_ROPE}")
         self.layers, self.kv_heads, self.head_size, self.rotated = self._probe()
-        self.hidden = model.get_input_embeddings().weight.shape[1]
+        self.hidden = self.embeddings.weight.shape[1]
         self.fingerprint = fingerprint(model)
 
     @property
+    def embeddings(self) -> nn.Embedding:
+        """The input embeddings, weight `[vocabulary, hidden]`."""
+        return cast(nn.Embedding, self.model.get_input_embeddings())
+
+    @property
     def device(self) -> torch.device:
-        return self.model.get_input_embeddings().weight.device
+        return self.embeddings.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -118,33 +123,56 @@ class Base(nn.Module):
         mask = torch.zeros_like(allowed, dtype=self.dtype)
         return mask.masked_fill(~allowed, torch.finfo(self.dtype).min)[:, None]
 
-    @torch.no_grad()
-    def _probe(self) -> tuple[int, int, int, list[bool]]:
-        """Run four tokens at two places and see whether `rotate` explains the difference between their keys."""
-        ids = torch.arange(4, device=self.device)[None] % self.model.get_input_embeddings().weight.shape[0]
-        shift = 101
-        caches = []
-        for start in (0, shift):
-            cache = DynamicCache(config=self.model.config)
-            positions = torch.arange(start, start + 4, device=self.device)[None]
-            allowed = torch.ones(1, 4, 4, dtype=torch.bool, device=self.device).tril()
-            self.model.get_decoder()(
-                input_ids=ids,
-                position_ids=positions,
-                attention_mask=self.attention_mask(allowed),
-                past_key_values=cache,
-                use_cache=True,
-            )
-            caches.append(cache)
+    def keys_and_values(
+        self, embedded: Tensor, positions: Tensor, allowed: Tensor, last: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Run the decoder layers and take what they cache; differentiable.
+
+        Args:
+            embedded: input embeddings, `[batch, width, hidden]`.
+            positions: int64 `[batch, width]`.
+            allowed: bool `[batch, width, width]`, True where a row may attend to a column.
+            last: take only so many positions from the end.
+
+        Returns:
+            Rotated keys and values, each `[layers, batch, kv_heads, last or width, head_size]`.
+
+        Raises:
+            CompressorError: the layers do not keep one key tensor of one shape each.
+        """
+        cache = DynamicCache()
+        self.model.get_decoder()(
+            inputs_embeds=embedded,
+            position_ids=positions,
+            attention_mask=self.attention_mask(allowed),
+            past_key_values=cache,
+            use_cache=True,
+        )
+        first = 0 if last is None else embedded.shape[1] - last
         try:
-            here, there = (torch.stack([layer.keys for layer in cache.layers]) for cache in caches)
+            layers: list[Any] = list(cache.layers)
+            keys = torch.stack([layer.keys[:, :, first:] for layer in layers])
+            return keys, torch.stack([layer.values[:, :, first:] for layer in layers])
         except (RuntimeError, AttributeError, TypeError):
             raise CompressorError(
                 f"{self.name} ({self.model.config.model_type}) does not keep one key tensor of one shape for each "
                 "layer, so a memory cannot be taken from it: use a base with full attention in every layer"
             ) from None
+
+    def probe_inputs(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Embeddings, positions and causal mask of four tokens, to try the model with."""
+        table = self.embeddings
+        embedded = table(torch.arange(4, device=self.device)[None] % len(table.weight))
+        allowed = torch.ones(1, 4, 4, dtype=torch.bool, device=self.device).tril()
+        return embedded, torch.arange(4, device=self.device)[None], allowed
+
+    @torch.no_grad()
+    def _probe(self) -> tuple[int, int, int, list[bool]]:
+        """Run four tokens at two places and see whether `rotate` explains the difference between their keys."""
+        embedded, before, allowed = self.probe_inputs()
+        shift = 101
+        here, there = (self.keys_and_values(embedded, before + moved, allowed)[0] for moved in (0, shift))
         layers, _, heads, _, size = here.shape
-        before = torch.arange(4, device=self.device)[None]
         tolerance = 1e-3 if here.dtype == torch.float32 else 0.05
 
         def errors(found: Tensor) -> Tensor:
@@ -260,5 +288,5 @@ def load_base(config: BaseConfig, device: str | torch.device = "cpu") -> Base:
             "give a folder or hub id of a causal LM with --base.path; an existing folder may be incomplete"
         ) from None
     if not extra:
-        model.to(device)
+        model = model.to(device)  # type: ignore[arg-type]
     return Base(model, tokenizer, config.path)

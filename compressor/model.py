@@ -16,13 +16,12 @@ from pathlib import Path
 from typing import Any, overload
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import DynamicCache
 
 import compressor
 from compressor.base import Base, load_base, resolve
@@ -30,6 +29,7 @@ from compressor.config import BaseConfig, CompressorConfig
 from compressor.errors import CompressorError
 from compressor.files import atomic_path, read_json, sha256, write_json
 from compressor.layouts import decoder_start, memory_positions
+from compressor.lora import lora_config
 from compressor.memory import Memory, Prefix, Segment
 
 FORMAT = 1
@@ -54,7 +54,7 @@ class Compressor(nn.Module):
             with warnings.catch_warnings():
                 # peft 0.21 reads an attribute that transformers 5.23 renamed.
                 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
-                self.peft: PeftModel = get_peft_model(base.model, _lora_config(base, config))
+                self.peft: PeftModel = get_peft_model(base.model, lora_config(base, config))
             self.memory_embeddings = nn.Parameter(_initial_memory(base, config))
         self._lora_layers = [module for module in self.peft.modules() if isinstance(module, BaseTunerLayer)]
         self.activation_checkpointing = False
@@ -96,13 +96,13 @@ class Compressor(nn.Module):
             Position-free keys and values, each `[layers, batch, kv_heads, k, head_size]`.
         """
         if self.activation_checkpointing and torch.is_grad_enabled():
-            return checkpoint(self._encode, passages, lengths, tokens, use_reentrant=False)  # type: ignore[return-value]
+            return checkpoint(self._encode, passages, lengths, tokens, use_reentrant=False)
         return self._encode(passages, lengths, tokens)
 
     def _encode(self, passages: Tensor, lengths: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
         # The adapter switch is inside, so that a recomputation under activation checkpointing runs with it too.
         batch, width = passages.shape
-        embedded = self.base.model.get_input_embeddings()(passages)
+        embedded = self.base.embeddings(passages)
         # The base may be in bfloat16 while memory tokens train in float32; `cat` would promote.
         memory = self.memory_embeddings[:tokens].to(embedded.dtype).expand(batch, -1, -1)
         columns = torch.arange(width, device=passages.device)
@@ -113,19 +113,9 @@ class Compressor(nn.Module):
             ],
             dim=1,
         )
-        cache = DynamicCache()
+        allowed = encoder_attention(lengths, width, tokens, self.config.passage_attention == "bidirectional")
         with self.adapters(on=True):
-            self.base.model.get_decoder()(
-                inputs_embeds=torch.cat([embedded, memory], dim=1),
-                position_ids=positions,
-                attention_mask=self.base.attention_mask(
-                    encoder_attention(lengths, width, tokens, self.config.passage_attention == "bidirectional")
-                ),
-                past_key_values=cache,
-                use_cache=True,
-            )
-        keys = torch.stack([layer.keys[:, :, width:] for layer in cache.layers])
-        values = torch.stack([layer.values[:, :, width:] for layer in cache.layers])
+            keys, values = self.base.keys_and_values(torch.cat([embedded, memory], dim=1), positions, allowed, tokens)
         return self.base.rotate(keys, positions[:, width:], inverse=True), values
 
     def prefix(self, keys: Tensor, values: Tensor, lengths: Tensor, tokens: Tensor | None = None) -> Prefix:
@@ -405,76 +395,12 @@ def pad(sequences: Sequence[Sequence[int]], device: torch.device | str = "cpu", 
     return padded.to(device), lengths.to(device)
 
 
-def _lora_config(base: Base, config: CompressorConfig) -> LoraConfig:
-    """LoRA on the chosen linear layers, except where no gradient can reach."""
-    reached = _linear_layers(base)
-    chosen = [name for name, useful in reached.items() if useful]
-    if config.lora_targets != "all-linear":
-        leaves = {name.split(".")[-1] for name in reached}
-        for target in config.lora_targets:
-            if target not in leaves:
-                raise CompressorError(
-                    f"compressor.lora_targets names {target!r}, which {base.name} does not have; its linear layers are "
-                    f"{', '.join(sorted(leaves))}"
-                )
-        chosen = [name for name in chosen if name.split(".")[-1] in config.lora_targets]
-    if not chosen:
-        raise CompressorError(
-            f"no memory of {base.name} depends on compressor.lora_targets = {config.lora_targets}: keys and values of "
-            "the last layer do not depend on its queries, output and MLP; name the key and value projections too"
-        )
-    return LoraConfig(
-        r=config.lora_rank,
-        lora_alpha=config.lora_alpha,
-        lora_dropout=config.lora_dropout,
-        target_modules=chosen,
-        bias="none",
-    )
-
-
-def _linear_layers(base: Base) -> dict[str, bool]:
-    """The decoder's linear layers, and whether the memory depends on them.
-
-    A memory is made of keys and values alone, and those of the last layer do not depend on its queries, its output
-    projection or its MLP. Rather than know the names in every family, scale each layer's output by a 1 that takes a
-    gradient, and see which ones the cache depends on.
-    """
-    ones: dict[str, Tensor] = {}
-    handles = []
-    for name, module in base.model.get_decoder().named_modules():
-        if isinstance(module, nn.Linear):
-            one = ones[name] = torch.ones((), device=base.device, requires_grad=True)
-            handles.append(module.register_forward_hook(lambda _module, _inputs, out, one=one: out * one.to(out.dtype)))
-    cache = DynamicCache()
-    ids = torch.arange(4, device=base.device)[None] % base.model.get_input_embeddings().weight.shape[0]
-    allowed = torch.ones(1, 4, 4, dtype=torch.bool, device=base.device).tril()
-    try:
-        with torch.enable_grad():
-            base.model.get_decoder()(
-                input_ids=ids,
-                position_ids=torch.arange(4, device=base.device)[None],
-                attention_mask=base.attention_mask(allowed),
-                past_key_values=cache,
-                use_cache=True,
-            )
-            kept: list[Any] = list(cache.layers)
-            total = torch.stack([(layer.keys.float().sum() + layer.values.float().sum()) for layer in kept]).sum()
-        gradients = torch.autograd.grad(total, list(ones.values()), allow_unused=True)
-    finally:
-        for handle in handles:
-            handle.remove()
-    prefix = next(name for name, module in base.model.named_modules() if module is base.model.get_decoder())
-    return {
-        f"{prefix}.{name}": gradient is not None for (name, _), gradient in zip(ones.items(), gradients, strict=True)
-    }
-
-
 def _initial_memory(base: Base, config: CompressorConfig) -> Tensor:
     """Initial memory tokens, float32 `[memory_tokens, hidden]`."""
     noise = torch.randn(config.memory_tokens, base.hidden)
     if config.initialisation == "normal":
         return noise
-    table = base.model.get_input_embeddings().weight.detach()
+    table = base.embeddings.weight.detach()
     sample = table[:: max(1, len(table) // 4096)].float().cpu()
     return sample.mean(0) + noise * sample.std(0)
 
