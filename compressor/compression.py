@@ -12,7 +12,7 @@ from accelerate import Accelerator
 
 from compressor.base import load_base
 from compressor.config import RunConfig
-from compressor.data.collate import continuation_pair, regeneration_pair, stack_pairs
+from compressor.data.collate import WIDTH_MULTIPLE, continuation_pair, regeneration_pair, stack_pairs
 from compressor.data.passages import BatchPlan, Piece, load_passages
 from compressor.errors import CompressorError
 from compressor.generation import regenerate_ids
@@ -87,7 +87,7 @@ class CompressionStage:
         base, objective = self.module.base, self.config.objective
         records = [passages[piece.record] for piece in pieces]
         cut = [record["input_ids"][p.start : p.start + p.length] for record, p in zip(records, pieces, strict=True)]
-        ids, lengths = pad(cut)
+        ids, lengths = pad(cut, multiple=WIDTH_MULTIPLE)
         batch: Batch = {
             "input_ids": ids,
             "lengths": lengths,

@@ -386,10 +386,13 @@ def encoder_attention(lengths: Tensor, width: int, tokens: int, bidirectional: b
     return (allowed[None] & real[:, None, :]) | torch.eye(total, dtype=torch.bool, device=lengths.device)[None]
 
 
-def pad(sequences: Sequence[Sequence[int]], device: torch.device | str = "cpu", fill: int = 0) -> tuple[Tensor, Tensor]:
-    """Right-pad token ids: int64 `[batch, width]` and lengths, int64 `[batch]`."""
+def pad(
+    sequences: Sequence[Sequence[int]], device: torch.device | str = "cpu", fill: int = 0, multiple: int = 1
+) -> tuple[Tensor, Tensor]:
+    """Right-pad token ids: int64 `[batch, width]`, the width a multiple of `multiple`, and lengths, int64 `[batch]`."""
     lengths = torch.tensor([len(ids) for ids in sequences], dtype=torch.int64)
-    padded = torch.full((len(sequences), int(lengths.max())), fill, dtype=torch.int64)
+    width = -(-int(lengths.max()) // multiple) * multiple
+    padded = torch.full((len(sequences), width), fill, dtype=torch.int64)
     for row, ids in zip(padded, sequences, strict=True):
         row[: len(ids)] = torch.as_tensor(ids, dtype=torch.int64)
     return padded.to(device), lengths.to(device)

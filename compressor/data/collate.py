@@ -7,6 +7,9 @@ from typing import Any
 
 import torch
 
+WIDTH_MULTIPLE = 8
+"""Widths of training batches are multiples of this: kernels are built and kept for each shape (on a CPU, unbounded
+shapes cost gigabytes), and tensor cores like it too."""
 IGNORED = -100
 """Label of positions without a loss."""
 
@@ -23,7 +26,7 @@ def continuation_pair(last: int, following: Sequence[int]) -> tuple[list[int], l
 
 def stack_pairs(pairs: Sequence[tuple[list[int], list[int]]]) -> dict[str, Any]:
     """Pad decoder inputs and labels: int64 `[batch, width]` each, and the number of targets."""
-    width = max(len(ids) for ids, _ in pairs)
+    width = -(-max(len(ids) for ids, _ in pairs) // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
     inputs = torch.zeros(len(pairs), width, dtype=torch.int64)
     labels = torch.full((len(pairs), width), IGNORED, dtype=torch.int64)
     for row, (ids, wanted) in enumerate(pairs):

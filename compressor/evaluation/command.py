@@ -98,6 +98,10 @@ def evaluate_main(argv: list[str] | None = None) -> int:
         if config.published:
             print("\n" + published_table())
         print(f"wrote {config.output}")
+    # A process that ends with an error makes the launcher stop the others: none may leave before the output is written,
+    # and a process group that is still open at exit sometimes aborts the process.
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
     return 0
 
 
