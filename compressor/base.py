@@ -227,7 +227,8 @@ def refuse_unsupported(config: Any, name: str) -> None:
 def fingerprint(model: nn.Module) -> str:
     """Hash that tells bases apart: SHA-256 over names, shapes and evenly spaced bfloat16 values of the weights.
 
-    Held in float32 or bfloat16, the same weights give the same hash. At most 65,536 values of each tensor are read.
+    Held in float32 or bfloat16, the same weights give the same hash. Of a large tensor 65,536 values or up to twice as
+    many are read.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,10 +42,6 @@ class TrainingState:
         """Remember the step with the lowest validation loss."""
         if self.best_loss is None or loss < self.best_loss:
             self.best_loss, self.best_step = loss, self.step
-
-    def at(self, seconds: float, interval: list[float]) -> TrainingState:
-        """This state with its running time and the sums for the next row of the log."""
-        return replace(self, seconds=round(seconds, 2), interval=interval)
 
 
 class Checkpoints:

@@ -61,6 +61,11 @@ class CompressionStage:
                 data.validation, base.tokenizer, "validation", data.text_field, data.validation_limit, data.workers
             )
         lengths = np.asarray(self.passages["tokens"])
+        short = int((lengths < min(share.low for share in data.lengths)).sum())
+        if short and accelerator.is_main_process:
+            print(
+                f"{short:,} of {len(lengths):,} passages are shorter than every range of data.lengths and are not used"
+            )
         self.plan = BatchPlan(lengths, data, config.training.batch_tokens, config.training.batch_passages, config.seed)
         rng = np.random.default_rng(config.seed)
         held_out = BatchPlan(np.asarray(self.held_out["tokens"]), data, 1 << 14, 16, config.seed)
@@ -125,7 +130,9 @@ class CompressionStage:
         model, device = self.module, accelerator.device
         model.eval()
         counts = sorted({share.tokens for share in self.config.objective.tokens}, reverse=True)
-        sums = torch.zeros(len(counts) + 2, dtype=torch.float64)
+        # Nats for each count; then targets; then nats with own and with swapped memories, and targets, of groups of two
+        # and more: a passage alone has no other's memory to read.
+        sums = torch.zeros(len(counts) + 4, dtype=torch.float64)
         groups = [self.validation[i : i + 16] for i in range(0, len(self.validation), 16)]
         for group in groups[accelerator.process_index :: accelerator.num_processes]:
             cut = [self.held_out[p.record]["input_ids"][p.start : p.start + p.length] for p in group]
@@ -136,20 +143,23 @@ class CompressionStage:
                 for place, tokens in enumerate(counts):
                     keys, values = model.encode(ids, lengths, tokens)
                     prefix = model.prefix(keys, values, lengths)
-                    sums[place] += float(target_loss(model, prefix, inputs, labels).sum())
-                    if place == 0:
+                    nats = float(target_loss(model, prefix, inputs, labels).sum())
+                    sums[place] += nats
+                    if place == 0 and len(cut) > 1:
                         other = torch.arange(len(cut), device=device).roll(1)
                         swapped = model.prefix(keys[:, other], values[:, other], lengths[other])
-                        sums[-2] += float(target_loss(model, swapped, inputs, labels).sum())
-            sums[-1] += stacked["targets"]
+                        swapped_nats = float(target_loss(model, swapped, inputs, labels).sum())
+                        sums[-3:] += torch.tensor([nats, swapped_nats, stacked["targets"]], dtype=torch.float64)
+            sums[len(counts)] += stacked["targets"]
         totals = accelerator.reduce(sums.to(device), "sum").tolist()
-        nats = [value / totals[-1] for value in totals[:-1]]
+        loss = {tokens: value / totals[len(counts)] for tokens, value in zip(counts, totals, strict=False)}
+        own, swapped_loss = (value / max(1.0, totals[-1]) for value in totals[-3:-1])
         weights = {share.tokens: share.weight for share in self.config.objective.tokens}
-        figures = {"loss": sum(weights[k] * n for k, n in zip(counts, nats[:-1], strict=True)) / sum(weights.values())}
-        figures |= {f"nats_{tokens}": value for tokens, value in zip(counts, nats[:-1], strict=True)}
-        figures["nats_swapped"] = nats[-1]
+        figures = {"loss": sum(weights[tokens] * loss[tokens] for tokens in counts) / sum(weights.values())}
+        figures |= {f"nats_{tokens}": value for tokens, value in loss.items()}
+        figures["nats_swapped"] = swapped_loss
         samples = self.samples(counts[0], accelerator) if accelerator.is_main_process else []
-        if nats[-1] - nats[0] < COLLAPSE:
+        if totals[-1] and swapped_loss - own < COLLAPSE:
             samples.insert(0, "warning: memories of other passages do as well: the decoder ignores the memory")
         model.train()
         return figures, samples

@@ -354,6 +354,12 @@ class RunConfig:
                 f"at most compressor.memory_tokens = {self.compressor.memory_tokens}",
             )
         require(
+            self.stage != "base" or not self.training.activation_checkpointing,
+            "training.activation_checkpointing",
+            True,
+            "false in stage base, whose models are small",
+        )
+        require(
             self.stage != "base" or self.mixture.qa == 0 or bool(self.data.qa),
             "mixture.qa",
             self.mixture.qa,

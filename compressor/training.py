@@ -7,14 +7,12 @@ repeats the uninterrupted one exactly and N processes repeat one process with N 
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import signal
-import sys
-import time
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,12 +20,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from compressor.checkpoints import Checkpoints, TrainingState
 from compressor.config import RunConfig, TrainingConfig
 from compressor.errors import CompressorError
-from compressor.files import atomic_path
+from compressor.runlog import RunLog
 
 Batch = dict[str, Any]
 """Tensors plus `ids` (record ids, for messages), `targets` (tokens the loss is summed over) and `passages`."""
@@ -124,58 +121,6 @@ class StopSignal:
             signal.signal(number, handler)
 
 
-class RunLog:
-    """One aligned line a step interval on the screen, one JSON row in `log.jsonl`, and the trackers."""
-
-    def __init__(self, accelerator: Accelerator, config: RunConfig, first_step: int):
-        self.accelerator = accelerator
-        self.steps = config.training.steps
-        self.path = Path(config.output) / "log.jsonl"
-        self.bar: tqdm | None = None
-        if accelerator.is_main_process:
-            kept = []
-            if first_step and self.path.exists():
-                # Rows written after the checkpoint belong to steps that are about to be repeated.
-                kept = [line for line in self.path.read_text().splitlines() if _step_of(line) <= first_step]
-            with atomic_path(self.path) as path:
-                path.write_text("".join(line + "\n" for line in kept))
-            if sys.stderr.isatty():
-                self.bar = tqdm(total=self.steps, initial=first_step, unit="step", dynamic_ncols=True)
-
-    def advance(self) -> None:
-        if self.bar is not None:
-            self.bar.update()
-
-    def line(self, text: str) -> None:
-        if self.accelerator.is_main_process:
-            tqdm.write(text, file=sys.stdout) if self.bar is not None else print(text, flush=True)
-
-    def row(self, step: int, values: dict[str, float]) -> None:
-        """Record figures of a step (1-based: the number of steps done)."""
-        if self.accelerator.is_main_process:
-            with self.path.open("a") as file:
-                file.write(json.dumps({"step": step, **values}) + "\n")
-        if self.accelerator.trackers:
-            self.accelerator.log(values, step=step)
-
-    def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
-
-
-def _step_of(line: str) -> float:
-    """Step of a row of the log; a row that a kill cut short comes after all others."""
-    try:
-        return json.loads(line)["step"]
-    except ValueError:
-        return math.inf
-
-
-def duration(seconds: float) -> str:
-    """Seconds as h:mm:ss."""
-    return f"{int(seconds // 3600)}:{int(seconds % 3600 // 60):02d}:{int(seconds % 60):02d}"
-
-
 def _move(batch: Batch, device: torch.device) -> Batch:
     return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
 
@@ -189,6 +134,60 @@ def _refuse_non_finite(value: float, what: str, step: int, batches: Sequence[Bat
         f"the {what} is {value} at step {step + 1}; records of the batch: {shown}. The last checkpoint is intact: "
         "lower training.learning_rate or look at these records, then go on with --training.resume true"
     )
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step left, agreed by all processes."""
+
+    loss: float
+    """Summed over all targets of the step, nats."""
+    targets: float
+    passages: float
+    gradient_norm: float
+    """Before clipping."""
+    stop: bool
+    """Whether a signal had reached any process."""
+
+
+def run_step(
+    stage: Stage,
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    step: int,
+    config: RunConfig,
+    accelerator: Accelerator,
+    stop: StopSignal,
+) -> StepResult:
+    """One optimiser step, the number `step` from 0, over `accumulation` micro-batches on every process.
+
+    Raises:
+        CompressorError: the loss or the gradient is not finite; names the records.
+    """
+    settings, world, device = config.training, accelerator.num_processes, accelerator.device
+    first = step * settings.accumulation * world
+    indices = [first + a * world + accelerator.process_index for a in range(settings.accumulation)]
+    batches = [stage.micro_batch(index) for index in indices]
+    counts = [sum(batch[name] for batch in batches) for name in ("targets", "passages")]
+    targets, passages = accelerator.reduce(torch.tensor(counts, dtype=torch.float64).to(device), "sum").tolist()
+    loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+    for index, batch in zip(indices, batches, strict=True):
+        # Dropout depends on the micro-batch alone, not on which process runs it or what ran before.
+        torch.manual_seed(config.seed * 1_000_003 + index)
+        with nullcontext() if index == indices[-1] else accelerator.no_sync(module):
+            loss = module(_move(batch, device))
+            # DDP averages gradients over processes; the loss is a mean over all targets of the step.
+            accelerator.backward(loss * (world / targets))
+        loss_sum += loss.detach().double()
+    asked = torch.full((), float(stop.requested), dtype=torch.float64, device=device)
+    total_loss, stops = accelerator.reduce(torch.stack([loss_sum, asked]), "sum").tolist()
+    _refuse_non_finite(total_loss, "loss", step, batches, accelerator)
+    trainable = [p for p in stage.module.parameters() if p.requires_grad]
+    norm = float(accelerator.clip_grad_norm_(trainable, settings.clip))
+    _refuse_non_finite(norm, "gradient norm", step, batches, accelerator)
+    optimizer.step()
+    optimizer.zero_grad()
+    return StepResult(total_loss, targets, passages, norm, stops > 0)
 
 
 def train(stage: Stage, config: RunConfig, accelerator: Accelerator) -> TrainingState:
@@ -210,111 +209,41 @@ def train(stage: Stage, config: RunConfig, accelerator: Accelerator) -> Training
     module, prepared = accelerator.prepare(stage.module, optimizer)
     if settings.trackers:
         accelerator.init_trackers("compressor", config={"output": config.output, "seed": config.seed})
-    log = RunLog(accelerator, config, state.step)
-    stop = StopSignal()
-    world, accumulation = accelerator.num_processes, settings.accumulation
-    parameters = [p for p in stage.module.parameters() if p.requires_grad]
-    # Sums since the last line: loss, targets, passages; a resumed run takes up those of its checkpoint.
-    interval = torch.tensor(state.interval, dtype=torch.float64)
-    earlier = interval.clone()
-    started = interval_started = time.monotonic()
-    first_step = state.step
-    # Agreed by all processes once a step; a signal that comes later counts in the next step.
+    log, stop = RunLog(accelerator, config, state), StopSignal()
     stopping = False
-
     try:
         while state.step < settings.steps and not stopping:
-            first = state.step * accumulation * world
-            indices = [first + a * world + accelerator.process_index for a in range(accumulation)]
-            batches = [stage.micro_batch(index) for index in indices]
-            counts = torch.tensor(
-                [sum(b["targets"] for b in batches), sum(b["passages"] for b in batches)], dtype=torch.float64
-            )
-            targets, passages = accelerator.reduce(counts.to(accelerator.device), "sum").tolist()
             rate = learning_rate(state.step, settings)
             for group in prepared.param_groups:
                 group["lr"] = rate
-
-            loss_sum = torch.zeros((), dtype=torch.float64, device=accelerator.device)
-            for index, batch in zip(indices, batches, strict=True):
-                # Dropout depends on the micro-batch alone, not on which process runs it or what ran before.
-                torch.manual_seed(config.seed * 1_000_003 + index)
-                last = index == indices[-1]
-                with nullcontext() if last else accelerator.no_sync(module):
-                    loss = module(_move(batch, accelerator.device))
-                    # DDP averages gradients over processes; the loss is a mean over all targets of the step.
-                    accelerator.backward(loss * (world / targets))
-                loss_sum += loss.detach().double()
-            totals = torch.stack(
-                [loss_sum, torch.tensor(float(stop.requested), dtype=torch.float64).to(loss_sum.device)]
-            )
-            total_loss, stops = accelerator.reduce(totals, "sum").tolist()
-            _refuse_non_finite(total_loss, "loss", state.step, batches, accelerator)
-            norm = float(accelerator.clip_grad_norm_(parameters, settings.clip))
-            _refuse_non_finite(norm, "gradient norm", state.step, batches, accelerator)
-            prepared.step()
-            prepared.zero_grad()
-            stopping = stops > 0
+            result = run_step(stage, module, prepared, state.step, config, accelerator, stop)
+            # A signal that comes from here on counts in the next step, on all processes alike.
+            stopping = result.stop
             state.step += 1
-            state.passages += int(passages)
-            state.tokens += int(targets)
-            interval += torch.tensor([total_loss, targets, passages], dtype=torch.float64)
-            log.advance()
+            state.passages += int(result.passages)
+            state.tokens += int(result.targets)
+            log.advance(result.loss, result.targets, result.passages)
 
-            if state.step % settings.log_every == 0 or state.step == settings.steps:
-                now = time.monotonic()
-                spent = max(now - interval_started, 1e-9)
-                mean = float(interval[0] / interval[1])
-                fresh = (interval - earlier).tolist()
-                left = (now - started) / (state.step - first_step) * (settings.steps - state.step)
-                log.line(
-                    f"step {state.step:>{len(str(settings.steps))}}/{settings.steps}  loss {mean:7.4f}  "
-                    f"lr {rate:.2e}  grad {norm:7.3f}  {fresh[1] / spent:8.0f} tokens/s  "
-                    f"{fresh[2] / spent:7.1f} passages/s  ETA {duration(left)}"
-                )
-                log.row(
-                    state.step,
-                    {
-                        "loss": mean,
-                        "learning_rate": rate,
-                        "gradient_norm": norm,
-                        "passages": state.passages,
-                        "tokens": state.tokens,
-                        "seconds": round(state.seconds + now - started, 2),
-                    },
-                )
-                interval.zero_()
-                earlier.zero_()
-                interval_started = now
-
-            last_step = state.step == settings.steps or stopping
-            validated = state.step % settings.validate_every == 0 or state.step == settings.steps
-            if validated:
+            finished = state.step == settings.steps
+            if finished or state.step % settings.log_every == 0:
+                log.training(rate, result.gradient_norm)
+            if finished or state.step % settings.validate_every == 0:
                 figures, samples = stage.validate(accelerator)
-                log.line(
-                    f"step {state.step:>{len(str(settings.steps))}}  validation  "
-                    + "  ".join(f"{name} {value:.4f}" for name, value in figures.items())
-                )
-                for sample in samples:
-                    log.line("    " + sample)
-                log.row(state.step, {f"validation_{name}": value for name, value in figures.items()})
+                log.validation(figures, samples)
                 state.note_validation(figures["loss"])
-            if (
-                last_step
-                or state.step % settings.checkpoint_every == 0
-                or (validated and state.best_step == state.step)
-            ):
-                saved = state.at(state.seconds + time.monotonic() - started, interval.tolist())
-                checkpoints.save(stage, optimizer, names, saved)
+            best = state.best_step == state.step
+            if finished or stopping or best or state.step % settings.checkpoint_every == 0:
+                state.seconds = round(log.seconds, 2)
+                checkpoints.save(stage, optimizer, names, state)
     finally:
         stop.restore()
         log.close()
-        if settings.trackers:
-            accelerator.end_training()
 
-    state.seconds += time.monotonic() - started
     if state.step < settings.steps:
         log.line(f"stopped by a signal after step {state.step}; go on with --training.resume true")
     else:
         checkpoints.export(stage)
+    # Ends trackers and the process group: processes that leave it open can abort at exit.
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
     return state

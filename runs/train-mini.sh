@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Ten minutes on two CPU cores: trains a freshly initialised compressor for the bundled base on the abstracts in data/.
+# Under ten minutes on one or two CPU cores: trains a freshly initialised compressor for the bundled base on the abstracts in data/.
 # Copies its log to results/train-mini-log.jsonl, which the README's loss curve is drawn from.
 set -euo pipefail
 cd "$(dirname "$0")/.."
