@@ -1,4 +1,4 @@
-# `make demo` and `make test` need only Python (3.10-3.13) and make: they create .venv with the pinned versions.
+# `make demo` and `make test` need only Python (3.11-3.13) and make: they create .venv with the pinned versions.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
