@@ -270,7 +270,7 @@ class TrainingConfig:
     clip: float = 1.0
     """Largest norm of the gradient."""
     batch_tokens: int = 4096
-    """Passage tokens of one micro-batch on one device, padding included."""
+    """Passage tokens of one micro-batch on one device, padding to its longest passage included."""
     batch_passages: int = 64
     """Most passages of one micro-batch on one device."""
     accumulation: int = 1

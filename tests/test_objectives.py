@@ -42,8 +42,8 @@ def test_pairs_are_what_the_decoder_reads_and_must_write() -> None:
 
 def test_stacked_pairs_count_their_targets_and_ignore_padding() -> None:
     stacked = stack_pairs([regeneration_pair(1, 2, [7, 8, 9]), regeneration_pair(1, 2, [5])])
-    assert stacked["inputs"].tolist() == [[1, 7, 8, 9], [1, 5, 0, 0]]
-    assert stacked["labels"].tolist() == [[7, 8, 9, 2], [5, 2, IGNORED, IGNORED]]
+    assert stacked["inputs"].tolist() == [[1, 7, 8, 9, 0, 0, 0, 0], [1, 5, 0, 0, 0, 0, 0, 0]]
+    assert stacked["labels"].tolist() == [[7, 8, 9, 2, *[IGNORED] * 4], [5, 2, *[IGNORED] * 6]]
     assert stacked["targets"] == 6
 
 

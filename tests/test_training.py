@@ -23,6 +23,7 @@ import compressor.objectives
 from compressor.base import load_base
 from compressor.compression import CompressionStage
 from compressor.config import BaseConfig, RunConfig, TrainingConfig, parse_config
+from compressor.data.collate import WIDTH_MULTIPLE
 from compressor.errors import CompressorError
 from compressor.launch import train_main
 from compressor.model import Compressor
@@ -408,7 +409,9 @@ def test_batches_hold_what_the_configuration_asks_for(configure: Callable[..., R
             for key in batch
         )
         size, width = batch["input_ids"].shape
-        assert size * width <= 128
+        assert size * int(batch["lengths"].max()) <= 128
+        assert width - int(batch["lengths"].max()) < WIDTH_MULTIPLE
+        assert width % WIDTH_MULTIPLE == 0
         assert batch["passages"] == size == len(batch["ids"])
         seen |= set(batch["memory_tokens"].tolist())
         total = 0
