@@ -145,6 +145,35 @@ def export_base(argv: list[str]) -> int:
 
 
 @dataclass
+class ExportCompressorOptions:
+    """What `compressor export-compressor` takes."""
+
+    checkpoint: str
+    """Compressor checkpoint, for instance OUTPUT/final of a training run."""
+    output: str
+    """Folder to write."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+
+
+def export_compressor(argv: list[str]) -> int:
+    """write a compressor's checkpoint rounded to bfloat16, half the size, for sharing"""
+    from compressor.config import parse_config
+
+    flags = {"overwrite": "replace the output folder if it exists"}
+    description = f"compressor export-compressor: {export_compressor.__doc__}"
+    options, switches = parse_config(ExportCompressorOptions, argv, description, flags)
+    if Path(options.output).exists() and not switches.overwrite:
+        raise CompressorError(f"{options.output} exists: choose another --output, or give --overwrite")
+    import torch
+
+    from compressor.model import Compressor
+
+    Compressor.from_pretrained(options.checkpoint).save_pretrained(options.output, getattr(torch, options.dtype))
+    print(f"wrote {options.output}")
+    return 0
+
+
+@dataclass
 class EvaluateBaseOptions:
     """What `compressor evaluate-base` takes."""
 
@@ -179,6 +208,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "regenerate": regenerate,
     "corpus": corpus,
     "export-base": export_base,
+    "export-compressor": export_compressor,
     "evaluate-base": evaluate_base,
 }
 

@@ -240,12 +240,12 @@ class Compressor(nn.Module):
         """Adapter weights and memory tokens by parameter name."""
         return {name: p.detach() for name, p in self.named_parameters() if p.requires_grad}
 
-    def save_pretrained(self, folder: str | Path, card: str | None = None) -> None:
-        """Write adapter, memory tokens and settings, never base weights, atomically.
+    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+        """Write adapter, memory tokens, settings and a card, never base weights, atomically.
 
         Args:
             folder: replaced if it exists.
-            card: README.md of the checkpoint; by default a short one is generated.
+            dtype: round the trained weights to this type; by default they are kept as they are (float32).
         """
         with atomic_path(folder) as path:
             path.mkdir()
@@ -255,11 +255,13 @@ class Compressor(nn.Module):
             adapter = read_json(path / "adapter_config.json")
             adapter["target_modules"] = sorted(adapter["target_modules"])
             write_json(path / "adapter_config.json", adapter)
-            save_file(
-                {"memory_embeddings": self.memory_embeddings.detach().contiguous()},
-                path / "memory_tokens.safetensors",
-            )
-            (path / "README.md").write_text(card or self._card())
+            memory = self.memory_embeddings.detach().to(dtype=dtype).contiguous()
+            save_file({"memory_embeddings": memory}, path / "memory_tokens.safetensors")
+            if dtype is not None:
+                weights = load_file(path / "adapter_model.safetensors")
+                rounded = {name: weight.to(dtype) for name, weight in weights.items()}
+                save_file(rounded, path / "adapter_model.safetensors", metadata={"format": "pt"})
+            (path / "README.md").write_text(self._card())
             write_json(
                 path / "compressor.json",
                 {

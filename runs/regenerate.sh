@@ -7,8 +7,8 @@ cd "$(dirname "$0")/.."
 corpus=${1:?usage: runs/regenerate.sh CORPUS}
 python train.py --config configs/arxiv-mini/regenerate.yaml --data.train "[$corpus]" --data.validation "[$corpus]" \
   --training.resume true
-rm -rf models/arxiv-mini/compressor
-cp -r outputs/arxiv-mini/regenerate/final models/arxiv-mini/compressor
+python -m compressor.cli export-compressor --checkpoint outputs/arxiv-mini/regenerate/final \
+  --output models/arxiv-mini/compressor --overwrite
 mkdir -p results
 cp outputs/arxiv-mini/regenerate/log.jsonl results/regenerate-log.jsonl
 cp outputs/arxiv-mini/regenerate/run.json results/regenerate-run.json

@@ -8,9 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
+from compressor.base import Base
 from compressor.cli import main as cli
 from compressor.demo import demo_main, mark_differences
+from compressor.model import Compressor
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -110,3 +114,18 @@ def test_a_memory_file_regenerates_without_the_adapters(tmp_path: Path, capsys: 
     memory.write_bytes(damaged)
     assert cli(["regenerate", "--memory", str(memory)]) == 2
     assert "damaged" in capsys.readouterr().err
+
+
+def test_an_exported_compressor_is_rounded_and_reads_alike(
+    tiny_compressor: Compressor, tiny_base: Base, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_compressor.save_pretrained(tmp_path / "full")
+    options = ["--checkpoint", str(tmp_path / "full"), "--output", str(tmp_path / "half")]
+    assert cli(["export-compressor", *options]) == 0
+    assert cli(["export-compressor", *options]) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    weights = load_file(tmp_path / "half" / "adapter_model.safetensors")
+    assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
+    loaded = Compressor.from_pretrained(tmp_path / "half", base=tiny_base)
+    for name, weight in loaded.trainable_state().items():
+        assert torch.equal(weight, tiny_compressor.trainable_state()[name].bfloat16().float())
