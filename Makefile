@@ -29,9 +29,13 @@ readme: $(READY)
 clean:
 	rm -rf $(VENV) outputs
 
-# torch comes first and alone: its CPU build has no CUDA packages, and what depends on torch then takes it as it is.
+# torch comes first, alone: TORCH_INDEX chooses its build (`make TORCH_INDEX=https://download.pytorch.org/whl/cpu demo` saves
+# the gigabytes of CUDA packages on Linux), and what depends on torch then takes it as it is.
 $(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
+	  { echo "error: $$($(PYTHON) --version) is not among 3.11-3.13, which constraints.txt is for: make PYTHON=python3.12"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+	  $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	touch $(READY)

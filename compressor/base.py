@@ -32,6 +32,7 @@ class Base(nn.Module):
         model: the transformers model.
         tokenizer: its tokenizer.
         name: the path or hub id it was loaded from.
+        quantisation, revision: how it was loaded, as in `BaseConfig`.
         layers, kv_heads, head_size, hidden: shape of the keys and of the embeddings.
         rotated: for each layer, whether its keys carry RoPE (SmolLM3 leaves it out in some).
         interleaved: whether RoPE turns neighbouring dimensions (Cohere, GLM) rather than the two halves of a key.
@@ -39,10 +40,13 @@ class Base(nn.Module):
         fingerprint: hash of the weights (`fingerprint`).
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: Any, name: str):
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: Any, name: str, quantisation: str = "none", revision: str | None = None
+    ):
         super().__init__()
         refuse_unsupported(model.config, name)
         self.model, self.tokenizer, self.name = model, tokenizer, name
+        self.quantisation, self.revision = quantisation, revision
         self.model.requires_grad_(False)
         self.model.eval()
         if tokenizer.eos_token_id is None:
@@ -71,7 +75,7 @@ class Base(nn.Module):
     @property
     def bos(self) -> int:
         """Token that starts a regeneration; bases without BOS (Qwen) use their end-of-text token."""
-        return self.tokenizer.eos_token_id if self.tokenizer.bos_token_id is None else self.tokenizer.bos_token_id
+        return start_token(self.tokenizer)
 
     @property
     def eos(self) -> int:
@@ -149,15 +153,14 @@ class Base(nn.Module):
             use_cache=True,
         )
         first = 0 if last is None else embedded.shape[1] - last
-        try:
-            layers: list[Any] = list(cache.layers)
-            keys = torch.stack([layer.keys[:, :, first:] for layer in layers])
-            return keys, torch.stack([layer.values[:, :, first:] for layer in layers])
-        except (RuntimeError, AttributeError, TypeError):
+        keys, values = (list[Any](getattr(layer, name, None) for layer in cache.layers) for name in ("keys", "values"))
+        if not (_alike(keys) and _alike(values)):
             raise CompressorError(
                 f"{self.name} ({self.model.config.model_type}) does not keep one key tensor of one shape for each "
                 "layer, so a memory cannot be taken from it: use a base with full attention in every layer"
-            ) from None
+            )
+        stacked = [torch.stack([layer[:, :, first:] for layer in kind]) for kind in (keys, values)]
+        return stacked[0], stacked[1]
 
     def probe_inputs(self) -> tuple[Tensor, Tensor, Tensor]:
         """Embeddings, positions and causal mask of four tokens, to try the model with."""
@@ -191,6 +194,18 @@ class Base(nn.Module):
             f"{self.name} ({self.model.config.model_type}) encodes positions in a way that is not plain RoPE "
             f"(layer {layer}: moved keys differ), so memory keys cannot be moved: use another base"
         )
+
+
+def _alike(tensors: list[Any]) -> bool:
+    """Whether these are tensors `[batch, heads, width, size]` of one shape, and at least one."""
+    if not tensors or not all(isinstance(tensor, Tensor) and tensor.dim() == 4 for tensor in tensors):
+        return False
+    return all(tensor.shape == tensors[0].shape for tensor in tensors)
+
+
+def start_token(tokenizer: Any) -> int:
+    """BOS or, where there is none, the end-of-text token."""
+    return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
 
 
 def refuse_unsupported(config: Any, name: str) -> None:
@@ -246,12 +261,31 @@ def resolve(path: str) -> str:
     return path
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's message, or its kind if it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def check_device(device: str | torch.device) -> None:
+    """Raise a `CompressorError` if nothing can be put on this device."""
+    try:
+        torch.zeros(1, device=device)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise CompressorError(
+            f"device {str(device)!r} cannot be used here ({first_line(error)}): give cpu, or the name of a device that "
+            "this machine and this build of torch have (cuda, cuda:0, mps)"
+        ) from None
+
+
 def load_base(config: BaseConfig, device: str | torch.device = "cpu") -> Base:
     """Load the base from a folder or the hub.
 
     Raises:
-        CompressorError: it is not there, is damaged, or is of a kind that cannot work.
+        CompressorError: it is not there, is damaged, or is of a kind that cannot work; or there is no such device.
     """
+    check_device(device)
     path = resolve(config.path)
     extra: dict[str, Any] = {}
     if config.quantisation != "none":
@@ -261,7 +295,7 @@ def load_base(config: BaseConfig, device: str | torch.device = "cpu") -> Base:
         except ImportError:
             raise CompressorError(
                 f"base.quantisation = {config.quantisation} needs bitsandbytes: "
-                "pip install 'kv-compressor[quantised-base]'"
+                "pip install -e '.[quantised-base]'"
             ) from None
         extra["quantization_config"] = BitsAndBytesConfig(
             load_in_8bit=config.quantisation == "int8",
@@ -285,9 +319,9 @@ def load_base(config: BaseConfig, device: str | torch.device = "cpu") -> Base:
         raise
     except Exception as error:  # transformers, the hub and safetensors raise many kinds
         raise CompressorError(
-            f"cannot load the base {config.path!r} ({type(error).__name__}: {str(error).splitlines()[0]}): "
+            f"cannot load the base {config.path!r} ({type(error).__name__}: {first_line(error)}): "
             "give a folder or hub id of a causal LM with --base.path; an existing folder may be incomplete"
         ) from None
     if not extra:
         model = model.to(device)  # type: ignore[arg-type]
-    return Base(model, tokenizer, config.path)
+    return Base(model, tokenizer, config.path, config.quantisation, config.revision)

@@ -56,6 +56,18 @@ class Checkpoints:
         found = (re.fullmatch(r"step-(\d+)", path.name) for path in self.folder.glob("step-*"))
         return sorted(int(match.group(1)) for match in found if match)
 
+    def newest(self) -> int:
+        """Step of the newest complete checkpoint, 0 if there is none."""
+        return max(self.steps(), default=0)
+
+    def refuse_existing(self, resume: bool) -> None:
+        """Raise a `CompressorError` if the folder holds a run that is not to be resumed."""
+        if self.newest() and not resume:
+            raise CompressorError(
+                f"{self.output} already holds a run at step {self.newest()}: go on with --training.resume true, "
+                "or choose another --output"
+            )
+
     def path(self, step: int) -> Path:
         return self.folder / f"step-{step:07d}"
 
@@ -65,14 +77,11 @@ class Checkpoints:
         """Create the folder or, with `resume`, load the newest checkpoint.
 
         Raises:
-            CompressorError: the folder holds a run and `resume` is off, or the checkpoint is damaged.
+            CompressorError: the folder holds a run and `resume` is off, or the checkpoint is damaged or of another
+                model.
         """
+        self.refuse_existing(resume)
         steps = self.steps()
-        if steps and not resume:
-            raise CompressorError(
-                f"{self.output} already holds a run at step {steps[-1]}: go on with --training.resume true, "
-                "or choose another --output"
-            )
         if self.accelerator.is_main_process:
             self.folder.mkdir(parents=True, exist_ok=True)
             for leftover in self.folder.glob(".step-*"):  # a kill while saving leaves these
@@ -85,9 +94,13 @@ class Checkpoints:
             state = TrainingState(**read_json(path / "state.json"))
             moments = load_file(path / "optimizer.safetensors")
             stage.load(path / "model")
-        except (SafetensorError, OSError, TypeError) as error:
+        except torch.OutOfMemoryError:
+            raise
+        except (SafetensorError, OSError, TypeError, RuntimeError, ValueError, KeyError) as error:
+            reason = " ".join(str(error).split())[:300]
             raise CompressorError(
-                f"checkpoint {path} is damaged ({error}); delete this folder to resume from the one before it"
+                f"checkpoint {path} is of another model or damaged ({type(error).__name__}: {reason}): give the "
+                "settings it was trained with, or delete this folder to resume from the one before it"
             ) from None
         by_name: dict[str, dict[str, torch.Tensor]] = {}
         for key, value in moments.items():

@@ -34,7 +34,13 @@ class CompressionStage:
         self.config = config
         self.module: Compressor
         if config.init is not None:
-            self.module = Compressor.from_pretrained(config.init, device=accelerator.device, dtype=config.base.dtype)
+            self.module = Compressor.from_pretrained(
+                config.init,
+                device=accelerator.device,
+                dtype=config.base.dtype,
+                attention=config.base.attention,
+                quantisation=None if config.base.quantisation == "none" else config.base.quantisation,
+            )
         else:
             base = load_base(config.base, accelerator.device)
             self.module = Compressor(base, config.compressor, config.seed)
@@ -151,6 +157,8 @@ class CompressionStage:
                         swapped_nats = float(target_loss(model, swapped, inputs, labels).sum())
                         sums[-3:] += torch.tensor([nats, swapped_nats, stacked["targets"]], dtype=torch.float64)
             sums[len(counts)] += stacked["targets"]
+        if device.type == "mps":
+            sums = sums.float()  # there is no float64 there
         totals = accelerator.reduce(sums.to(device), "sum").tolist()
         loss = {tokens: value / totals[len(counts)] for tokens, value in zip(counts, totals, strict=False)}
         own, swapped_loss = (value / max(1.0, totals[-1]) for value in totals[-3:-1])

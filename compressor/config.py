@@ -51,13 +51,19 @@ class ArchitectureConfig:
     vocabulary: int = 4096
     """Tokenizer size, including the three special tokens and the 256 bytes."""
     hidden: int = 256
+    """Size of the hidden states."""
     layers: int = 8
+    """Number of layers."""
     heads: int = 8
+    """Attention heads of a layer."""
     key_value_heads: int = 8
+    """Key-value heads of a layer; fewer than heads is grouped-query attention."""
     intermediate: int = 640
+    """Size of the MLP's hidden layer."""
     positions: int = 2048
     """Largest position the model accepts."""
     rope_theta: float = 10000.0
+    """Base of the rotary frequencies."""
 
     def __post_init__(self) -> None:
         require(
@@ -93,8 +99,11 @@ class CompressorConfig:
     passage_attention: PassageAttention = "bidirectional"
     """Attention among passage tokens in the encoder."""
     lora_rank: int = 64
+    """Rank of the LoRA matrices."""
     lora_alpha: float = 64.0
+    """Scale of LoRA's output, times 1 / lora_rank."""
     lora_dropout: float = 0.0
+    """Dropout before LoRA's matrices."""
     lora_targets: Literal["all-linear"] | list[str] = "all-linear"
     """Linear layers that get LoRA: all of the base's, or those with these names, which the base must have. Layers that
     no memory depends on (the last one's queries, output and MLP) are always left out."""
@@ -150,13 +159,14 @@ class LengthRange:
 class DataConfig:
     """Passages to train and validate on: a corpus folder, files, or a hub data set id."""
 
-    train: list[str] = field(default_factory=lambda: ["data/arxiv-train.parquet"])
-    validation: list[str] = field(default_factory=lambda: ["data/arxiv-validation.parquet"])
+    train: list[str] = field(default_factory=lambda: ["arxiv-train"])
+    validation: list[str] = field(default_factory=lambda: ["arxiv-validation"])
     text_field: str | None = None
     """Column that holds the text; by default `text` or `abstract`."""
     limit: int | None = None
     """Use only the first so many training records."""
     validation_limit: int = 200
+    """Use only the first so many validation records."""
     lengths: list[LengthRange] = field(default_factory=lambda: [LengthRange(16, 500)])
     """Mixture of passage lengths in tokens. Mixing from the start avoids a jump between lengths."""
     curriculum_passages: int = 0
@@ -164,7 +174,8 @@ class DataConfig:
     random_start: float = 0.25
     """Share of the passages cut from a random place instead of the beginning of the text."""
     qa: list[str] = field(default_factory=list)
-    """Question-answer records (JSON lines) for the base's mixture."""
+    """Question-answer records (JSON lines with context, question and answers) for the base's mixture; without any, the
+    mixture's share of them goes to the rest."""
     workers: int = 1
     """Processes that tokenise."""
 
@@ -258,15 +269,21 @@ class TrainingConfig:
     steps: int = 1000
     """Optimiser steps."""
     learning_rate: float = 1e-3
+    """Largest learning rate."""
     warmup_steps: int = 100
+    """Steps over which the rate rises linearly from 0."""
     schedule: Literal["cosine", "constant"] = "cosine"
+    """What the rate does after the warm-up."""
     decay_steps: int = 0
     """With `constant`: fall linearly to the final rate over the last so many steps."""
     final_learning_rate: float = 0.0
     """Learning rate at the last step, as a fraction of `learning_rate`."""
     beta1: float = 0.9
+    """AdamW's decay of the gradient's mean."""
     beta2: float = 0.95
+    """AdamW's decay of the gradient's square."""
     weight_decay: float = 0.0
+    """AdamW's weight decay, on matrices only."""
     clip: float = 1.0
     """Largest norm of the gradient."""
     batch_tokens: int = 4096
@@ -276,13 +293,17 @@ class TrainingConfig:
     accumulation: int = 1
     """Micro-batches on each device for one step."""
     mixed_precision: Literal["no", "bf16"] = "bf16"
+    """Autocast type of forward and backward passes."""
     compile: Literal["no", "static", "dynamic"] = "no"
     """torch.compile the model: `static` compiles each shape once (packed rows), `dynamic` suits varying lengths."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     log_every: int = 10
+    """Steps between lines of the log."""
     validate_every: int = 200
+    """Steps between validations."""
     checkpoint_every: int = 200
+    """Steps between checkpoints."""
     keep_last: int = 2
     """Checkpoints kept besides the best one."""
     resume: bool = False
@@ -328,6 +349,7 @@ class RunConfig:
     output: str = "outputs/run"
     """Folder for checkpoints, logs and the final model."""
     seed: int = 0
+    """Of initial weights, batches and dropout."""
     base: BaseConfig = field(default_factory=BaseConfig)
     compressor: CompressorConfig = field(default_factory=CompressorConfig)
     init: str | None = None
@@ -359,11 +381,12 @@ class RunConfig:
             True,
             "false in stage base, whose models are small",
         )
+        longest = max(share.high for share in self.data.lengths)
         require(
-            self.stage != "base" or self.mixture.qa == 0 or bool(self.data.qa),
-            "mixture.qa",
-            self.mixture.qa,
-            "0 unless data.qa names question-answer files",
+            self.stage == "base" or self.init is not None or longest <= self.compressor.max_passage_tokens,
+            "data.lengths",
+            longest,
+            f"at most compressor.max_passage_tokens = {self.compressor.max_passage_tokens} ",
         )
 
 

@@ -102,7 +102,8 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
 
     Returns:
         `passage`, `source`, `tokens`, `passage_tokens`, `text_tokens` (before cutting), `regeneration`, `bleu`,
-        `rouge_l` (0-100 and 0-1), `seconds` (load, compress, regenerate) and `memory_bytes` (bfloat16).
+        `rouge_l` (0-100 and 0-1), `seconds` (in all), `timings` (seconds to load, compress, regenerate) and
+        `memory_bytes` (bfloat16).
     """
     text, source = read_passage(config)
     import numpy as np
@@ -134,7 +135,8 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
         "regeneration": regeneration,
         "bleu": round(float(bleu(counts)[0]), 2),
         "rouge_l": round(rouge_l(regeneration, passage), 4),
-        "seconds": {
+        "seconds": round(done - started, 3),
+        "timings": {
             "load": round(loaded - started, 3),
             "compress": round(compressed - loaded, 3),
             "regenerate": round(done - compressed, 3),
@@ -147,7 +149,6 @@ def show(result: dict[str, Any], colour: bool) -> str:
     """The result for people."""
     ratio = result["passage_tokens"] / result["tokens"]
     cut = result["text_tokens"] - result["passage_tokens"]
-    seconds = result["seconds"]
     segments = f" in {result['segments']} segments" if result["segments"] > 1 else ""
     lines = [
         f"Passage: {result['source']}"
@@ -164,7 +165,7 @@ def show(result: dict[str, Any], colour: bool) -> str:
         "",
         f"BLEU {result['bleu']:.1f}   ROUGE-L {result['rouge_l']:.3f}   "
         f"exact match {'yes' if result['regeneration'] == result['passage'] else 'no'}",
-        "   ".join(f"{name} {value:.2f} s" for name, value in seconds.items()),
+        "   ".join(f"{name} {value:.2f} s" for name, value in result["timings"].items()),
     ]
     return "\n".join(lines)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Callable
 from functools import wraps
@@ -21,7 +22,8 @@ class CompressorError(ValueError):
 def exits_cleanly(command: Callable[P, int | None]) -> Callable[P, int]:
     """Wrap a command's `main` so that expected failures print one message and return a status.
 
-    Returns 2 after a `CompressorError`, 130 after Ctrl-C; otherwise what the command returns.
+    Returns 2 after a `CompressorError` or a file that cannot be used, 130 after Ctrl-C; otherwise what the command
+    returns.
     """
 
     @wraps(command)
@@ -35,6 +37,14 @@ def exits_cleanly(command: Callable[P, int | None]) -> Callable[P, int]:
             # The reader of our output (head, less) left; there is nobody to tell.
             sys.stderr.close()
             return 141
+        except OSError as error:
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)  # a write knows no file name
+            if error.filename is None and not full:
+                raise
+            what = "cannot write" if error.filename is None else f"cannot use {error.filename}"
+            advice = "free some space" if full else "check the path and its permissions"
+            print(f"error: {what} ({error.strerror or error}): {advice}, or give another path", file=sys.stderr)
+            return 2
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             return 130

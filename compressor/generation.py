@@ -95,7 +95,7 @@ def _choose(logits: Tensor, sampling: Sampling, generators: Sequence[torch.Gener
     """Next token for each row, int64 `[batch]`. Each row has its own random numbers, so that batches equal singles."""
     if sampling.temperature == 0:
         return logits.argmax(-1)
-    scaled = logits.double().cpu() / sampling.temperature
+    scaled = logits.cpu().double() / sampling.temperature  # on the CPU first: MPS has no float64
     if sampling.top_k is not None and sampling.top_k < scaled.shape[-1]:
         scaled = scaled.masked_fill(scaled < scaled.topk(sampling.top_k, dim=-1).values[:, -1:], -torch.inf)
     ordered, order = scaled.sort(dim=-1, descending=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from dataclasses import asdict
 from pathlib import Path
@@ -10,10 +9,19 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from compressor.config import RunConfig, parse_config
+from compressor.config import RunConfig, parse_config, read_yaml
 from compressor.errors import exits_cleanly
-from compressor.files import atomic_path, write_json
+from compressor.files import atomic_path, read_json, write_json
 from compressor.provenance import run_record
+
+FREE_TO_CHANGE = {
+    "training.resume",
+    "training.log_every",
+    "training.checkpoint_every",
+    "training.threads",
+    "data.workers",
+}
+"""Settings that a resumed run may change without a word: the loss does not depend on them."""
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -33,36 +41,55 @@ def train_main(argv: list[str] | None = None) -> int:
     # Imported after the settings are known to be good: torch and transformers take seconds.
     from accelerate.utils import set_seed
 
-    from compressor.training import make_accelerator, train
+    from compressor.checkpoints import Checkpoints
+    from compressor.training import start_run, train
 
-    accelerator = make_accelerator(config)
-    if not accelerator.is_main_process:
-        # One process speaks; a library's warnings would come once for each.
-        logging.disable(logging.WARNING)
+    accelerator = start_run(config)
     set_seed(config.seed)
     if flags.dry_run:
-        stage = make_stage(config, accelerator)
+        stage = make_stage(config, accelerator, dry_run=True)
         if accelerator.is_main_process:
             print(yaml.safe_dump(asdict(config), sort_keys=False) + "\n" + describe(stage, config, accelerator))
         return 0
+    checkpoints = Checkpoints(Path(config.output), config.training.keep_last, accelerator)
+    # Before minutes of tokenising, and before anything of the earlier run is touched.
+    checkpoints.refuse_existing(config.training.resume)
     Path(config.output).mkdir(parents=True, exist_ok=True)
     stage = make_stage(config, accelerator)
     if accelerator.is_main_process:
-        with atomic_path(Path(config.output) / "config.yaml") as path:
-            path.write_text(yaml.safe_dump(asdict(config), sort_keys=False))
-        if not (Path(config.output) / "run.json").exists():
-            write_json(Path(config.output) / "run.json", run_record())
+        record_start(config, checkpoints.newest())
         print(describe(stage, config, accelerator), flush=True)
     train(stage, config, accelerator)
     return 0
 
 
-def make_stage(config: RunConfig, accelerator: Accelerator) -> Stage:
-    """The stage that `config.stage` names."""
+def record_start(config: RunConfig, step: int) -> None:
+    """Write `config.yaml` and add this start to `run.json`; say which settings a resumed run changes."""
+    output, settings = Path(config.output), asdict(config)
+    stored = output / "config.yaml"
+    if step and stored.exists():
+        before, now = _flat(read_yaml(stored)), _flat(settings)
+        for key in sorted(key for key in now if before.get(key) != now[key] and key not in FREE_TO_CHANGE):
+            print(f"note: {key} was {before.get(key)!r} before step {step} and is {now[key]!r} from here on")
+    starts = read_json(output / "run.json") if step and (output / "run.json").exists() else []
+    write_json(output / "run.json", [*starts, run_record(step)])
+    with atomic_path(stored) as path:
+        path.write_text(yaml.safe_dump(settings, sort_keys=False))
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def make_stage(config: RunConfig, accelerator: Accelerator, dry_run: bool = False) -> Stage:
+    """The stage that `config.stage` names; a dry run leaves nothing in the output folder."""
     if config.stage == "base":
         from compressor.pretraining import BaseStage
 
-        return BaseStage(config, accelerator)
+        return BaseStage(config, accelerator, dry_run=dry_run)
     from compressor.compression import CompressionStage
 
     return CompressionStage(config, accelerator)

@@ -133,6 +133,10 @@ class Memory:
             segments=tuple(segment for memory in memories for segment in memory.segments),
         )
 
+    def to_cache(self, base: Base) -> DynamicCache:
+        """A new cache that holds this memory, its keys placed; the next token's position is `positions()[1]`."""
+        return memory_prefix(base, [self]).to_cache()
+
     def positions(self) -> tuple[Tensor, Tensor]:
         """Where the keys go in the decoder's context, int64 `[tokens]`, and where the decoder starts, int64 `[]`.
 

@@ -33,6 +33,8 @@ from compressor.lora import lora_config
 from compressor.memory import Memory, Prefix, Segment
 
 FORMAT = 1
+NEEDED_SETTINGS = ("memory_tokens", "layout", "passage_attention", "lora_rank", "lora_alpha")
+"""Settings without which a checkpoint would be read as another compressor."""
 
 
 class Compressor(nn.Module):
@@ -254,6 +256,7 @@ class Compressor(nn.Module):
             # PEFT lists the layers in the order of a set: sorted, the same training gives the same files.
             adapter = read_json(path / "adapter_config.json")
             adapter["target_modules"] = sorted(adapter["target_modules"])
+            adapter["base_model_name_or_path"] = self._public_base_name()
             write_json(path / "adapter_config.json", adapter)
             memory = self.memory_embeddings.detach().to(dtype=dtype).contiguous()
             save_file({"memory_embeddings": memory}, path / "memory_tokens.safetensors")
@@ -267,7 +270,7 @@ class Compressor(nn.Module):
                 {
                     "format": FORMAT,
                     "version": compressor.__version__,
-                    "base": {"path": self.base.name, "fingerprint": self.base.fingerprint},
+                    "base": self._base_record(),
                     "config": asdict(self.config),
                     "files": {
                         name: sha256(path / name) for name in ("adapter_model.safetensors", "memory_tokens.safetensors")
@@ -275,13 +278,32 @@ class Compressor(nn.Module):
                 },
             )
 
+    def _public_base_name(self) -> str:
+        """The base's path or hub id; of an absolute path, which names folders of this machine, the last part."""
+        return Path(self.base.name).name if Path(self.base.name).is_absolute() else self.base.name
+
+    def _base_record(self) -> dict[str, Any]:
+        """What finds and loads the base again with the same weights."""
+        base = self.base
+        record = {
+            "path": base.name,
+            "fingerprint": base.fingerprint,
+            "quantisation": base.quantisation,
+            "revision": base.revision,
+        }
+        if base.quantisation != "none":
+            # The type weights had when they were quantised is part of what is kept of them.
+            record["dtype"] = str(base.dtype).removeprefix("torch.")
+        return record
+
     def _card(self) -> str:
         trainable = sum(p.numel() for p in self.trainable_state().values())
         return (
             "---\nlibrary_name: peft\ntags: [prompt-compression]\n---\n# KV prompt compressor\n\n"
             f"{self.config.memory_tokens} memory tokens, layout `{self.config.layout}`, "
             f"{self.config.passage_attention} passage attention, LoRA rank {self.config.lora_rank}; "
-            f"{trainable:,} trained parameters.\n\nBase: `{self.base.name}` (weights {self.base.fingerprint[:12]}).\n"
+            f"{trainable:,} trained parameters.\n\n"
+            f"Base: `{self._public_base_name()}` (weights {self.base.fingerprint[:12]}).\n"
         )
 
     def load_trainable(self, folder: str | Path) -> None:
@@ -314,14 +336,19 @@ class Compressor(nn.Module):
         device: str | torch.device = "cpu",
         dtype: str = "float32",
         revision: str | None = None,
+        attention: str = "sdpa",
+        quantisation: str | None = None,
     ) -> Compressor:
         """Load a checkpoint.
 
         Args:
             path: folder or hub id.
             base: the frozen base or its path; by default the one named in the checkpoint, also looked for beside it.
-            device, dtype: where and how to hold the base.
+            device, dtype: where and how to hold the base. A base quantised as the checkpoint says keeps the type it
+                was quantised from.
             revision: hub revision of the checkpoint.
+            attention: attention implementation of the base.
+            quantisation: of the base; by default as it was in training.
 
         Raises:
             CompressorError: no such checkpoint, a damaged one, or another base than it was trained with.
@@ -333,20 +360,25 @@ class Compressor(nn.Module):
             name = base or trained_on["path"]
             if base is None and not Path(resolve(name)).exists() and (folder.parent / "base").exists():
                 name = str(folder.parent / "base")
-            base = load_base(BaseConfig(path=name, dtype=dtype), device)  # type: ignore[arg-type]
+            if quantisation is None:
+                quantisation = trained_on.get("quantisation", "none")
+                dtype = trained_on.get("dtype", dtype)
+            chosen = BaseConfig(
+                path=name,
+                revision=trained_on.get("revision") if name == trained_on["path"] else None,
+                dtype=dtype,  # type: ignore[arg-type]
+                attention=attention,  # type: ignore[arg-type]
+                quantisation=quantisation,  # type: ignore[arg-type]
+            )
+            base = load_base(chosen, device)
         if base.fingerprint != trained_on["fingerprint"]:
             raise CompressorError(
                 f"checkpoint {path} was trained on the base {trained_on['path']} "
-                f"(weights {trained_on['fingerprint'][:12]}) but {base.name} has weights {base.fingerprint[:12]}: "
+                f"(weights {trained_on['fingerprint'][:12]}, quantisation {trained_on.get('quantisation', 'none')}) "
+                f"but {base.name} has weights {base.fingerprint[:12]} (quantisation {base.quantisation}): "
                 "give the right base"
             )
-        try:
-            config = CompressorConfig(**settings["config"])
-        except (TypeError, CompressorError) as error:
-            raise CompressorError(
-                f"{folder / 'compressor.json'} has settings this version does not know: {error}"
-            ) from None
-        model = cls(base, config)
+        model = cls(base, CompressorConfig(**settings["config"]))
         model.load_trainable(folder)
         return model.eval()
 
@@ -367,6 +399,18 @@ def read_settings(folder: Path) -> dict[str, Any]:
         raise CompressorError(
             f"{path} has format {settings['format']}, this version reads up to {FORMAT}: update the package"
         )
+    missing = [name for name in NEEDED_SETTINGS if name not in settings["config"]]
+    if missing:
+        raise CompressorError(
+            f"{path} has no {', '.join(missing)} in its config; it may be damaged: take the checkpoint from its source"
+        )
+    try:
+        CompressorConfig(**settings["config"])
+    except (TypeError, CompressorError) as error:
+        raise CompressorError(
+            f"{path} has settings this version does not know ({error}): update the package, or take the checkpoint "
+            "from its source"
+        ) from None
     return settings
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +21,20 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from compressor.base import load_base
+from compressor.base import load_base, start_token
 from compressor.config import ArchitectureConfig, BaseConfig, RunConfig
 from compressor.data.packing import COPYING_TOKENS, RowPacker, copying_rows, pack_rows, read_question_records
 from compressor.data.records import load_texts
 from compressor.errors import CompressorError
-from compressor.files import atomic_path, read_json
+from compressor.files import atomic_path, read_json, write_json
 from compressor.training import Batch
 
 SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>")
 TOKENIZER_TEXTS = 100_000
+DRY_RUN_TEXTS = 500
 COPY_LENGTHS = (96, 240)
+Questions = Sequence[tuple[str, list[tuple[str, str]]]]
+"""Contexts with their (question, answer) pairs."""
 
 
 def train_tokenizer(texts: Sequence[str], vocabulary: int) -> PreTrainedTokenizerFast:
@@ -90,23 +94,29 @@ class NextToken(nn.Module):
         return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), rows[:, 1:].flatten(), reduction="sum")
 
 
+def encode(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of each text, without the special tokens that some tokenizers put around them."""
+    return tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+
+
 @torch.no_grad()
 def bits_per_byte(
     model: nn.Module, tokenizer: Any, texts: Sequence[str], batch_size: int = 16
 ) -> tuple[float, int, int]:
-    """Code length of `texts` under the model, each on its own as `BOS text EOS`.
+    """Code length of `texts` under the model, each on its own as `BOS text EOS` (EOS twice where there is no BOS).
 
     Returns:
         Total bits, total bytes of UTF-8, total target tokens.
     """
     device = next(model.parameters()).device
-    bits, size, tokens = 0.0, 0, 0
-    encoded = [[tokenizer.bos_token_id, *ids, tokenizer.eos_token_id] for ids in tokenizer(list(texts))["input_ids"]]
+    bits, tokens = 0.0, 0
+    start_id, end_id = start_token(tokenizer), tokenizer.eos_token_id
+    encoded = [[start_id, *ids, end_id] for ids in encode(tokenizer, texts)]
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
     for start in range(0, len(order), batch_size):
         chunk = [encoded[i] for i in order[start : start + batch_size]]
         width = max(map(len, chunk))
-        rows = torch.full((len(chunk), width), tokenizer.pad_token_id)
+        rows = torch.zeros(len(chunk), width, dtype=torch.int64)  # what pads on the right does not matter
         for row, ids in zip(rows, chunk, strict=True):
             row[: len(ids)] = torch.tensor(ids)
         labels = rows[:, 1:].clone()
@@ -132,11 +142,11 @@ def copying_accuracy(
         Correct tokens and all tokens, over texts of at least `length` tokens cut to `length`.
     """
     device = next(model.parameters()).device
-    passages = [ids[:length] for ids in tokenizer(list(texts))["input_ids"] if len(ids) >= length]
+    passages = [ids[:length] for ids in encode(tokenizer, texts) if len(ids) >= length]
     correct = 0
     for start in range(0, len(passages), batch_size):
         chunk = torch.tensor(passages[start : start + batch_size])
-        bos = torch.full((len(chunk), 1), tokenizer.bos_token_id)
+        bos = torch.full((len(chunk), 1), start_token(tokenizer))
         rows = torch.cat([bos, chunk, bos, chunk], dim=1).to(device)
         choice = model(input_ids=rows, use_cache=False).logits[:, length + 1 : -1].argmax(-1)
         correct += int((choice == rows[:, length + 2 :]).sum())
@@ -148,7 +158,7 @@ def sample(model: nn.Module, tokenizer: Any, tokens: int = 60, temperature: floa
     """A text drawn from the model, from BOS on; always with the same random numbers."""
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(0)
-    ids = [tokenizer.bos_token_id]
+    ids = [start_token(tokenizer)]
     for _ in range(tokens):
         logits = model(input_ids=torch.tensor([ids], device=device), use_cache=False).logits[0, -1]
         ids.append(int(torch.multinomial((logits.float().cpu() / temperature).softmax(-1), 1, generator=generator)))
@@ -185,62 +195,116 @@ def evaluate(path: str, data: str, limit: int | None = None) -> dict[str, Any]:
 
 
 class BaseStage:
-    """Trains the base; see `compressor.training.Stage`."""
+    """Trains the base; see `compressor.training.Stage`.
 
-    def __init__(self, config: RunConfig, accelerator: Accelerator):
+    The tokenizer and the packed rows are written into the output folder and used again by a resumed run. A dry run
+    writes nothing: it makes a tokenizer of a few texts and the rows of the first micro-batch.
+    """
+
+    def __init__(self, config: RunConfig, accelerator: Accelerator, dry_run: bool = False):
         self.config = config
-        output = Path(config.output)
+        data, mixture = config.data, config.mixture
+        limit = min(data.limit or DRY_RUN_TEXTS, DRY_RUN_TEXTS) if dry_run else data.limit
         with accelerator.main_process_first():
-            train = load_texts(config.data.train, split="train", field=config.data.text_field, limit=config.data.limit)
-            held_out = load_texts(config.data.validation, split="validation", field=config.data.text_field)
-        texts = train["text"]
-        self.validation_texts = list(held_out["text"][: config.data.validation_limit])
-        questions = read_question_records(config.data.qa) if config.mixture.qa else []
-
-        tokenizer_folder = output / "tokenizer"
-        if accelerator.is_main_process and not tokenizer_folder.exists():
-            order = np.random.default_rng(config.seed).permutation(len(texts))[:TOKENIZER_TEXTS]
-            sample = [texts[int(i)] for i in order] + [context for context, _ in questions[: TOKENIZER_TEXTS // 10]]
-            with atomic_path(tokenizer_folder) as path:
-                train_tokenizer(sample, config.architecture.vocabulary).save_pretrained(path)
-        accelerator.wait_for_everyone()
-        self.tokenizer = PreTrainedTokenizerFast.from_pretrained(tokenizer_folder)
-        self.tokenizer.split_special_tokens = True  # as in `Base`
-        if len(self.tokenizer) > min(config.architecture.vocabulary, 1 << 16):
-            raise CompressorError(
-                f"the tokenizer in {tokenizer_folder} has {len(self.tokenizer)} tokens but architecture.vocabulary is "
-                f"{config.architecture.vocabulary}: delete it or use another --output"
+            train = load_texts(data.train, split="train", field=data.text_field, limit=limit)
+            held_out = load_texts(
+                data.validation,
+                split="validation",
+                field=data.text_field,
+                limit=data.validation_limit if dry_run else None,
             )
-
+        texts = train["text"]
+        self.validation_texts = list(held_out["text"][: data.validation_limit])
+        questions = read_question_records(data.qa) if mixture.qa else []
         self.micro_batches_a_step = config.training.accumulation * accelerator.num_processes
-        self.ordinary = np.setdiff1d(np.arange(len(self.tokenizer)), self.tokenizer.all_special_ids)
-        self.lengths = config.mixture.row_tokens
+        self.lengths = mixture.row_tokens
         self.rows: dict[int, np.ndarray] = {}
-        micro_batches = config.training.steps * self.micro_batches_a_step
-        for length in sorted(set(self.lengths)):
-            share = sum(1 for one in self.lengths if one == length)
-            batches = math.ceil(micro_batches / len(self.lengths)) * share
-            path = output / f"rows-{length}.npy"
-            if accelerator.is_main_process and not path.exists():
-                packer = RowPacker(
-                    texts,
-                    questions,
-                    lambda chunk: self.tokenizer(list(chunk), verbose=False)["input_ids"],
-                    self.tokenizer.bos_token_id,
-                    self.tokenizer.eos_token_id,
-                    len(self.tokenizer),
-                    config.mixture,
-                    seed=config.seed + length,
-                )
-                print(f"packing {batches * self._rows_per_batch(length):,} rows of {length} tokens", flush=True)
-                with atomic_path(path) as temporary:
-                    pack_rows(packer, temporary, batches * self._rows_per_batch(length), length)
-            accelerator.wait_for_everyone()
-            self.rows[length] = np.load(path, mmap_mode="r")
-            if len(self.rows[length]) < batches * self._rows_per_batch(length):
-                raise CompressorError(f"{path} holds too few rows for this configuration: delete it to pack again")
+        if dry_run:
+            sample = [*texts, *(context for context, _ in questions[: DRY_RUN_TEXTS // 10])]
+            self._use(train_tokenizer(sample, config.architecture.vocabulary))
+            for length in set(self.lengths):
+                rows = self._packer(texts, questions, length).rows(self._rows_per_batch(length), length)
+                self.rows[length] = np.stack(list(rows))
+        else:
+            self._prepare(texts, questions, accelerator)
         torch.manual_seed(config.seed)
         self.module = NextToken(make_model(config.architecture, self.tokenizer))
+
+    def _prepare(self, texts: Sequence[str], questions: Questions, accelerator: Accelerator) -> None:
+        """Tokenizer and rows from the output folder, where the main process makes those that are missing."""
+        config, output = self.config, Path(self.config.output)
+        folder = output / "tokenizer"
+        if folder.exists() or any(output.glob("rows-*.npy")):
+            self._refuse_other_rows(output)
+        elif accelerator.is_main_process:
+            write_json(output / "rows.json", self._row_settings())
+        if accelerator.is_main_process and not folder.exists():
+            order = np.random.default_rng(config.seed).permutation(len(texts))[:TOKENIZER_TEXTS]
+            sample = [texts[int(i)] for i in order] + [context for context, _ in questions[: TOKENIZER_TEXTS // 10]]
+            with atomic_path(folder) as path:
+                train_tokenizer(sample, config.architecture.vocabulary).save_pretrained(path)
+        accelerator.wait_for_everyone()
+        self._use(PreTrainedTokenizerFast.from_pretrained(folder))
+        if len(self.tokenizer) > min(config.architecture.vocabulary, 1 << 16):
+            raise CompressorError(
+                f"the tokenizer in {folder} has {len(self.tokenizer)} tokens but architecture.vocabulary is "
+                f"{config.architecture.vocabulary}: delete it or use another --output"
+            )
+        micro_batches = config.training.steps * self.micro_batches_a_step
+        for length in sorted(set(self.lengths)):
+            batches = math.ceil(micro_batches / len(self.lengths)) * self.lengths.count(length)
+            count, path = batches * self._rows_per_batch(length), output / f"rows-{length}.npy"
+            if accelerator.is_main_process and not path.exists():
+                print(f"packing {count:,} rows of {length} tokens", flush=True)
+                with atomic_path(path) as temporary:
+                    pack_rows(self._packer(texts, questions, length), temporary, count, length)
+            accelerator.wait_for_everyone()
+            self.rows[length] = np.load(path, mmap_mode="r")
+            if len(self.rows[length]) < count:
+                raise CompressorError(
+                    f"{path} holds too few rows for this configuration ({len(self.rows[length]):,}, {count:,} are "
+                    "needed): delete it to pack again"
+                )
+
+    def _use(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        self.tokenizer = tokenizer
+        self.tokenizer.split_special_tokens = True  # as in `Base`
+        self.ordinary = np.setdiff1d(np.arange(len(tokenizer)), tokenizer.all_special_ids)
+
+    def _packer(self, texts: Sequence[str], questions: Questions, length: int) -> RowPacker:
+        return RowPacker(
+            texts,
+            questions,
+            lambda chunk: encode(self.tokenizer, chunk),
+            self.tokenizer.bos_token_id,
+            self.tokenizer.eos_token_id,
+            len(self.tokenizer),
+            self.config.mixture,
+            seed=self.config.seed + length,
+        )
+
+    def _row_settings(self) -> dict[str, Any]:
+        """What the tokenizer and the packed rows depend on, by the settings' names."""
+        config = self.config
+        mixture = {f"mixture.{k}": v for k, v in asdict(config.mixture).items() if not k.startswith("copying_")}
+        data = {f"data.{name}": getattr(config.data, name) for name in ("train", "text_field", "limit", "qa")}
+        return {"seed": config.seed, "architecture.vocabulary": config.architecture.vocabulary, **mixture, **data}
+
+    def _refuse_other_rows(self, output: Path) -> None:
+        """Raise a `CompressorError` if what lies in `output` was made with other settings (`rows.json` tells)."""
+        path = output / "rows.json"
+        if not path.exists():  # made by an earlier version
+            return
+        found, wanted = read_json(path), self._row_settings()
+        if not isinstance(found, dict):
+            raise CompressorError(f"{path} holds no settings; it may be damaged: delete it or use another --output")
+        changed = [key for key, value in wanted.items() if found.get(key) != value]
+        if changed:
+            shown = ", ".join(f"{key} {found.get(key)!r}, now {wanted[key]!r}" for key in changed)
+            raise CompressorError(
+                f"the tokenizer and packed rows in {output} were made with other settings ({shown}): give those, use "
+                "another --output, or delete tokenizer/, rows.json and rows-*.npy there to make them again"
+            )
 
     def _rows_per_batch(self, length: int) -> int:
         return max(1, self.config.training.batch_tokens // length)
@@ -272,7 +336,8 @@ class BaseStage:
             sums: list[float] = list(bits_per_byte(self.module.model, self.tokenizer, mine))
             for length in COPY_LENGTHS:
                 sums += copying_accuracy(self.module.model, self.tokenizer, mine, length)
-        reduced = accelerator.reduce(torch.tensor(sums, dtype=torch.float64).to(accelerator.device), "sum").tolist()
+        kind = torch.float32 if accelerator.device.type == "mps" else torch.float64  # there is no float64 there
+        reduced = accelerator.reduce(torch.tensor(sums, dtype=kind).to(accelerator.device), "sum").tolist()
         figures = {"loss": reduced[0] * math.log(2) / reduced[2], "bits_per_byte": reduced[0] / reduced[1]}
         for place, length in enumerate(COPY_LENGTHS):
             figures[f"copying_{length}"] = reduced[3 + 2 * place] / max(1.0, reduced[4 + 2 * place])
@@ -290,6 +355,17 @@ class BaseStage:
         self.module.model.load_state_dict(loaded.state_dict())
 
 
+def _names(sources: Sequence[str]) -> str:
+    """Names of files, folders or data sets, without the directories they are in."""
+    return ", ".join(f"`{Path(source).name}`" for source in sources)
+
+
+def _described(sources: Sequence[str]) -> str:
+    """The names, and what they are if all of them (or their folders) are called arxiv."""
+    arxiv = all("arxiv" in "/".join(Path(source).parts[-2:]).lower() for source in sources)
+    return f"arXiv abstracts ({_names(sources)}; CC0)" if arxiv else _names(sources)
+
+
 def export(run: Path, output: Path, dtype: str = "bfloat16") -> None:
     """Write the finished base of a run as a transformers model folder with a generated card, atomically.
 
@@ -300,22 +376,26 @@ def export(run: Path, output: Path, dtype: str = "bfloat16") -> None:
         raise CompressorError(f"{run} has no finished model (final/): let the run end first")
     model = LlamaForCausalLM.from_pretrained(run / "final", dtype=getattr(torch, dtype))
     tokenizer = PreTrainedTokenizerFast.from_pretrained(run / "final")
-    record = read_json(run / "run.json")
+    starts = read_json(run / "run.json")
+    record = starts[-1] if isinstance(starts, list) else starts
     settings = yaml.safe_load((run / "config.yaml").read_text())
     rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     trained = [row for row in rows if "loss" in row][-1]
     held_out = [row for row in rows if "validation_bits_per_byte" in row][-1]
     copying = ", ".join(f"{held_out[f'validation_copying_{length}']:.1%} at {length} tokens" for length in COPY_LENGTHS)
-    mixture = settings["mixture"]
+    data, mixture = settings["data"], settings["mixture"]
+    asked = bool(data["qa"]) and mixture["qa"] > 0
     card = (
-        "---\nlibrary_name: transformers\nlicense: apache-2.0\n---\n# arxiv-mini base\n\n"
+        "---\nlibrary_name: transformers\n---\n# Base language model\n\n"
         f"A Llama of {model.num_parameters():,} parameters with a byte-level BPE of {len(tokenizer)} tokens, trained "
-        "from scratch on arXiv abstracts dated before 2026 (CC0) and SQuAD v1.1 training questions (CC BY-SA 4.0).\n\n"
-        f"- Recipe: `configs/arxiv-mini/base.yaml`, {trained['step']:,} steps, {trained['tokens']:,} target tokens, "
-        f"{trained['seconds'] / 60:.0f} minutes; mixture plain {mixture['plain']}, repeated {mixture['repeat']}, "
-        f"question-answer {mixture['qa']}; package version {record['versions']['compressor']}, "
+        f"from scratch on {_described(data['train'])}"
+        + (f", and questions with answers from {_names(data['qa'])}" if asked else "")
+        + ".\n\n"
+        f"- {trained['step']:,} steps, {trained['tokens']:,} target tokens, {trained['seconds'] / 60:.0f} minutes; "
+        f"mixture plain {mixture['plain']}, repeated {mixture['repeat']}, random {mixture['random']}, question-answer "
+        f"{mixture['qa'] if asked else 0}; package version {record['versions']['compressor']}, "
         f"commit {record['commit']}.\n"
-        f"- Validation abstracts (January 2026, unseen): {held_out['validation_bits_per_byte']:.3f} bits per byte; "
+        f"- Validation on {_described(data['validation'])}: {held_out['validation_bits_per_byte']:.3f} bits per byte; "
         f"in-context copying accuracy {copying}.\n"
     )
     with atomic_path(output) as path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 import subprocess
 import sys
 from importlib import metadata
@@ -23,9 +24,9 @@ LIBRARIES = (
 
 
 def commit() -> str:
-    """The checkout's commit, or `unknown` outside one."""
+    """The checkout's commit, with `-dirty` where tracked files have changed since; `unknown` outside a checkout."""
     try:
-        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+        command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
@@ -42,11 +43,10 @@ def versions() -> dict[str, str]:
     }
 
 
-def run_record() -> dict[str, Any]:
-    """What `run.json` of a training run holds."""
-    return {
-        "command": sys.argv,
-        "commit": commit(),
-        "versions": versions(),
-        "machine": platform.processor() or "unknown",
-    }
+def run_record(step: int) -> dict[str, Any]:
+    """A start of a training run, for `run.json`.
+
+    Absolute paths in the command are shortened to their last part, so that a record can be published.
+    """
+    command = [re.sub(r"/(?:[^/\s,\[\]]+/)+", "", argument) for argument in sys.argv]
+    return {"from_step": step, "command": command, "commit": commit(), "versions": versions()}

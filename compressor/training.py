@@ -8,7 +8,6 @@ repeats the uninterrupted one exactly and N processes repeat one process with N 
 from __future__ import annotations
 
 import math
-import os
 import signal
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 from compressor.checkpoints import Checkpoints, TrainingState
 from compressor.config import RunConfig, TrainingConfig
 from compressor.errors import CompressorError
+from compressor.processes import make_accelerator
 from compressor.runlog import RunLog
 
 Batch = dict[str, Any]
@@ -67,20 +67,18 @@ def learning_rate(step: int, config: TrainingConfig) -> float:
     return config.learning_rate
 
 
-def make_accelerator(config: RunConfig) -> Accelerator:
-    """Accelerator for this run; a tracker whose package is missing is a `CompressorError`."""
+def start_run(config: RunConfig) -> Accelerator:
+    """The accelerator of a training run; a tracker whose package is missing is a `CompressorError`."""
     for tracker in config.training.trackers:
         try:
             __import__({"wandb": "wandb", "tensorboard": "tensorboard"}[tracker])
         except ImportError:
             raise CompressorError(
-                f"training.trackers names {tracker}, which is not installed: pip install 'kv-compressor[tracking]'"
+                f"training.trackers names {tracker}, which is not installed: pip install -e '.[tracking]'"
             ) from None
     if config.training.threads:
         torch.set_num_threads(config.training.threads)
-    return Accelerator(
-        # Without this, processes started together on a machine without accelerators would each train alone.
-        cpu=int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.accelerator.is_available(),
+    return make_accelerator(
         mixed_precision=config.training.mixed_precision,
         log_with=list(config.training.trackers) or None,
         project_dir=config.output,

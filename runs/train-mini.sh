@@ -1,8 +1,15 @@
 #!/usr/bin/env bash
-# Under ten minutes on one or two CPU cores: trains a freshly initialised compressor for the bundled base on the abstracts in data/.
-# Copies its log to results/train-mini-log.jsonl, which the README's loss curve is drawn from.
+# Under ten minutes on one or two CPU cores: trains a freshly initialised compressor for the bundled base on the abstracts
+# in data/, into a folder of its own. With --record, its log becomes results/train-mini-log.jsonl, which the README's loss
+# curve is drawn from.
+#   runs/train-mini.sh [--record] [settings of train.py]
 set -euo pipefail
 cd "$(dirname "$0")/.."
-python train.py --config configs/arxiv-mini/mini.yaml "$@"
-mkdir -p results
-cp outputs/arxiv-mini/mini/log.jsonl results/train-mini-log.jsonl
+record=false
+if [ "${1:-}" = --record ]; then record=true; shift; fi
+output=outputs/train-mini-$(date +%Y%m%d-%H%M%S)
+python train.py --config configs/arxiv-mini/mini.yaml --output "$output" "$@"
+if $record; then
+  cp "$output/log.jsonl" results/train-mini-log.jsonl
+  python runs/readme.py
+fi

@@ -5,10 +5,13 @@ Nothing here uses the network or the caches of the person who runs the tests.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,7 @@ os.environ["HF_DATASETS_CACHE"] = _CACHE
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: threads only cost
+os.environ.setdefault("ACCELERATE_USE_CPU", "true")  # the same figures on every machine; tests of a GPU say otherwise
 
 PROJECT = Path(__file__).resolve().parents[1]
 if str(PROJECT) not in sys.path:
@@ -229,8 +233,6 @@ def tiny_compressor(make_tiny_compressor: Callable[..., Any]) -> Any:
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> tuple[str, str]:
     """Paths of small training and validation files (JSON lines)."""
-    import json
-
     folder = tmp_path_factory.mktemp("corpus")
     paths = []
     for name, chosen in (("train", texts[:60]), ("validation", texts[60:68])):
@@ -267,14 +269,35 @@ def training_options(tiny_base_folder: Path, corpus: tuple[str, str]) -> list[st
     return [f"--{key}={value}" for key, value in options.items()]
 
 
-@pytest.fixture(scope="session")
-def start_training() -> Iterator[Callable[..., Any]]:
-    """Starts `train.py` as a command of its own, with one process or through `accelerate launch`, on the CPU."""
-    import subprocess
+# `train.py`, whose processes kill themselves when they are asked for this micro-batch or a later one.
+_DYING = """
+import os, signal, sys
+sys.path.insert(0, {project!r})
+from compressor.compression import CompressionStage
+from compressor.launch import train_main
+honest = CompressionStage.micro_batch
+def micro_batch(self, index):
+    if index >= {index}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return honest(self, index)
+CompressionStage.micro_batch = micro_batch
+sys.exit(train_main())
+"""
 
-    started = []
 
-    def start(argv: list[str], processes: int = 1) -> subprocess.Popen[str]:
+class TrainingCommand:
+    """Runs `train.py` as a command of its own, with one process or through `accelerate launch`, on the CPU."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.started: list[subprocess.Popen[str]] = []
+
+    def start(self, argv: list[str], processes: int = 1, dies_at: int | None = None) -> subprocess.Popen[str]:
+        """Start it; with `dies_at`, its processes get SIGKILL at that micro-batch, however fast they are."""
+        script = PROJECT / "train.py"
+        if dies_at is not None:
+            script = self.folder / f"dies_at_{dies_at}.py"
+            script.write_text(_DYING.format(project=str(PROJECT), index=dies_at))
         command = [sys.executable]
         if processes > 1:
             launcher = "-m accelerate.commands.accelerate_cli launch --config_file configs/accelerate/cpu.yaml"
@@ -282,7 +305,7 @@ def start_training() -> Iterator[Callable[..., Any]]:
             command += ["--main_process_port", "0"]
         environment = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONWARNINGS": "ignore"}
         process = subprocess.Popen(
-            [*command, "train.py", *argv],
+            [*command, str(script), *argv],
             cwd=PROJECT,
             env=environment,
             stdout=subprocess.PIPE,
@@ -290,11 +313,35 @@ def start_training() -> Iterator[Callable[..., Any]]:
             text=True,
             start_new_session=True,
         )
-        started.append(process)
+        self.started.append(process)
         return process
 
-    yield start
-    for process in started:
+    def finish(self, process: subprocess.Popen[str]) -> str:
+        """What a run printed that must end well."""
+        printed = process.communicate(timeout=240)[0]
+        assert process.returncode == 0, printed
+        return printed
+
+    def rows(self, output: Path) -> list[dict[str, Any]]:
+        """The log without running times."""
+        found = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+        return [{key: value for key, value in row.items() if key != "seconds"} for row in found]
+
+    def wait_for_rows(self, process: subprocess.Popen[str], output: Path, count: int) -> None:
+        """Until the run has logged so many rows."""
+        log, patience = output / "log.jsonl", time.monotonic() + 240
+        while not log.exists() or log.read_text().count("\n") < count:
+            assert process.poll() is None, process.communicate()[0]
+            assert time.monotonic() < patience
+            time.sleep(0.01)
+
+
+@pytest.fixture(scope="session")
+def command(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrainingCommand]:
+    """`train.py` as a command; what still runs in the end is killed."""
+    command = TrainingCommand(tmp_path_factory.mktemp("scripts"))
+    yield command
+    for process in command.started:
         if process.poll() is None:
             os.killpg(process.pid, 9)
             process.wait()

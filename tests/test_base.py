@@ -11,6 +11,7 @@ import torch
 from compressor.base import PROJECT, Base, load_base, resolve
 from compressor.config import BaseConfig
 from compressor.errors import CompressorError
+from compressor.pretraining import bits_per_byte, copying_accuracy
 
 
 def test_shape_and_tokens_of_the_tiny_base(tiny_base: Base) -> None:
@@ -78,5 +79,42 @@ def test_quantisation_without_the_package_says_what_to_install(
     tiny_base_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(__import__("sys").modules, "bitsandbytes", None)
-    with pytest.raises(CompressorError, match=r"kv-compressor\[quantised-base\]"):
+    with pytest.raises(CompressorError, match=r"pip install .*\[quantised-base\]"):
         load_base(BaseConfig(path=str(tiny_base_folder), quantisation="int4"))
+
+
+def test_a_device_that_is_not_there_is_refused(tiny_base_folder: Path) -> None:
+    missing = ["gpu"] if torch.cuda.is_available() else ["gpu", "cuda"]
+    for device in missing:
+        with pytest.raises(CompressorError, match=rf"device '{device}' cannot be used here .*: give cpu"):
+            load_base(BaseConfig(path=str(tiny_base_folder)), device)
+
+
+def test_an_error_without_a_message_is_told_by_its_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_args: object, **_kwargs: object) -> None:
+        raise RuntimeError("")
+
+    monkeypatch.setattr("compressor.base.AutoConfig.from_pretrained", fail)
+    with pytest.raises(CompressorError, match=r"cannot load the base 'some/base' \(RuntimeError"):
+        load_base(BaseConfig(path="some/base"))
+
+
+def test_memory_that_runs_out_is_not_taken_for_an_unsupported_base(
+    tiny_base: Base, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run_out(*_args: object, **_kwargs: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    inputs = tiny_base.probe_inputs()
+    monkeypatch.setattr(torch, "stack", run_out)
+    with pytest.raises(torch.OutOfMemoryError):
+        tiny_base.keys_and_values(*inputs)
+
+
+def test_a_base_without_bos_and_padding_is_measured(tiny_base: Base, texts: list[str]) -> None:
+    tiny_base.tokenizer.bos_token = tiny_base.tokenizer.pad_token = None
+    chosen = texts[:3]
+    together = bits_per_byte(tiny_base.model, tiny_base.tokenizer, chosen)
+    alone = [bits_per_byte(tiny_base.model, tiny_base.tokenizer, [text]) for text in chosen]
+    assert together == pytest.approx(tuple(map(sum, zip(*alone, strict=True))), rel=1e-5)
+    assert copying_accuracy(tiny_base.model, tiny_base.tokenizer, chosen, 20)[1] == 60

@@ -264,15 +264,16 @@ def test_two_processes_give_the_same_figures(checkpoint: str, data: str, tmp_pat
     argv = ["--checkpoint", checkpoint, "--data", data, "--tokens", "8", "1", "--lengths", "12", "40"]
     argv += ["--batch_size", "2", "--output"]
     assert evaluate_main([*argv, str(tmp_path / "one")]) == 0
-    # `accelerate launch --cpu` starts one process whatever --num_processes says.
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/cpu.yaml"]
+    # As a person does it: nothing but the configuration file says that there are two processes on a CPU.
+    environment = {key: value for key, value in os.environ.items() if key != "ACCELERATE_USE_CPU"}
     done = subprocess.run(
-        [*launch, str(project / "evaluate.py"), *argv, str(tmp_path / "two")],
-        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+        [*launch, "--main_process_port", "0", "evaluate.py", *argv, str(tmp_path / "two")],
+        cwd=project,
+        env=environment | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=240,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("wrote ") == 1

@@ -168,3 +168,19 @@ def test_what_does_not_fit_together_is_refused(make: Callable[..., Compressor], 
         replace(memory, segments=(Segment(7, 40),))
     with pytest.raises(CompressorError, match="another base"):
         memory_prefix(make_family_base("llama"), [memory])
+
+
+def test_a_memory_as_a_cache_gives_the_decoders_logits(tiny_compressor: Compressor) -> None:
+    base = tiny_compressor.base
+    memory = tiny_compressor.compress("We measure the spectrum of dust.", tokens=4)
+    ids = torch.tensor([[base.bos, 7, 9]])
+    start = int(memory.positions()[1])
+    with torch.no_grad(), tiny_compressor.adapters(on=False):
+        wanted = decode(base, memory_prefix(base, [memory]), ids)
+        found = base.model(
+            input_ids=ids,
+            position_ids=torch.arange(start, start + 3)[None],
+            attention_mask=torch.ones(1, memory.tokens + 3, dtype=torch.long),
+            past_key_values=memory.to_cache(base),
+        ).logits
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)

@@ -19,7 +19,7 @@ from compressor.base import Base, load_base
 from compressor.config import BaseConfig, CompressorConfig
 from compressor.data.collate import regeneration_pair, stack_pairs
 from compressor.errors import CompressorError
-from compressor.model import Compressor, encoder_attention, pad
+from compressor.model import Compressor, encoder_attention, pad, read_settings
 
 PASSAGES = [[(7 * i + j) % 400 + 5 for i in range(n)] for j, n in enumerate((30, 9, 17))]
 Make = Callable[..., Compressor]
@@ -431,6 +431,42 @@ def test_settings_that_make_no_sense_are_refused_by_file_name(saved: Path, chang
         Compressor.from_pretrained(saved)
     if change.get("format") == 999:
         assert "update the package" in str(raised.value)
+
+
+def test_a_checkpoint_without_memory_tokens_is_refused_by_file_name(saved: Path) -> None:
+    settings = json.loads((saved / "compressor.json").read_text())
+    del settings["config"]["memory_tokens"]
+    (saved / "compressor.json").write_text(json.dumps(settings))
+    with pytest.raises(CompressorError, match=r"compressor\.json has no memory_tokens"):
+        read_settings(saved)
+
+
+def test_a_checkpoint_names_no_folder_of_this_machine_to_peft(saved: Path, tiny_base_folder: Path) -> None:
+    adapter = json.loads((saved / "adapter_config.json").read_text())
+    assert adapter["base_model_name_or_path"] == tiny_base_folder.name
+    assert str(tiny_base_folder.parent) not in (saved / "README.md").read_text()
+
+
+def test_the_base_is_loaded_as_it_was_in_training(
+    saved: Path, tiny_base_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[BaseConfig] = []
+
+    def load(config: BaseConfig, device: str) -> Base:
+        asked.append(config)
+        return load_base(BaseConfig(path=str(tiny_base_folder)), device)
+
+    monkeypatch.setattr(compressor.model, "load_base", load)
+    settings = json.loads((saved / "compressor.json").read_text())
+    plain = settings["base"]
+    assert (plain["quantisation"], plain["revision"]) == ("none", None)
+    older = {"path": plain["path"], "fingerprint": plain["fingerprint"]}
+    quantised = older | {"quantisation": "int4", "revision": "v1", "dtype": "bfloat16"}
+    for base in (plain, older, quantised):
+        (saved / "compressor.json").write_text(json.dumps(settings | {"base": base}))
+        Compressor.from_pretrained(saved, attention="eager")
+    assert asked[0] == asked[1] == BaseConfig(path=plain["path"], attention="eager")
+    assert asked[2] == BaseConfig(plain["path"], "v1", "bfloat16", "eager", "int4")
 
 
 def test_settings_of_another_size_are_refused(saved: Path) -> None:

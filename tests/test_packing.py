@@ -159,8 +159,28 @@ def test_question_records_are_grouped_by_context(tmp_path: Path) -> None:
         ]
 
 
+def test_the_hub_form_of_answers_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "q.jsonl"
+    path.write_text('{"context": "A", "question": "q", "answers": {"text": ["a", "b"], "answer_start": [0, 3]}}\n')
+    assert read_question_records([str(path)]) == [("A", [("q", "a")])]
+
+
+def test_a_share_of_questions_without_questions_goes_to_the_rest() -> None:
+    assert packer(["some text"], plain=1, repeat=3, qa=4).shares.tolist() == [0.25, 0.75, 0, 0]
+    with pytest.raises(CompressorError, match=r"mixture\.qa = 1.*data\.qa"):
+        packer(["some text"], qa=1)
+
+
 @pytest.mark.parametrize(
-    "line", ["not json", '{"context": "A", "question": "q"}', '{"context": "A", "question": "q", "answers": []}', "[1]"]
+    "line",
+    [
+        "not json",
+        '{"context": "A", "question": "q"}',
+        '{"context": "A", "question": "q", "answers": []}',
+        '{"context": "A", "question": "q", "answers": "a"}',
+        '{"context": "A", "question": "q", "answers": {"text": []}}',
+        "[1]",
+    ],
 )
 def test_a_broken_question_record_is_named_by_file_and_line(tmp_path: Path, line: str) -> None:
     path = tmp_path / "q.jsonl"

@@ -21,7 +21,8 @@ README = (ROOT / "README.md").read_text()
 def blocks() -> list[str]:
     """Command lines of the README's plain code blocks, continuation lines joined."""
     lines = []
-    for block in re.findall(r"```\n(.*?)```", README, re.S):
+    prose = re.sub(r"^```\w+\n.*?^```", "", README, flags=re.S | re.M)
+    for block in re.findall(r"^```\n(.*?)^```", prose, re.S | re.M):
         lines += [line.split("  #")[0].strip() for line in block.replace("\\\n", " ").splitlines()]
     return [line for line in lines if re.match(r"(make|python|compressor|accelerate) ", line)]
 
@@ -45,6 +46,11 @@ def test_the_snippet_prints_what_the_readme_shows(tmp_path: Path, monkeypatch: p
         exec(code.group(1), {})
     assert printed.getvalue().strip() == (ROOT / "results" / "snippet.txt").read_text().strip()
     assert printed.getvalue().strip() in README
+
+
+def test_the_commands_are_found() -> None:
+    for kind in ("make demo", "make test", "make train-mini", "train.py", "compressor corpus", "python evaluate.py"):
+        assert any(kind in line for line in blocks()), kind
 
 
 def test_every_make_target_exists() -> None:

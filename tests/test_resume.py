@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
 import signal
-import subprocess
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,63 +15,37 @@ SCHEDULE = [
     "--training.checkpoint_every=5",
     "--training.validate_every=12",
 ]
-Start = Callable[..., "subprocess.Popen[str]"]
-
-
-def rows(output: Path) -> list[dict[str, Any]]:
-    """The log without running times."""
-    found = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key != "seconds"} for row in found]
-
-
-def finish(process: subprocess.Popen[str]) -> str:
-    printed = process.communicate(timeout=180)[0]
-    assert process.returncode == 0, printed
-    return printed
-
-
-def wait_for_rows(process: subprocess.Popen[str], output: Path, count: int) -> None:
-    """Until the run has logged so many rows."""
-    log, patience = output / "log.jsonl", time.monotonic() + 180
-    while not log.exists() or log.read_text().count("\n") < count:
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < patience
-        time.sleep(0.002)
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory, training_options: list[str], start_training: Start) -> Path:
+def whole(tmp_path_factory: pytest.TempPathFactory, training_options: list[str], command: Any) -> Path:
     """An uninterrupted run."""
     output = tmp_path_factory.mktemp("whole") / "run"
-    finish(start_training([*training_options, *SCHEDULE, f"--output={output}"]))
+    command.finish(command.start([*training_options, *SCHEDULE, f"--output={output}"]))
     return output
 
 
 @pytest.fixture(scope="module")
-def resumed(
-    tmp_path_factory: pytest.TempPathFactory, training_options: list[str], start_training: Start, whole: Path
-) -> Path:
-    """The same run, killed with SIGKILL in the middle and continued."""
+def resumed(tmp_path_factory: pytest.TempPathFactory, training_options: list[str], command: Any, whole: Path) -> Path:
+    """The same run, killed with SIGKILL in the middle of step 9 and continued."""
     output = tmp_path_factory.mktemp("resumed") / "run"
     argv = [*training_options, *SCHEDULE, f"--output={output}"]
-    process = start_training(argv)
-    wait_for_rows(process, output, 8)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    process = command.start(argv, dies_at=17)
+    printed = process.communicate(timeout=240)[0]
+    assert process.returncode == -signal.SIGKILL, printed
+    assert len(command.rows(output)) == 8
     assert not (output / "final").exists()
-    steps = sorted(path.name for path in (output / "checkpoints").glob("step-*"))
-    assert steps
-    assert steps[-1] < f"step-{STEPS:07d}"
+    assert [path.name for path in (output / "checkpoints").iterdir()] == ["step-0000005"]
     # What a kill while saving leaves.
     (output / "checkpoints" / ".step-0000023.abcd" / "step-0000023").mkdir(parents=True)
-    printed = finish(start_training([*argv, "--training.resume=true"]))
+    printed = command.finish(command.start([*argv, "--training.resume=true"]))
     assert "Traceback" not in printed
     return output
 
 
-def test_a_killed_and_resumed_run_has_the_same_losses_bit_for_bit(whole: Path, resumed: Path) -> None:
-    assert [row["step"] for row in rows(whole) if "loss" in row] == list(range(1, STEPS + 1))
-    assert rows(resumed) == rows(whole)
+def test_a_killed_and_resumed_run_has_the_same_losses_bit_for_bit(whole: Path, resumed: Path, command: Any) -> None:
+    assert [row["step"] for row in command.rows(whole) if "loss" in row] == list(range(1, STEPS + 1))
+    assert command.rows(resumed) == command.rows(whole)
 
 
 def test_a_killed_and_resumed_run_has_the_same_weights_bit_for_bit(whole: Path, resumed: Path) -> None:
@@ -94,10 +63,10 @@ def test_leftovers_of_a_kill_are_gone(resumed: Path) -> None:
     assert not list((resumed / "checkpoints").glob(".*"))
 
 
-def test_a_run_is_not_started_over(whole: Path, training_options: list[str], start_training: Start) -> None:
+def test_a_run_is_not_started_over(whole: Path, training_options: list[str], command: Any) -> None:
     before = (whole / "log.jsonl").read_bytes()
-    process = start_training([*training_options, *SCHEDULE, f"--output={whole}"])
-    printed = process.communicate(timeout=180)[0]
+    process = command.start([*training_options, *SCHEDULE, f"--output={whole}"])
+    printed = process.communicate(timeout=240)[0]
     assert process.returncode == 2
     assert "--training.resume true" in printed
     assert "Traceback" not in printed
@@ -106,19 +75,19 @@ def test_a_run_is_not_started_over(whole: Path, training_options: list[str], sta
 
 @pytest.fixture(scope="module")
 def stopped(
-    tmp_path_factory: pytest.TempPathFactory, training_options: list[str], start_training: Start
+    tmp_path_factory: pytest.TempPathFactory, training_options: list[str], command: Any
 ) -> list[tuple[int, str, int, list[str]]]:
     """A long run stopped by SIGTERM, continued, and stopped by Ctrl-C: status, output, last step, checkpoints."""
     output = tmp_path_factory.mktemp("stopped") / "run"
     argv = [*training_options, "--training.steps=100000", "--training.checkpoint_every=100000", f"--output={output}"]
     results = []
     for number, count in ((signal.SIGTERM, 4), (signal.SIGINT, 30)):
-        process = start_training([*argv, "--training.resume=true"])
-        wait_for_rows(process, output, count)
+        process = command.start([*argv, "--training.resume=true"])
+        command.wait_for_rows(process, output, count)
         process.send_signal(number)
-        printed = process.communicate(timeout=180)[0]
+        printed = process.communicate(timeout=240)[0]
         names = sorted(path.name for path in (output / "checkpoints").iterdir())
-        results.append((process.returncode, printed, rows(output)[-1]["step"], names))
+        results.append((process.returncode, printed, command.rows(output)[-1]["step"], names))
     return results
 
 

@@ -27,7 +27,7 @@ from compressor.data.collate import WIDTH_MULTIPLE
 from compressor.errors import CompressorError
 from compressor.launch import train_main
 from compressor.model import Compressor
-from compressor.training import learning_rate, make_accelerator, make_optimizer, train
+from compressor.training import learning_rate, make_optimizer, start_run, train
 
 
 @pytest.fixture(autouse=True)
@@ -107,7 +107,7 @@ def settings(output: Path, **training: Any) -> RunConfig:
 
 
 def run(stage: Any, config: RunConfig) -> Any:
-    return train(stage, config, make_accelerator(config))
+    return train(stage, config, start_run(config))
 
 
 def raise_signal(number: int = signal.SIGTERM) -> Callable[[], None]:
@@ -383,8 +383,8 @@ def test_a_gradient_that_is_not_finite_stops_too(tmp_path: Path) -> None:
 
 def test_a_tracker_that_is_not_installed_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(__import__("sys").modules, "wandb", None)
-    with pytest.raises(CompressorError, match=r"wandb.*kv-compressor\[tracking\]"):
-        make_accelerator(settings(tmp_path, trackers=["wandb"]))
+    with pytest.raises(CompressorError, match=r"wandb.*\[tracking\]"):
+        start_run(settings(tmp_path, trackers=["wandb"]))
 
 
 # -- stage regenerate ----------------------------------------------------------------------------------------------
@@ -400,7 +400,7 @@ def configure(training_options: list[str], tmp_path: Path) -> Callable[..., RunC
 
 def test_batches_hold_what_the_configuration_asks_for(configure: Callable[..., RunConfig]) -> None:
     config = configure()
-    stage = CompressionStage(config, make_accelerator(config))
+    stage = CompressionStage(config, start_run(config))
     base, seen = stage.module.base, set()
     for index in range(12):
         batch, again = stage.micro_batch(index), stage.micro_batch(index)
@@ -430,7 +430,7 @@ def test_batches_hold_what_the_configuration_asks_for(configure: Callable[..., R
 
 def test_the_continuation_is_the_text_that_follows(configure: Callable[..., RunConfig]) -> None:
     config = configure("--data.random_start=1")
-    stage = CompressionStage(config, make_accelerator(config))
+    stage = CompressionStage(config, start_run(config))
     pieces = stage.plan.batch(0)
     batch = stage.collate(stage.passages, pieces, [4] * len(pieces))
     for row, piece in enumerate(pieces):
@@ -443,7 +443,7 @@ def test_the_continuation_is_the_text_that_follows(configure: Callable[..., RunC
 
 def test_layouts_that_move_with_k_use_one_number_for_a_batch(configure: Callable[..., RunConfig]) -> None:
     config = configure("--compressor.layout=spread")
-    stage = CompressionStage(config, make_accelerator(config))
+    stage = CompressionStage(config, start_run(config))
     counts = [set(stage.micro_batch(index)["memory_tokens"].tolist()) for index in range(12)]
     assert all(len(count) == 1 for count in counts)
     assert set.union(*counts) == {2, 4}
@@ -473,7 +473,7 @@ def test_a_run_writes_a_compressor_a_log_and_its_configuration(
 
 def test_the_reported_validation_loss_is_that_of_the_saved_model(configure: Callable[..., RunConfig]) -> None:
     config = configure("--training.steps=3")
-    accelerator = make_accelerator(config)
+    accelerator = start_run(config)
     train(CompressionStage(config, accelerator), config, accelerator)
     logged = rows(Path(config.output), "validation_loss")[-1]
     fresh = configure(f"--init={config.output}/final", "--output=unused")
@@ -525,13 +525,29 @@ def test_what_does_not_fit_together_is_refused(training_options: list[str], tmp_
         assert "Traceback" not in error
 
 
+def test_a_run_from_a_checkpoint_keeps_the_attention_it_asks_for(
+    configure: Callable[..., RunConfig], tiny_compressor: Compressor, tmp_path: Path
+) -> None:
+    tiny_compressor.save_pretrained(tmp_path / "start")
+    config = configure(f"--init={tmp_path / 'start'}", "--base.attention=eager")
+    stage = CompressionStage(config, start_run(config))
+    assert stage.module.base.model.config._attn_implementation == "eager"
+
+
+def test_a_checkpoint_of_another_size_is_not_resumed(training_options: list[str], tmp_path: Path, capsys: Any) -> None:
+    argv = [*training_options, f"--output={tmp_path}", "--training.steps=1"]
+    assert train_main(argv) == 0
+    assert train_main([*argv, "--training.resume=true", "--compressor.lora_rank=3"]) == 2
+    assert "step-0000001 is of another model or damaged" in capsys.readouterr().err
+
+
 def test_activation_checkpointing_trains_the_same(configure: Callable[..., RunConfig]) -> None:
     losses = []
     for on in ("false", "true"):
         config = configure(
             "--training.steps=4", f"--training.activation_checkpointing={on}", f"--output={configure().output}-{on}"
         )
-        accelerator = make_accelerator(config)
+        accelerator = start_run(config)
         train(CompressionStage(config, accelerator), config, accelerator)
         losses.append([row["loss"] for row in rows(Path(config.output))])
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
@@ -539,7 +555,7 @@ def test_activation_checkpointing_trains_the_same(configure: Callable[..., RunCo
 
 def test_a_memory_that_is_ignored_is_reported(configure: Callable[..., RunConfig]) -> None:
     config = configure()
-    accelerator = make_accelerator(config)
+    accelerator = start_run(config)
     figures, samples = CompressionStage(config, accelerator).validate(accelerator)
     assert figures["nats_swapped"] - figures["nats_4"] < 0.05
     assert samples[0].startswith("warning: ")
@@ -576,7 +592,7 @@ def test_eight_texts_are_learned_by_heart(
         "--training.validate_every=900",
         "--training.log_every=100",
     )
-    accelerator = make_accelerator(config)
+    accelerator = start_run(config)
     stage = CompressionStage(config, accelerator)
     assert stage.passages["tokens"] == [8] * 8
     train(stage, config, accelerator)
@@ -615,7 +631,7 @@ def base_options(project: Path) -> list[str]:
 def test_a_base_is_trained_from_text_and_resumes_exactly(
     project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from compressor.pretraining import BaseStage
+    from compressor.pretraining import BaseStage, export
 
     argv = base_options(project)
     assert train_main([*argv, f"--output={tmp_path / 'whole'}"]) == 0
@@ -637,6 +653,11 @@ def test_a_base_is_trained_from_text_and_resumes_exactly(
     assert same_files(tmp_path / "whole" / "final", tmp_path / "parts" / "final")
     figures = rows(tmp_path / "whole", "validation_loss")[-1]
     assert 1 < figures["validation_bits_per_byte"] < 8
+    export(tmp_path / "whole", tmp_path / "exported")
+    card = (tmp_path / "exported" / "README.md").read_text()
+    assert "trained from scratch on arXiv abstracts (`arxiv-train.parquet`; CC0).\n" in card
+    assert "7 steps" in card
+    assert str(project) not in card
     # What came out is a base for the other stage.
     base = load_base(BaseConfig(path=str(tmp_path / "whole" / "final")))
     assert (base.layers, base.hidden, base.bos, base.eos) == (2, 32, 1, 2)
@@ -649,5 +670,20 @@ def test_packed_rows_that_do_not_fit_the_configuration_are_refused(project: Path
     assert train_main(argv) == 0
     assert train_main([*argv, "--training.resume=true", "--training.steps=40"]) == 2
     assert "holds too few rows" in capsys.readouterr().err
-    assert train_main([*argv, "--training.resume=true", "--architecture.vocabulary=300"]) == 2
-    assert "architecture.vocabulary" in capsys.readouterr().err
+    for change in ("--architecture.vocabulary=300", "--mixture.repeat=0.9", "--seed=1", "--data.limit=100"):
+        assert train_main([*argv, "--training.resume=true", change]) == 2
+        error = capsys.readouterr().err
+        assert "were made with other settings" in error
+        assert change[2:].split("=")[0] in error
+    assert train_main([*argv, "--training.resume=true", "--architecture.hidden=64"]) == 2
+    assert "is of another model or damaged" in capsys.readouterr().err
+
+
+def test_a_dry_run_of_the_base_writes_nothing(project: Path, tmp_path: Path, capsys: Any) -> None:
+    output = tmp_path / "run"
+    # More tokens than the few texts of a dry run can fill.
+    assert (
+        train_main([*base_options(project), f"--output={output}", "--architecture.vocabulary=60000", "--dry_run"]) == 0
+    )
+    assert "0 dead" in capsys.readouterr().out
+    assert not output.exists()

@@ -47,7 +47,12 @@ def read_question_records(paths: Sequence[str]) -> list[tuple[str, list[tuple[st
                 for number, line in enumerate(file, 1):
                     try:
                         record = json.loads(line)
-                        pair = (str(record["question"]), str(record["answers"][0]))
+                        answers = record["answers"]
+                        # The hub's SQuAD has {"text": [...], "answer_start": [...]}.
+                        answers = answers["text"] if isinstance(answers, dict) else answers
+                        if not isinstance(answers, list):
+                            raise TypeError(f"answers is {type(answers).__name__}")
+                        pair = (str(record["question"]), str(answers[0]))
                         grouped.setdefault(str(record["context"]), []).append(pair)
                     except (ValueError, KeyError, IndexError, TypeError) as error:
                         raise CompressorError(
@@ -86,6 +91,11 @@ class RowPacker:
         self.encode, self.bos, self.eos = encode, bos, eos
         self.ordinary = np.setdiff1d(np.arange(vocabulary), [bos, eos])
         shares = np.array([mixture.plain, mixture.repeat, mixture.qa if questions else 0.0, mixture.random])
+        if shares.sum() == 0:
+            raise CompressorError(
+                f"mixture.qa = {mixture.qa} is the only share of the mixture that is not 0, but there are no "
+                "questions: name question-answer files with data.qa, or give mixture.plain a share"
+            )
         self.shares = shares / shares.sum()
 
     def repeated(self, room: int, random: bool = False) -> list[int]:

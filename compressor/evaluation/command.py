@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 import shlex
 import sys
@@ -81,15 +80,11 @@ def evaluate_main(argv: list[str] | None = None) -> int:
         {"overwrite": "replace the output folder if it holds an earlier evaluation"},
     )
     # Imported after the settings are known to be good: torch and transformers take seconds.
-    from accelerate import Accelerator
-
     from compressor.evaluation.report import published_table, text_table
     from compressor.evaluation.runner import evaluate
+    from compressor.processes import make_accelerator
 
-    accelerator = Accelerator()
-    if not accelerator.is_main_process:
-        # One process speaks; a library's warnings would come once for each.
-        logging.disable(logging.WARNING)
+    accelerator = make_accelerator()
     metrics = evaluate(config, accelerator, overwrite=flags.overwrite, command=command_line(argv, accelerator))
     if metrics is not None:
         print(text_table(metrics["rows"], metrics["figures"]))
@@ -109,8 +104,9 @@ def command_line(argv: list[str], accelerator: Accelerator) -> str:
     """The command that repeats this evaluation."""
     launcher = "python"
     if accelerator.num_processes > 1 and accelerator.device.type == "cpu":
-        # `accelerate launch --cpu` starts one process whatever --num_processes says.
-        launcher = f"ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes {accelerator.num_processes}"
+        launcher = (
+            f"accelerate launch --config_file configs/accelerate/cpu.yaml --num_processes {accelerator.num_processes}"
+        )
     elif accelerator.num_processes > 1:
         launcher = f"accelerate launch --num_processes {accelerator.num_processes}"
     return f"{launcher} {shlex.join(['evaluate.py', *argv])}"
