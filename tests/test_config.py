@@ -219,7 +219,7 @@ def test_a_value_out_of_range_names_key_value_and_range(key: str, value: str) ->
         (["--config"], "--config needs a YAML file"),
         (["--config", "no/such.yaml"], r"no/such\.yaml does not exist"),
         (["--objective.tokens", '[{"tokens": 64}]'], r"objective\.tokens = 64.*compressor\.memory_tokens = 16"),
-        (["--stage", "base"], r"mixture\.qa.*data\.qa"),
+        (["--data.lengths", '[{"low": 4, "high": 600}]'], r"data\.lengths = 600.*max_passage_tokens = 500"),
         (
             ["--training.activation_checkpointing", "true", "--training.compile", "dynamic"],
             r"training\.activation_checkpointing.*training\.compile",

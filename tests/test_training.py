@@ -514,7 +514,7 @@ def test_a_loss_of_nan_ends_the_command_with_status_2_and_record_ids(
 def test_what_does_not_fit_together_is_refused(training_options: list[str], tmp_path: Path, capsys: Any) -> None:
     run_ = [*training_options, f"--output={tmp_path}"]
     for extra, message in (
-        (["--compressor.max_passage_tokens=16"], "data.lengths goes up to 32"),
+        (["--compressor.max_passage_tokens=16"], "data.lengths = 32 is out of range"),
         (["--base.path=no/such-base"], "cannot load the base 'no/such-base'"),
         (["--data.train=no/such.jsonl"], "no/such.jsonl"),
         (["--init=no/such-checkpoint"], "no/such-checkpoint"),
