@@ -294,8 +294,7 @@ def load_base(config: BaseConfig, device: str | torch.device = "cpu") -> Base:
             from transformers import BitsAndBytesConfig
         except ImportError:
             raise CompressorError(
-                f"base.quantisation = {config.quantisation} needs bitsandbytes: "
-                "pip install -e '.[quantised-base]'"
+                f"base.quantisation = {config.quantisation} needs bitsandbytes: pip install -e '.[quantised-base]'"
             ) from None
         extra["quantization_config"] = BitsAndBytesConfig(
             load_in_8bit=config.quantisation == "int8",

@@ -386,7 +386,7 @@ class RunConfig:
             self.stage == "base" or self.init is not None or longest <= self.compressor.max_passage_tokens,
             "data.lengths",
             longest,
-            f"at most compressor.max_passage_tokens = {self.compressor.max_passage_tokens} ",
+            f"at most compressor.max_passage_tokens = {self.compressor.max_passage_tokens}",
         )
 
 
