@@ -216,6 +216,8 @@ class BaseStage:
         texts = train["text"]
         self.validation_texts = list(held_out["text"][: data.validation_limit])
         questions = read_question_records(data.qa) if mixture.qa else []
+        if mixture.qa and not questions and accelerator.is_main_process:
+            print(f"note: data.qa is empty, so mixture.qa = {mixture.qa} goes to the other kinds of documents")
         self.micro_batches_a_step = config.training.accumulation * accelerator.num_processes
         self.lengths = mixture.row_tokens
         self.rows: dict[int, np.ndarray] = {}
