@@ -15,16 +15,29 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from compressor import __version__
 from compressor.errors import CompressorError, exits_cleanly
 
+OVERWRITE = {"overwrite": "replace what is at --output if it exists"}
+
+
+def _options(config: type, argv: list[str], command: Callable[[list[str]], int]) -> Any:
+    """Options of a command that writes `output`, which it must not replace unless told to."""
+    from compressor.parsing import parse_config
+
+    name = command.__name__.replace("_", "-")
+    options, switches = parse_config(config, argv, f"compressor {name}: {command.__doc__}", OVERWRITE)
+    if Path(options.output).exists() and not switches.overwrite:
+        raise CompressorError(f"{options.output} exists: choose another --output, or give --overwrite")
+    return options
+
 
 def corpus(argv: list[str]) -> int:
     """build a corpus of abstracts (Parquet shards and a manifest) from arXiv, files or the hub"""
-    from compressor.config import parse_config
     from compressor.data.corpora import CorpusConfig, build_corpus
+    from compressor.parsing import parse_config
 
     flags = {"overwrite": "replace the output folder if it is a corpus built earlier"}
     config, options = parse_config(CorpusConfig, argv, f"compressor corpus: {corpus.__doc__}", flags)
@@ -61,12 +74,7 @@ class CompressOptions:
 
 def compress(argv: list[str]) -> int:
     """compress a text file into a memory file"""
-    from compressor.config import parse_config
-
-    flags = {"overwrite": "replace the memory file if it exists"}
-    options, switches = parse_config(CompressOptions, argv, f"compressor compress: {compress.__doc__}", flags)
-    if Path(options.output).exists() and not switches.overwrite:
-        raise CompressorError(f"{options.output} exists: choose another --output, or give --overwrite")
+    options = _options(CompressOptions, argv, compress)
     from compressor.demo import read_text
 
     passage = read_text(options.text)
@@ -102,7 +110,8 @@ class RegenerateOptions:
 
 def regenerate(argv: list[str]) -> int:
     """write the passage of a memory file back"""
-    from compressor.config import BaseConfig, parse_config
+    from compressor.config import BaseConfig
+    from compressor.parsing import parse_config
 
     options, _ = parse_config(RegenerateOptions, argv, f"compressor regenerate: {regenerate.__doc__}")
     from compressor import generation
@@ -131,12 +140,7 @@ class ExportOptions:
 
 def export_base(argv: list[str]) -> int:
     """write a trained base as a small transformers model with a card"""
-    from compressor.config import parse_config
-
-    flags = {"overwrite": "replace the output folder if it exists"}
-    options, switches = parse_config(ExportOptions, argv, f"compressor export-base: {export_base.__doc__}", flags)
-    if Path(options.output).exists() and not switches.overwrite:
-        raise CompressorError(f"{options.output} exists: choose another --output, or give --overwrite")
+    options = _options(ExportOptions, argv, export_base)
     from compressor.pretraining import export
 
     export(Path(options.run), Path(options.output), options.dtype)
@@ -157,13 +161,7 @@ class ExportCompressorOptions:
 
 def export_compressor(argv: list[str]) -> int:
     """write a compressor's checkpoint rounded to bfloat16, half the size, for sharing"""
-    from compressor.config import parse_config
-
-    flags = {"overwrite": "replace the output folder if it exists"}
-    description = f"compressor export-compressor: {export_compressor.__doc__}"
-    options, switches = parse_config(ExportCompressorOptions, argv, description, flags)
-    if Path(options.output).exists() and not switches.overwrite:
-        raise CompressorError(f"{options.output} exists: choose another --output, or give --overwrite")
+    options = _options(ExportCompressorOptions, argv, export_compressor)
     import torch
 
     from compressor.model import Compressor
@@ -189,7 +187,7 @@ class EvaluateBaseOptions:
 
 def evaluate_base(argv: list[str]) -> int:
     """measure a base: bits per byte, in-context copying accuracy, a sample"""
-    from compressor.config import parse_config
+    from compressor.parsing import parse_config
 
     options, _ = parse_config(EvaluateBaseOptions, argv, f"compressor evaluate-base: {evaluate_base.__doc__}")
     from compressor.files import write_json

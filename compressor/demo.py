@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from compressor.config import parse_config, require
+from compressor.config import require
 from compressor.errors import CompressorError, exits_cleanly
+from compressor.parsing import parse_config
 
 EXAMPLE_TOKENS = 96
 """The shipped example is cut to this length, the shortest of the published evaluation."""

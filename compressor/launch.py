@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from compressor.config import RunConfig, parse_config, read_yaml
+from compressor.config import RunConfig
 from compressor.errors import exits_cleanly
 from compressor.files import atomic_path, read_json, write_json
+from compressor.parsing import parse_config, read_yaml
 from compressor.provenance import run_record
 
 FREE_TO_CHANGE = {
@@ -57,9 +58,8 @@ def train_main(argv: list[str] | None = None) -> int:
     Path(config.output).mkdir(parents=True, exist_ok=True)
     stage = make_stage(config, accelerator)
     if accelerator.is_main_process:
-        record_start(config, checkpoints.newest())
         print(describe(stage, config, accelerator), flush=True)
-    train(stage, config, accelerator)
+    train(stage, config, accelerator, on_start=lambda step: record_start(config, step))
     return 0
 
 

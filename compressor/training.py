@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -188,8 +188,15 @@ def run_step(
     return StepResult(total_loss, targets, passages, norm, stops > 0)
 
 
-def train(stage: Stage, config: RunConfig, accelerator: Accelerator) -> TrainingState:
+def train(
+    stage: Stage,
+    config: RunConfig,
+    accelerator: Accelerator,
+    on_start: Callable[[int], None] | None = None,
+) -> TrainingState:
     """Run `stage` to `config.training.steps`, writing checkpoints, `log.jsonl` and `final/` into `config.output`.
+
+    `on_start` is called on the main process with the step the run starts from, once nothing can refuse it any more.
 
     Returns:
         The state at the end: `state.step` is smaller than `training.steps` when a signal stopped the run.
@@ -202,6 +209,8 @@ def train(stage: Stage, config: RunConfig, accelerator: Accelerator) -> Training
     names = {id(parameter): name for name, parameter in stage.module.named_parameters()}
     checkpoints = Checkpoints(Path(config.output), settings.keep_last, accelerator)
     state = checkpoints.start(stage, optimizer, names, resume=settings.resume)
+    if on_start is not None and accelerator.is_main_process:
+        on_start(state.step)
     if settings.compile != "no":
         stage.module.compile(dynamic=settings.compile == "dynamic")
     module, prepared = accelerator.prepare(stage.module, optimizer)

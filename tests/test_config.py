@@ -11,16 +11,10 @@ from typing import Any
 import pytest
 import yaml
 
-from compressor.config import (
-    CompressorConfig,
-    LengthRange,
-    RunConfig,
-    TokensShare,
-    known_keys,
-    parse_config,
-)
+from compressor.config import CompressorConfig, LengthRange, RunConfig, TokensShare
 from compressor.data.corpora import CorpusConfig
 from compressor.errors import CompressorError
+from compressor.parsing import known_keys, parse_config
 
 PROJECT = Path(__file__).resolve().parents[1]
 CONFIGS = PROJECT / "configs"

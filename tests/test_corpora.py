@@ -14,13 +14,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from compressor.cli import main
-from compressor.config import parse_config
 from compressor.data.abstracts import collapse, comparable, month_of_id, withdrawn
 from compressor.data.corpora import CorpusConfig, SampleConfig, build_corpus
 from compressor.data.records import load_texts
 from compressor.data.shards import even_shares
 from compressor.errors import CompressorError
 from compressor.files import sha256
+from compressor.parsing import parse_config
 
 CONFIGS = sorted((Path(__file__).resolve().parents[1] / "configs" / "corpora").glob("*.yaml"))
 

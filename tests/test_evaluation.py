@@ -286,7 +286,7 @@ def test_two_processes_give_the_same_figures(checkpoint: str, data: str, tmp_pat
 def test_settings_round_trip_through_yaml(tmp_path: Path) -> None:
     from dataclasses import asdict
 
-    from compressor.config import parse_config
+    from compressor.parsing import parse_config
 
     config = EvaluationConfig(tokens=[16, 1], lengths=[96], split_date="2020-01-01", limit=3)
     path = tmp_path / "c.yaml"

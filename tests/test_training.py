@@ -22,11 +22,12 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 import compressor.objectives
 from compressor.base import load_base
 from compressor.compression import CompressionStage
-from compressor.config import BaseConfig, RunConfig, TrainingConfig, parse_config
+from compressor.config import BaseConfig, RunConfig, TrainingConfig
 from compressor.data.collate import WIDTH_MULTIPLE
 from compressor.errors import CompressorError
 from compressor.launch import train_main
 from compressor.model import Compressor
+from compressor.parsing import parse_config
 from compressor.training import learning_rate, make_optimizer, start_run, train
 
 
@@ -537,7 +538,9 @@ def test_a_run_from_a_checkpoint_keeps_the_attention_it_asks_for(
 def test_a_checkpoint_of_another_size_is_not_resumed(training_options: list[str], tmp_path: Path, capsys: Any) -> None:
     argv = [*training_options, f"--output={tmp_path}", "--training.steps=1"]
     assert train_main(argv) == 0
+    written = {name: (tmp_path / name).read_text() for name in ("config.yaml", "run.json", "log.jsonl")}
     assert train_main([*argv, "--training.resume=true", "--compressor.lora_rank=3"]) == 2
+    assert written == {name: (tmp_path / name).read_text() for name in written}
     assert "step-0000001 is of another model or damaged" in capsys.readouterr().err
 
 

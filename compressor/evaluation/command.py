@@ -8,8 +8,9 @@ import sys
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from compressor.config import parse_config, require
+from compressor.config import require
 from compressor.errors import exits_cleanly
+from compressor.parsing import parse_config
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -1,0 +1,157 @@
+"""Reading a configuration dataclass from YAML and the command line.
+
+Precedence: defaults < YAML file (`--config`) < command line (`--training.learning_rate 2e-4`). Unknown keys are errors
+that name the nearest known one.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import sys
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+import yaml
+from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
+
+from compressor.errors import CompressorError
+
+
+def known_keys(config: type, prefix: str = "") -> list[str]:
+    """All dotted keys of a configuration dataclass."""
+    keys = []
+    hints = get_type_hints(config)
+    for item in fields(config):
+        name = prefix + item.name
+        keys.append(name)
+        if is_dataclass(hints[item.name]):
+            keys += known_keys(hints[item.name], name + ".")
+    return keys
+
+
+def _reject_unknown(mapping: dict[str, Any], config: type, source: str, prefix: str = "") -> None:
+    hints = get_type_hints(config)
+    names = {item.name for item in fields(config)}
+    for key, value in mapping.items():
+        if key not in names:
+            raise CompressorError(unknown_key(f"{prefix}{key}", config, source, prefix))
+        hint = hints[key]
+        if is_dataclass(hint) and isinstance(value, dict):
+            _reject_unknown(value, hint, source, f"{prefix}{key}.")  # type: ignore[arg-type]
+        element = next(iter(get_args(hint)), None)
+        if is_dataclass(element) and isinstance(value, list):
+            for entry in value:
+                if isinstance(entry, dict):
+                    _reject_unknown(entry, element, source, f"{prefix}{key}.")  # type: ignore[arg-type]
+
+
+def unknown_key(key: str, config: type, source: str, prefix: str = "") -> str:
+    """Message for a key that does not exist, naming the nearest one that does."""
+    candidates = [prefix + item.name for item in fields(config)] if prefix else known_keys(config)
+    near = difflib.get_close_matches(key, candidates, n=1, cutoff=0.0)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    return f"{source}: there is no setting {key}{hint}"
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Read a YAML mapping; anything else is a `CompressorError` that names the file."""
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CompressorError(f"{path} does not exist") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise CompressorError(f"{path} is not a readable YAML file: {error}") from None
+    if not isinstance(content, dict):
+        raise CompressorError(f"{path} must hold `key: value` settings, got {type(content).__name__}")
+    return content
+
+
+def list_types(config: type, prefix: str = "") -> dict[str, Any]:
+    """Dotted keys of the settings that are lists of plain values, with the type of their elements."""
+    found: dict[str, Any] = {}
+    hints = get_type_hints(config)
+    for item in fields(config):
+        hint = hints[item.name]
+        if is_dataclass(hint):
+            found |= list_types(hint, f"{prefix}{item.name}.")  # type: ignore[arg-type]
+        for kind in (hint, *get_args(hint)):
+            if get_origin(kind) is list and not is_dataclass(get_args(kind)[0]):
+                found[prefix + item.name] = get_args(kind)[0]
+    return found
+
+
+def join_lists(config: type, argv: list[str]) -> list[str]:
+    """Let lists be written with spaces: `--tokens 16 4 1` becomes `--tokens [16,4,1]`."""
+    lists = list_types(config)
+    joined: list[str] = []
+    rest = list(argv)
+    while rest:
+        key, given, value = rest.pop(0).partition("=")
+        if given and not value.startswith("[") and key[:2] == "--" and key[2:] in lists:
+            rest[:0] = [value]  # --train=FILE is --train FILE
+            given = ""
+        joined.append(f"{key}={value}" if given else key)
+        element = lists.get(joined[-1][2:]) if joined[-1].startswith("--") else None
+        values = []
+        while element is not None and rest and not rest[0].startswith("--"):
+            values.append(rest.pop(0))
+        if len(values) == 1 and values[0].startswith("["):
+            joined.append(values[0])
+        elif values:
+            # Numbers go through as they are, so that the parser's message shows what was typed.
+            plain = values if element in (int, float) else [json.dumps(value) for value in values]
+            joined.append(f"[{','.join(plain)}]")
+    return joined
+
+
+def parse_config(
+    config: type, argv: list[str] | None, description: str, flags: dict[str, str] | None = None
+) -> tuple[Any, Namespace]:
+    """Parse `--config FILE` and overrides into `config`.
+
+    Args:
+        config: dataclass to fill.
+        argv: arguments; None means the process's own. Lists may be written with spaces (`join_lists`).
+        description: for `--help`.
+        flags: extra on/off options, name to help text.
+
+    Returns:
+        The validated dataclass and a namespace with the extra flags.
+
+    Raises:
+        CompressorError: unknown key or value out of range.
+    """
+    argv = join_lists(config, list(sys.argv[1:] if argv is None else argv))
+    # The texts under the fields of a configuration are what --help says about them.
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(description=description, exit_on_error=False)
+    parser.add_argument("--config", action="config", help="YAML file with settings")
+    for name, text in (flags or {}).items():
+        parser.add_argument(f"--{name}", action="store_true", help=text)
+    parser.add_class_arguments(config)
+    known = set(known_keys(config)) | set(flags or {}) | {"config", "help", "print_config"}
+    for position, argument in enumerate(argv):
+        name = argument[2:].split("=", 1)[0].rstrip("+") if argument.startswith("--") else ""
+        if name and name not in known:
+            raise CompressorError(unknown_key(name, config, "command line"))
+        if name == "config":
+            path = argument.split("=", 1)[1] if "=" in argument else (argv[position + 1 : position + 2] or [""])[0]
+            if not path or path.startswith("--"):
+                raise CompressorError("--config needs a YAML file after it")
+            _reject_unknown(read_yaml(path), config, path)
+    try:
+        namespace = parser.parse_args(argv)
+        values = parser.instantiate(namespace)
+    except CompressorError:
+        raise
+    except Exception as error:  # jsonargparse raises its own, argparse's and YAML's errors here
+        cause: BaseException | None = error
+        while cause is not None:
+            if isinstance(cause, CompressorError):
+                raise cause from None
+            cause = cause.__cause__ or cause.__context__
+        raise CompressorError(str(error)) from None
+    settings = {item.name: getattr(values, item.name) for item in fields(config)}
+    return config(**settings), values
