@@ -23,7 +23,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from compressor.base import load_base, start_token
 from compressor.config import ArchitectureConfig, BaseConfig, RunConfig
-from compressor.data.packing import COPYING_TOKENS, RowPacker, copying_rows, pack_rows, read_question_records
+from compressor.data.packing import COPYING_TOKENS, RowPacker, copying_rows, pack_rows
+from compressor.data.questions import questions_by_context
 from compressor.data.records import load_texts
 from compressor.errors import CompressorError
 from compressor.files import atomic_path, read_json, write_json
@@ -215,7 +216,7 @@ class BaseStage:
             )
         texts = train["text"]
         self.validation_texts = list(held_out["text"][: data.validation_limit])
-        questions = read_question_records(data.qa) if mixture.qa else []
+        questions = questions_by_context(data.qa, split="train") if mixture.qa and data.qa else []
         if mixture.qa and not questions and accelerator.is_main_process:
             print(f"note: data.qa is empty, so mixture.qa = {mixture.qa} goes to the other kinds of documents")
         self.micro_batches_a_step = config.training.accumulation * accelerator.num_processes

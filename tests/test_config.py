@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from compressor.config import CompressorConfig, LengthRange, RunConfig, TokensShare
+from compressor.data.arxivqa import ArxivQAConfig
 from compressor.data.corpora import CorpusConfig
 from compressor.errors import CompressorError
 from compressor.parsing import known_keys, parse_config
@@ -46,7 +47,8 @@ def test_every_run_configuration_parses_and_says_something(path: Path) -> None:
 
 @pytest.mark.parametrize("path", sorted((CONFIGS / "corpora").glob("*.yaml")), ids=lambda path: path.name)
 def test_every_corpus_configuration_parses(path: Path) -> None:
-    assert parse_config(CorpusConfig, ["--config", str(path)], "test")[0].output
+    config = ArxivQAConfig if path.name.startswith("arxivqa-") else CorpusConfig
+    assert parse_config(config, ["--config", str(path)], "test")[0].output
 
 
 @pytest.mark.parametrize("path", sorted((CONFIGS / "accelerate").glob("*.yaml")), ids=lambda path: path.name)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,7 +9,7 @@ import numpy as np
 import pytest
 
 from compressor.config import MixtureConfig
-from compressor.data.packing import SHORTEST_REPEAT, RowPacker, pack_rows, read_question_records
+from compressor.data.packing import SHORTEST_REPEAT, RowPacker, pack_rows
 from compressor.errors import CompressorError
 from compressor.prompts import QUESTION, answer_text
 
@@ -142,50 +140,7 @@ def test_packed_files_hold_what_was_packed(tmp_path: Path) -> None:
     assert np.array_equal(np.load(tmp_path / "rows.npy"), np.stack(expected))
 
 
-def test_question_records_are_grouped_by_context(tmp_path: Path) -> None:
-    records = [
-        {"context": "A", "question": "q1", "answers": ["a1", "other"]},
-        {"context": "B", "question": "q2", "answers": ["a2"]},
-        {"context": "A", "question": "q3", "answers": ["a3"]},
-    ]
-    text = "".join(json.dumps(record) + "\n" for record in records)
-    (tmp_path / "q.jsonl").write_text(text)
-    with gzip.open(tmp_path / "q.jsonl.gz", "wt") as file:
-        file.write(text)
-    for name in ("q.jsonl", "q.jsonl.gz"):
-        assert read_question_records([str(tmp_path / name)]) == [
-            ("A", [("q1", "a1"), ("q3", "a3")]),
-            ("B", [("q2", "a2")]),
-        ]
-
-
-def test_the_hub_form_of_answers_is_read(tmp_path: Path) -> None:
-    path = tmp_path / "q.jsonl"
-    path.write_text('{"context": "A", "question": "q", "answers": {"text": ["a", "b"], "answer_start": [0, 3]}}\n')
-    assert read_question_records([str(path)]) == [("A", [("q", "a")])]
-
-
 def test_a_share_of_questions_without_questions_goes_to_the_rest() -> None:
     assert packer(["some text"], plain=1, repeat=3, qa=4).shares.tolist() == [0.25, 0.75, 0, 0]
     with pytest.raises(CompressorError, match=r"mixture\.qa = 1.*data\.qa"):
         packer(["some text"], qa=1)
-
-
-@pytest.mark.parametrize(
-    "line",
-    [
-        "not json",
-        '{"context": "A", "question": "q"}',
-        '{"context": "A", "question": "q", "answers": []}',
-        '{"context": "A", "question": "q", "answers": "a"}',
-        '{"context": "A", "question": "q", "answers": {"text": []}}',
-        "[1]",
-    ],
-)
-def test_a_broken_question_record_is_named_by_file_and_line(tmp_path: Path, line: str) -> None:
-    path = tmp_path / "q.jsonl"
-    path.write_text('{"context": "A", "question": "q", "answers": ["a"]}\n' + line + "\n")
-    with pytest.raises(CompressorError, match=r"q\.jsonl:2"):
-        read_question_records([str(path)])
-    with pytest.raises(CompressorError, match=r"cannot read question-answer file .*gone\.jsonl"):
-        read_question_records([str(tmp_path / "gone.jsonl")])

@@ -9,8 +9,6 @@ only plain documents are split at a row's end.
 
 from __future__ import annotations
 
-import gzip
-import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -32,36 +30,6 @@ def shuffled_forever(texts: Sequence[str], encode: Encode, rng: np.random.Genera
         order = rng.permutation(len(texts))
         for start in range(0, len(order), 512):
             yield from encode([texts[int(i)] for i in order[start : start + 512]])
-
-
-def read_question_records(paths: Sequence[str]) -> list[tuple[str, list[tuple[str, str]]]]:
-    """Contexts with their (question, first answer) pairs, from JSON lines (optionally gzipped).
-
-    Raises:
-        CompressorError: a missing file, or a broken line, named by file and line.
-    """
-    grouped: dict[str, list[tuple[str, str]]] = {}
-    for path in paths:
-        try:
-            with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8") as file:
-                for number, line in enumerate(file, 1):
-                    try:
-                        record = json.loads(line)
-                        answers = record["answers"]
-                        # The hub's SQuAD has {"text": [...], "answer_start": [...]}.
-                        answers = answers["text"] if isinstance(answers, dict) else answers
-                        if not isinstance(answers, list):
-                            raise TypeError(f"answers is {type(answers).__name__}")
-                        pair = (str(record["question"]), str(answers[0]))
-                        grouped.setdefault(str(record["context"]), []).append(pair)
-                    except (ValueError, KeyError, IndexError, TypeError) as error:
-                        raise CompressorError(
-                            f"{path}:{number}: needs context, question and a non-empty list of answers "
-                            f"({type(error).__name__}: {error})"
-                        ) from None
-        except OSError as error:
-            raise CompressorError(f"cannot read question-answer file {path}: {error}") from None
-    return list(grouped.items())
 
 
 def copying_rows(rng: np.random.Generator, count: int, ordinary: np.ndarray, bos: int) -> np.ndarray:

@@ -226,6 +226,12 @@ def _parse_json(text: str, where: str) -> Any:
         raise CompressorError(f"{where} is not valid JSON: {error}") from None
 
 
+def read_document(path: Path) -> tuple[Any, str]:
+    """The one JSON value that a file (also .gz) holds, and the text it was read from."""
+    text = "".join(line for _, line in _lines(path))
+    return _parse_json(text, str(path)), text
+
+
 def _json_rows(path: Path) -> Iterator[Row]:
     lines = _lines(path)
     first = True

@@ -1,0 +1,315 @@
+"""Questions about a context: what a record must look like, and `load_questions`, which reads them from anywhere.
+
+A record is `{"id", "context", "question", "answers": [...], "dataset"}`. The forms read are those of SQuAD 1.1 and 2.0
+(https://rajpurkar.github.io/SQuAD-explorer/), of MRQA 2019 (https://github.com/mrqa/MRQA-Shared-Task-2019),
+of HotpotQA, and any flat record whose columns are named. A context is never cut: the compressor splits a long one.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from json import JSONDecoder
+from pathlib import Path
+from typing import Any
+
+from compressor.data.records import load_hub, record_id, string_value, text_value
+from compressor.data.sources import Hub, Row, kind_of, read_document, read_rows, resolve, stem_of, type_name
+from compressor.errors import CompressorError
+
+HUB_NAMES = {
+    "squad": "rajpurkar/squad",
+    "squad_v2": "rajpurkar/squad_v2",
+    "mrqa": "mrqa-workshop/mrqa",
+    "hotpot_qa": "hotpotqa/hotpot_qa:distractor",
+    "arxivqa": "ZongqianLi/ArxivQA",
+}
+"""Short names of data sets on the hub; `arxivqa` is the one published with 500xCompressor."""
+
+COLUMNS: dict[str, tuple[str, ...]] = {
+    "id": ("id", "qid"),
+    "context": ("context",),
+    "question": ("question",),
+    "answers": ("answers", "answer"),
+    "dataset": ("dataset", "subset"),
+}
+"""Fields of the schema, each with the names it is looked for under."""
+
+UNANSWERABLE = "unanswerable"
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question that its context answers."""
+
+    id: str
+    context: str
+    question: str
+    answers: tuple[str, ...]
+    """What counts as right; the first is the one to train on. Empty only where unanswerable questions are kept."""
+    dataset: str
+
+
+def load_questions(
+    source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    *,
+    split: str | None = None,
+    limit: int | None = None,
+    columns: Mapping[str, str] | None = None,
+    keep_unanswerable: bool = False,
+    skipped: Counter[str] | None = None,
+) -> list[Question]:
+    """Read questions from files, shipped sets or the hub, in the order of the source.
+
+    Args:
+        source: SQuAD JSON, MRQA or flat JSON lines, Parquet, CSV (each also .gz except Parquet), a folder, a glob, a
+            shipped name ("squad-dev"), a hub id ("owner/name:config") or one of `HUB_NAMES`, or several of these.
+        split: the split of a folder or hub data set that has several; plain files have none.
+        limit: read only the first `limit` questions.
+        columns: names of the source's columns by field of the schema, such as `{"context": "abstract"}`. A column
+            of answers holds a list of texts, one text, or `{"text": [...]}`.
+        keep_unanswerable: keep the questions that SQuAD 2.0 says the context does not answer, with no answers;
+            otherwise they are left out, counted and reported on standard error.
+        skipped: counts, by reason, what was left out.
+
+    Raises:
+        CompressorError: a source is not there or holds no question, or a record is broken; names file and line.
+    """
+    if limit is not None and limit < 1:
+        raise CompressorError(f"limit is {limit}; give 1 or more, or leave it out to read everything")
+    if unknown := sorted(set(columns or {}) - set(COLUMNS)):
+        raise CompressorError(f"columns names {unknown[0]!r}, which is no field of a question: {', '.join(COLUMNS)}")
+    found: list[Question] = []
+    left_out = 0
+    for place in resolve(_hub_ids(source), split=split):
+        for row in _rows(place, split, streaming=limit is not None):
+            question = _question(row, _default_dataset(place), columns or {}, keep_unanswerable)
+            if question is None:
+                left_out += 1
+                continue
+            found.append(question)
+            if len(found) == limit:
+                break
+        if len(found) == limit:
+            break
+    if skipped is not None:
+        skipped[UNANSWERABLE] += left_out
+    if left_out:
+        print(f"note: left out {left_out:,} unanswerable questions, kept {len(found):,} others", file=sys.stderr)
+    if not found:
+        raise CompressorError(
+            f"{source} holds no question with an answer" + (f" ({left_out:,} are unanswerable)" if left_out else "")
+        )
+    return found
+
+
+def questions_by_context(
+    source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], *, split: str | None = None
+) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Contexts, in the order of the source, with their (question, first answer) pairs."""
+    grouped: dict[str, list[tuple[str, str]]] = {}
+    for question in load_questions(source, split=split):
+        grouped.setdefault(question.context, []).append((question.question, question.answers[0]))
+    return list(grouped.items())
+
+
+def _hub_ids(source: Any) -> Any:
+    """Short names of hub data sets become their ids, unless a file of that name is there."""
+    if not isinstance(source, str | os.PathLike):
+        return [_hub_ids(item) for item in source]
+    text = os.fspath(source)
+    if Path(text).exists():
+        return text
+    return ",".join(HUB_NAMES.get(piece.strip(), piece) for piece in text.split(","))
+
+
+def _default_dataset(place: Path | Hub) -> str:
+    return place.name if isinstance(place, Hub) else stem_of(place)
+
+
+def _rows(place: Path | Hub, split: str | None, streaming: bool) -> Iterator[Row]:
+    """One row for each question, under the names of the source."""
+    if isinstance(place, Hub):
+        for number, values in enumerate(load_hub(place, split, streaming=streaming), start=1):
+            yield Row(number, f"{place.name} row {number}", values)
+        return
+    if kind_of(place) == ".json" and _is_one_object(place):
+        yield from _squad_rows(place)
+        return
+    header: dict[str, Any] = {}
+    for row in read_rows(place):
+        if row.number == 1 and set(row.values) == {"header"} and isinstance(row.values["header"], dict):
+            header = row.values["header"]
+        elif "qas" in row.values:
+            yield from _mrqa_rows(row, header)
+        else:
+            yield row
+
+
+def _is_one_object(path: Path) -> bool:
+    """Whether a .json file is one object, as SQuAD's are, and not lines or a list of records."""
+    try:
+        row = next(read_rows(path))
+    except CompressorError:
+        # The first line is no record of its own; a document over several lines may be one.
+        try:
+            document, _ = read_document(path)
+        except CompressorError:
+            return True  # read again by the reader of documents, which says where it is broken
+        return isinstance(document, dict)
+    return "data" in row.values and not {"question", "qas"} & set(row.values)
+
+
+def _squad_rows(path: Path) -> Iterator[Row]:
+    """Questions of a SQuAD file: data[].paragraphs[].(context, qas[])."""
+    document, text = read_document(path)
+    number = 0
+
+    def where(*steps: str | int) -> str:
+        place = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in steps).lstrip(".")
+        return f"{path} line {_line_of(text, steps)} ({place})"
+
+    def items(value: Any, name: str, *steps: str | int) -> list[dict[str, Any]]:
+        if not isinstance(value, dict) or not isinstance(value.get(name), list):
+            raise CompressorError(f"{where(*steps) if steps else path}: there is no list {name!r}, as SQuAD's JSON has")
+        for index, item in enumerate(value[name]):
+            if not isinstance(item, dict):
+                raise CompressorError(f"{where(*steps, name, index)} is {type_name(item)}, not an object")
+        return value[name]
+
+    version = document.get("version") if isinstance(document, dict) else None
+    dataset = {} if not isinstance(version, str) else {"dataset": f"squad_v{version.removeprefix('v')}"}
+    for a, article in enumerate(items(document, "data")):
+        for p, paragraph in enumerate(items(article, "paragraphs", "data", a)):
+            for q, item in enumerate(items(paragraph, "qas", "data", a, "paragraphs", p)):
+                number += 1
+                values = {**dataset, "context": paragraph.get("context"), **item}
+                if isinstance(item.get("answers"), list):
+                    values["answers"] = [
+                        answer.get("text") if isinstance(answer, dict) else answer for answer in item["answers"]
+                    ]
+                # The line is looked for only when a message needs it: it costs a pass over the file.
+                yield Row(number, _Lazy.of(partial(where, "data", a, "paragraphs", p, "qas", q)), values)
+
+
+class _Lazy(str):
+    """Text that is made when it is formatted into a message."""
+
+    make: Callable[[], str]
+
+    @classmethod
+    def of(cls, make: Callable[[], str]) -> _Lazy:
+        text = cls()
+        text.make = make
+        return text
+
+    def __format__(self, spec: str) -> str:
+        return format(self.make(), spec)
+
+
+def _line_of(text: str, steps: Sequence[str | int]) -> int:
+    """The line, from 1, at which the value that `steps` lead to begins in a valid JSON document."""
+    decoder = JSONDecoder()
+    blank = re.compile(r"[\s,:]*")
+
+    def skip(position: int) -> int:
+        return blank.match(text, position).end()  # type: ignore[union-attr]  # it matches nothing, too
+
+    position = skip(0)
+    for step in steps:
+        position = skip(position + 1)  # into the object or list
+        for index in range(len(text)):
+            if isinstance(step, int):
+                if index == step:
+                    break
+            else:
+                key, position = decoder.raw_decode(text, position)
+                position = skip(position)
+                if key == step:
+                    break
+            _, position = decoder.raw_decode(text, position)
+            position = skip(position)
+    return text.count("\n", 0, position) + 1
+
+
+def _mrqa_rows(row: Row, header: Mapping[str, Any]) -> Iterator[Row]:
+    """Questions of a line of MRQA: (context, qas[].(qid, question, answers))."""
+    qas = row.values["qas"]
+    if not isinstance(qas, list) or not qas or not all(isinstance(item, dict) for item in qas):
+        raise CompressorError(f"{row.where}: the field 'qas' must be a list of questions but is {type_name(qas)}")
+    dataset = {"dataset": header["dataset"]} if isinstance(header.get("dataset"), str) else {}
+    for index, item in enumerate(qas, start=1):
+        values = {**dataset, "context": row.values.get("context"), **item}
+        yield Row(row.number, f"{row.where} question {index}", values)
+
+
+def _question(row: Row, dataset: str, columns: Mapping[str, str], keep_unanswerable: bool) -> Question | None:
+    """The record of a row; None if it says that it is unanswerable and such are not kept."""
+    names = {field: _column(row, field, columns) for field in COLUMNS}
+    answers = _answers(row, names["answers"], keep_unanswerable)
+    if not answers and not keep_unanswerable:
+        return None
+    context = row.values.get(names["context"])
+    if isinstance(context, dict | list):
+        row = row._replace(values={**row.values, names["context"]: _paragraphs(row, names["context"])})
+    named = row.values.get(names["dataset"])
+    return Question(
+        id=record_id(row, names["id"], default=f"{dataset}:{row.number}"),
+        context=text_value(row, names["context"]),
+        question=text_value(row, names["question"]),
+        answers=answers,
+        dataset=dataset if named is None else string_value(row, names["dataset"], blank=False),
+    )
+
+
+def _column(row: Row, field: str, columns: Mapping[str, str]) -> str:
+    """The column that holds a field: the one that was named, or the first usual one that is there."""
+    if field in columns:
+        if columns[field] not in row.values:
+            string_value(row, columns[field])  # raises: the field is missing
+        return columns[field]
+    return next((name for name in COLUMNS[field] if name in row.values), COLUMNS[field][0])
+
+
+def _answers(row: Row, name: str, keep_unanswerable: bool) -> tuple[str, ...]:
+    """The different answers of a row in their order; none if it says that it is unanswerable."""
+    if row.values.get("is_impossible") is True:
+        return ()
+    value = row.values.get(name)
+    if name not in row.values:
+        fields = ", ".join(map(repr, row.values)) or "none"
+        raise CompressorError(f"{row.where}: the field 'answers' is missing; its fields are {fields}")
+    if isinstance(value, dict):
+        if value.get("text") == [] == value.get("answer_start"):
+            return ()  # SQuAD 2.0 on the hub
+        value = value.get("text")
+    elif isinstance(value, str) and name != "answers":
+        value = [value]
+    if not isinstance(value, list):
+        # Text under this name is most often a list that some tool printed.
+        raise CompressorError(f"{row.where}: the field {name!r} must be a list of texts but is {type_name(value)}")
+    if not value and not keep_unanswerable:
+        raise CompressorError(
+            f"{row.where}: the field {name!r} is empty: give an answer, or set is_impossible to true in the record"
+        )
+    for index, answer in enumerate(value):
+        text_value(Row(row.number, row.where, {f"{name}[{index}]": answer}), f"{name}[{index}]")
+    return tuple(dict.fromkeys(value))
+
+
+def _paragraphs(row: Row, name: str) -> str:
+    """One text from HotpotQA's context: titles with their sentences, as two lists or as pairs."""
+    value = row.values[name]
+    try:
+        pairs = zip(value["title"], value["sentences"], strict=True) if isinstance(value, dict) else value
+        return "\n".join(f"{title}: {''.join(sentences).strip()}" for title, sentences in pairs)
+    except (KeyError, TypeError, ValueError):
+        raise CompressorError(
+            f"{row.where}: the field {name!r} must be text, or titles with their sentences as HotpotQA has them, but "
+            f"is {type_name(value)}"
+        ) from None

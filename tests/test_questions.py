@@ -1,0 +1,220 @@
+"""Questions from every form they come in, and what is said about those that are broken."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from compressor.data.questions import Question, load_questions, questions_by_context
+from compressor.errors import CompressorError
+
+RECORD = {"id": "1", "context": "A b c.", "question": "q?", "answers": ["b", "c"], "dataset": "set"}
+
+
+def write(path: Path, *records: Any) -> Path:
+    text = "".join((record if isinstance(record, str) else json.dumps(record)) + "\n" for record in records)
+    path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
+    return path
+
+
+def squad(*questions: dict[str, Any], version: str = "v2.0") -> dict[str, Any]:
+    first = {"context": "First context.", "qas": list(questions[:1])}
+    second = {"context": 'Second {context} with "question": 1.', "qas": list(questions[1:])}
+    return {"version": version, "data": [{"title": "t", "paragraphs": [first]}, {"title": "u", "paragraphs": [second]}]}
+
+
+def asked(name: str, *answers: str, **other: Any) -> dict[str, Any]:
+    return {"id": name, "question": f"{name}?", "answers": [{"text": a, "answer_start": 0} for a in answers], **other}
+
+
+@pytest.mark.parametrize("name", ["q.jsonl", "q.jsonl.gz", "q.json", "q.parquet"])
+def test_records_come_as_they_were_written(tmp_path: Path, name: str) -> None:
+    other = RECORD | {"id": "2", "answers": ["b", "b"], "dataset": "other", "title": "more"}
+    path = tmp_path / name
+    if path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist([RECORD, other]), path)
+    else:
+        write(path, RECORD, other)
+    assert load_questions(path) == [
+        Question("1", "A b c.", "q?", ("b", "c"), "set"),
+        Question("2", "A b c.", "q?", ("b",), "other"),
+    ]
+    assert [question.id for question in load_questions([path, path], limit=3)] == ["1", "2", "1"]
+
+
+def test_columns_can_have_other_names(tmp_path: Path) -> None:
+    path = write(tmp_path / "qa.jsonl", {"abstract": "A b.", "q": "What?", "a": "b"})
+    columns = {"context": "abstract", "question": "q", "answers": "a"}
+    assert load_questions(path, columns=columns) == [Question("qa:1", "A b.", "What?", ("b",), "qa")]
+    with pytest.raises(CompressorError, match=r"qa\.jsonl line 1: the field 'passage' is missing; its fields are 'abs"):
+        load_questions(path, columns=columns | {"context": "passage"})
+    with pytest.raises(CompressorError, match="columns names 'title', which is no field"):
+        load_questions(path, columns={"title": "t"})
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_squad(tmp_path: Path, indent: int | None, capsys: pytest.CaptureFixture[str]) -> None:
+    document = squad(asked("a", "First", "context"), asked("b", is_impossible=True), asked("c", "Second"))
+    path = tmp_path / "dev-v2.0.json"
+    path.write_text(json.dumps(document, indent=indent))
+    skipped: Counter[str] = Counter()
+    found = load_questions(path, skipped=skipped)
+    assert [(item.id, item.answers, item.dataset) for item in found] == [
+        ("a", ("First", "context"), "squad_v2.0"),
+        ("c", ("Second",), "squad_v2.0"),
+    ]
+    assert found[1].context == 'Second {context} with "question": 1.'
+    assert skipped == {"unanswerable": 1}
+    assert "left out 1 unanswerable questions, kept 2 others" in capsys.readouterr().err
+    kept = load_questions(path, keep_unanswerable=True)
+    assert [(item.id, item.answers) for item in kept][1] == ("b", ())
+
+
+def test_broken_squad_is_named_by_line(tmp_path: Path) -> None:
+    path = tmp_path / "dev.json"
+    text = json.dumps(squad(asked("a", "First"), asked("b", "Second"), asked("c")), indent=1)
+    path.write_text(text)
+    line = text[: text.index('"id": "c"')].count("\n")  # the line of the brace before it, counted from 1
+    with pytest.raises(
+        CompressorError, match=rf"dev\.json line {line} \(data\[1\]\.paragraphs\[0\]\.qas\[1\]\): .*empty"
+    ):
+        load_questions(path)
+    path.write_text(text[:-30])
+    with pytest.raises(CompressorError, match=r"dev\.json is not valid JSON: .* at line \d+ of it"):
+        load_questions(path)
+    path.write_text(json.dumps({"data": [{"paragraphs": "none"}]}))
+    with pytest.raises(CompressorError, match=r"line 1 \(data\[0\]\): there is no list 'paragraphs'"):
+        load_questions(path)
+    path.write_text(json.dumps({"data": [3]}))
+    with pytest.raises(CompressorError, match=r"data\[0\]\) is a number \(3\), not an object"):
+        load_questions(path)
+
+
+@pytest.mark.parametrize("name", ["HotpotQA.jsonl", "HotpotQA.jsonl.gz"])
+def test_mrqa(tmp_path: Path, name: str) -> None:
+    line = {"id": "", "context": "[PAR] A b c.", "qas": [{"qid": "x", "question": "q?", "answers": ["b"]}]}
+    line["qas"].append({"qid": "y", "question": "r?", "answers": ["c"]})  # type: ignore[attr-defined]
+    path = write(tmp_path / name, {"header": {"dataset": "HotpotQA", "split": "dev"}}, line)
+    assert load_questions(path) == [
+        Question("x", "[PAR] A b c.", "q?", ("b",), "HotpotQA"),
+        Question("y", "[PAR] A b c.", "r?", ("c",), "HotpotQA"),
+    ]
+    line["qas"] = [{"qid": "x", "question": "q?", "answers": ["b"]}, {"qid": "y", "question": " ", "answers": ["c"]}]
+    write(path, {"header": {}}, line)
+    with pytest.raises(CompressorError, match=rf"{name} line 2 question 2: the field 'question' is blank"):
+        load_questions(path)
+    write(path, {"header": {}}, line | {"qas": []})
+    with pytest.raises(CompressorError, match="line 2: the field 'qas' must be a list of questions"):
+        load_questions(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("not json", "is not valid JSON"),
+        ("[1]", "is a list, not an object"),
+        ({"answers": None}, "'answers' must be a list of texts but is null"),
+        ({"answers": []}, "'answers' is empty"),
+        ({"answers": "b"}, "'answers' must be a list of texts but is text"),
+        ({"answers": {"text": []}}, "'answers' is empty"),
+        ({"answers": ["b", 3]}, r"'answers\[1\]' must be text but is a number"),
+        ({"answers": ["b", " "]}, r"'answers\[1\]' is blank"),
+        ({"question": ""}, "'question' is blank"),
+        ({"context": ["no", "pairs"]}, "'context' must be text, or titles"),
+        ({"id": 0.5}, "is a number; store ids as text"),
+        ({"dataset": 3}, "'dataset' must be text"),
+        ({"context": "half \ud800"}, "half a surrogate pair"),
+    ],
+)
+def test_a_broken_record_is_named_by_file_and_line(tmp_path: Path, change: Any, message: str) -> None:
+    path = write(tmp_path / "q.jsonl", RECORD, change if isinstance(change, str) else RECORD | change)
+    with pytest.raises(CompressorError, match=rf"q\.jsonl line 2.*{message}"):
+        load_questions(path)
+
+
+@pytest.mark.parametrize("field", ["context", "question", "answers"])
+def test_a_missing_field_is_named(tmp_path: Path, field: str) -> None:
+    path = write(tmp_path / "q.jsonl", {name: value for name, value in RECORD.items() if name != field})
+    with pytest.raises(CompressorError, match=rf"q\.jsonl line 1: the field '{field}' is missing"):
+        load_questions(path)
+
+
+def test_bad_sources(tmp_path: Path) -> None:
+    with pytest.raises(CompressorError, match=r"gone\.jsonl' is not there"):
+        load_questions(tmp_path / "gone.jsonl")
+    with pytest.raises(CompressorError, match="limit is 0"):
+        load_questions("squad-dev", limit=0)
+    path = write(tmp_path / "none.jsonl", RECORD | {"answers": {"text": [], "answer_start": []}})
+    with pytest.raises(CompressorError, match=r"holds no question with an answer \(1 are unanswerable\)"):
+        load_questions(path)
+
+
+def test_hub_data_sets(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = {"text": ["b", "b"], "answer_start": [2, 2]}
+    none: dict[str, list[Any]] = {"text": [], "answer_start": []}
+    hotpot = {"title": ["T", "U"], "sentences": [["A b.", " C."], ["D."]]}
+    sets: dict[tuple[str, str | None], list[dict[str, Any]]] = {
+        ("rajpurkar/squad", None): [{"id": "s", "title": "t", "context": "A b", "question": "q", "answers": answers}],
+        ("rajpurkar/squad_v2", None): [
+            {"id": "s", "context": "A b", "question": "q", "answers": answers},
+            {"id": "n", "context": "A b", "question": "r", "answers": none},
+        ],
+        ("mrqa-workshop/mrqa", None): [
+            {"subset": "SearchQA", "qid": "m", "context": "A b", "question": "q", "answers": ["b"]}
+        ],
+        ("hotpotqa/hotpot_qa", "distractor"): [{"id": "h", "context": hotpot, "question": "q", "answer": "yes"}],
+        ("ZongqianLi/ArxivQA", None): [{"context": "A b", "question": "q", "answer": "b"}],
+        ("owner/name", None): [{"passage": "A b", "ask": "q", "short_answer": "b"}],
+    }
+
+    def load(name: str, config: str | None, *, split: str | None, streaming: bool) -> Any:
+        loaded = datasets.Dataset.from_list(sets[name, config])
+        loaded = loaded.to_iterable_dataset() if streaming else loaded
+        return {"validation": loaded}[split] if split else {"validation": loaded}
+
+    monkeypatch.setattr("datasets.load_dataset", load)
+    assert load_questions("squad", split="validation") == [Question("s", "A b", "q", ("b",), "rajpurkar/squad")]
+    assert [item.id for item in load_questions("squad_v2", limit=5)] == ["s"]
+    assert [item.id for item in load_questions("squad_v2", keep_unanswerable=True)] == ["s", "n"]
+    assert load_questions("mrqa") == [Question("m", "A b", "q", ("b",), "SearchQA")]
+    assert load_questions("hotpot_qa")[0].context == "T: A b. C.\nU: D."
+    assert load_questions("arxivqa, squad") == [
+        Question("ZongqianLi/ArxivQA:1", "A b", "q", ("b",), "ZongqianLi/ArxivQA"),
+        Question("s", "A b", "q", ("b",), "rajpurkar/squad"),
+    ]
+    columns = {"context": "passage", "question": "ask", "answers": "short_answer"}
+    assert load_questions("owner/name", columns=columns)[0].answers == ("b",)
+    with pytest.raises(CompressorError, match="owner/name row 1: the field 'answers' is missing; its fields are 'pass"):
+        load_questions("owner/name")
+
+
+def test_questions_are_grouped_by_context(tmp_path: Path) -> None:
+    records = [
+        {"context": "A", "question": "q1", "answers": ["a1", "other"]},
+        {"context": "B", "question": "q2", "answers": {"text": ["a2", "b"], "answer_start": [0, 3]}},
+        {"context": "A", "question": "q3", "answers": ["a3"]},
+    ]
+    path = write(tmp_path / "q.jsonl.gz", *records)
+    assert questions_by_context([str(path)]) == [("A", [("q1", "a1"), ("q3", "a3")]), ("B", [("q2", "a2")])]
+
+
+@pytest.mark.parametrize(("name", "dataset"), [("squad-dev", "squad_v1.1"), ("arxivqa-test", "arxivqa-cloze")])
+def test_shipped_questions_are_answered_by_their_contexts(name: str, dataset: str) -> None:
+    found = load_questions(name)
+    assert len({item.id for item in found}) == len(found) >= 300
+    assert {item.dataset for item in found} == {dataset}
+    assert all(answer in item.context for item in found for answer in item.answers)
+
+
+def test_training_questions_are_about_other_abstracts() -> None:
+    train, test = ({item.context for item in load_questions(f"arxivqa-{split}")} for split in ("train", "test"))
+    assert len(train) > 1000
+    assert not train & test
