@@ -127,6 +127,17 @@ class Base(nn.Module):
         mask = torch.zeros_like(allowed, dtype=self.dtype)
         return mask.masked_fill(~allowed, torch.finfo(self.dtype).min)[:, None]
 
+    def hidden_states(self, embedded: Tensor, positions: Tensor, allowed: Tensor) -> Tensor:
+        """Last hidden states (after the final norm), `[batch, width, hidden]`; arguments as for `keys_and_values`."""
+        output = self.model.get_decoder()(
+            inputs_embeds=embedded,
+            position_ids=positions,
+            attention_mask=self.attention_mask(allowed),
+            past_key_values=DynamicCache(),
+            use_cache=True,
+        )
+        return output.last_hidden_state
+
     def keys_and_values(
         self, embedded: Tensor, positions: Tensor, allowed: Tensor, last: int | None = None
     ) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,8 @@ from compressor.data.passages import BatchPlan, Piece, load_passages
 from compressor.errors import CompressorError
 from compressor.generation import regenerate_ids
 from compressor.layouts import TRUNCATABLE
-from compressor.model import Compressor, pad
+from compressor.methods.encoder import pad
+from compressor.model import Compressor
 from compressor.objectives import target_loss
 from compressor.training import Batch
 

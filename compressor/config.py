@@ -10,8 +10,20 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from compressor.errors import CompressorError
+from compressor.prompts import CHAT, QUESTION
 
-Layout = Literal["restart", "after", "spread", "overlay", "nested"]
+Layout = Literal["restart", "published", "after", "front", "spread", "overlay", "nested"]
+TrainedMethod = Literal["kv", "reference-500x", "icae", "mean-pool", "anchor", "sentence-embedding"]
+MEMORY_TOKEN_LAYOUTS: tuple[Layout, ...] = ("restart", "after", "front", "spread", "overlay", "nested")
+METHOD_LAYOUTS: dict[TrainedMethod, tuple[Layout, ...]] = {
+    "kv": MEMORY_TOKEN_LAYOUTS,
+    "reference-500x": ("published",),
+    "icae": MEMORY_TOKEN_LAYOUTS,
+    "mean-pool": ("spread",),
+    "anchor": ("spread", "overlay"),
+    "sentence-embedding": ("front",),
+}
+"""Layouts that a method can work with."""
 PassageAttention = Literal["causal", "bidirectional"]
 
 
@@ -85,6 +97,8 @@ class ArchitectureConfig:
 class CompressorConfig:
     """LoRA encoder and memory tokens. Stored in every checkpoint as `compressor.json`."""
 
+    method: TrainedMethod = "kv"
+    """How a passage becomes a memory (`compressor/methods/`)."""
     memory_tokens: int = 16
     """Largest number of memory tokens k."""
     layout: Layout = "nested"
@@ -104,14 +118,25 @@ class CompressorConfig:
     """Memory tokens start as the embeddings' mean plus noise of their spread, or as standard normal noise."""
     max_passage_tokens: int = 500
     """Longer passages are split into segments of at most this many tokens."""
+    question_template: str = QUESTION
+    """Prompt of a question after a memory, with `{question}` in it; `chat` for the base's chat template."""
+    text_encoder: str | None = None
+    """Folder or hub id of the frozen text encoder of the method sentence-embedding; by default the base itself."""
 
     def __post_init__(self) -> None:
         if self.lora_targets == ["all-linear"]:
             self.lora_targets = "all-linear"
         # The command line checks these; a checkpoint's settings come straight here.
-        for name, known in (("layout", Layout), ("passage_attention", PassageAttention)):
+        for name, known in (("method", TrainedMethod), ("layout", Layout), ("passage_attention", PassageAttention)):
             value = getattr(self, name)
             require(value in get_args(known), f"compressor.{name}", value, f"one of {', '.join(get_args(known))}")
+        layouts = METHOD_LAYOUTS[self.method]
+        require(
+            self.layout in layouts,
+            "compressor.layout",
+            self.layout,
+            f"{' or '.join(layouts)} with the method {self.method}",
+        )
         require(1 <= self.memory_tokens <= 512, "compressor.memory_tokens", self.memory_tokens, "1 to 512")
         require(self.lora_rank >= 1, "compressor.lora_rank", self.lora_rank, "at least 1")
         require(self.lora_alpha > 0, "compressor.lora_alpha", self.lora_alpha, "positive")
@@ -122,6 +147,12 @@ class CompressorConfig:
             "compressor.max_passage_tokens",
             self.max_passage_tokens,
             "at least 1",
+        )
+        require(
+            self.question_template == CHAT or "{question}" in self.question_template,
+            "compressor.question_template",
+            self.question_template,
+            f"a text with {{question}} in it, or {CHAT}",
         )
         require(
             self.layout != "nested" or self.memory_tokens & (self.memory_tokens - 1) == 0,

@@ -4,13 +4,15 @@ n is the number of passage tokens (positions 0..n-1 in the encoder), k the numbe
 compressor has. Every layout gives the encoder's positions of the memory tokens, the positions their keys have in the
 decoder's context, and the position of the decoder's first token.
 
-| layout  | memory tokens                            | decoder starts at |
-|---------|------------------------------------------|-------------------|
-| restart | n, n+1, ... n+k-1                        | k (inside the passage: what the published code does) |
-| after   | n, n+1, ... n+k-1                        | n+k               |
-| spread  | the middles of k equal parts of 0..n-1   | n                 |
-| overlay | the middles of k equal parts of 0..n-1   | 0                 |
-| nested  | the middles of m equal parts, in van der Corput order, first k of them | 0 |
+| layout    | memory tokens                            | decoder starts at |
+|-----------|------------------------------------------|-------------------|
+| restart   | n, n+1, ... n+k-1                        | k (inside the passage: what the published code does) |
+| published | the same, as if n were 500: the published code pads every passage to 500 tokens | k |
+| after     | n, n+1, ... n+k-1                        | n+k               |
+| front     | 0, 1, ... k-1                            | k (where input embeddings stand in for the passage) |
+| spread    | the middles of k equal parts of 0..n-1   | n                 |
+| overlay   | the middles of k equal parts of 0..n-1   | 0                 |
+| nested    | the middles of m equal parts, in van der Corput order, first k of them | 0 |
 
 Spreading follows EPL (arXiv 2409.14364); `nested` makes the first 1, 2, 4, 8, ... tokens evenly spread too, so that
 a memory can be truncated.
@@ -23,7 +25,9 @@ from torch import Tensor
 
 from compressor.config import Layout
 
-TRUNCATABLE: tuple[Layout, ...] = ("restart", "after", "nested")
+PUBLISHED_LENGTH = 500
+"""Tokens that the published code pads every passage to."""
+TRUNCATABLE: tuple[Layout, ...] = ("restart", "published", "after", "front", "nested")
 """Layouts in which a memory token's position does not depend on how many follow it."""
 
 
@@ -52,6 +56,9 @@ def memory_positions(layout: Layout, lengths: Tensor, tokens: int, most: int) ->
     slots = torch.arange(tokens, device=lengths.device)[None]
     if layout in ("restart", "after"):
         return n + slots
+    if layout in ("front", "published"):
+        first = PUBLISHED_LENGTH if layout == "published" else 0
+        return (slots + first).expand(len(lengths), -1)
     if layout in ("spread", "overlay"):
         return (2 * slots + 1) * n // (2 * tokens)
     order = torch.tensor(van_der_corput(most)[:tokens], device=lengths.device)[None]
@@ -60,7 +67,7 @@ def memory_positions(layout: Layout, lengths: Tensor, tokens: int, most: int) ->
 
 def decoder_start(layout: Layout, lengths: Tensor, tokens: Tensor | int) -> Tensor:
     """Position of the decoder's first token, int64 `[batch]`."""
-    if layout == "restart":
+    if layout in ("restart", "published", "front"):
         return torch.zeros_like(lengths) + tokens
     if layout == "after":
         return lengths + tokens

@@ -11,9 +11,14 @@ from compressor.config import CompressorConfig
 from compressor.errors import CompressorError
 
 
-def lora_config(base: Base, config: CompressorConfig) -> LoraConfig:
-    """LoRA on the chosen linear layers, except where no gradient can reach."""
-    reached = _linear_layers(base)
+def lora_config(base: Base, config: CompressorConfig, reads_hidden_states: bool = False) -> LoraConfig:
+    """LoRA on the chosen linear layers, except where no gradient can reach.
+
+    Args:
+        reads_hidden_states: whether the method reads the last hidden states, which every layer feeds, rather than keys
+            and values.
+    """
+    reached = _linear_layers(base, reads_hidden_states)
     chosen = [name for name, useful in reached.items() if useful]
     if config.lora_targets != "all-linear":
         leaves = {name.split(".")[-1] for name in reached}
@@ -38,10 +43,10 @@ def lora_config(base: Base, config: CompressorConfig) -> LoraConfig:
     )
 
 
-def _linear_layers(base: Base) -> dict[str, bool]:
-    """The decoder's linear layers, and whether the memory depends on them.
+def _linear_layers(base: Base, reads_hidden_states: bool) -> dict[str, bool]:
+    """The decoder's linear layers, and whether what the encoder reads depends on them.
 
-    A memory is made of keys and values alone, and those of the last layer do not depend on its queries, its output
+    A KV memory is made of keys and values alone, and those of the last layer do not depend on its queries, its output
     projection or its MLP. Rather than know the names in every family, scale each layer's output by a 1 that takes a
     gradient, and see which ones the cache depends on.
     """
@@ -53,8 +58,12 @@ def _linear_layers(base: Base) -> dict[str, bool]:
             handles.append(module.register_forward_hook(lambda _module, _inputs, out, one=one: out * one.to(out.dtype)))
     try:
         with torch.enable_grad():
-            keys, values = base.keys_and_values(*base.probe_inputs())
-            total = keys.float().sum() + values.float().sum()
+            if reads_hidden_states:
+                # Of normed states the plain sum hardly depends on what comes before the norm.
+                total = base.hidden_states(*base.probe_inputs()).float().square().sum()
+            else:
+                keys, values = base.keys_and_values(*base.probe_inputs())
+                total = keys.float().sum() + values.float().sum()
             gradients = torch.autograd.grad(total, list(ones.values()), allow_unused=True)
     finally:
         for handle in handles:

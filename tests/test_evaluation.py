@@ -16,9 +16,8 @@ import torch
 import yaml
 
 from compressor.errors import CompressorError
-from compressor.evaluation import tasks as tasks_module
+from compressor.evaluation.tasks import regeneration as tasks_module
 from compressor.evaluation.command import EvaluationConfig, evaluate_main
-from compressor.evaluation.contexts import MemoryMethod
 from compressor.evaluation.report import (
     load_published,
     loss_curve,
@@ -30,6 +29,7 @@ from compressor.evaluation.report import (
 from compressor.evaluation.runner import make_batches
 from compressor.evaluation.tasks import Item, Regeneration
 from compressor.files import sha256
+from compressor.methods.interface import MemoryMethod
 from compressor.objectives import target_loss
 
 FIGURES = ("bleu", "rouge_l", "exact_match", "token_accuracy", "nll_per_token", "token_ratio", "byte_ratio")
@@ -78,13 +78,15 @@ def test_command_end_to_end(checkpoint: str, data: str, tmp_path: Path, capsys: 
             assert row[f"{name}_low"] - 1e-9 <= row[name] <= row[f"{name}_high"] + 1e-9
         assert row["token_ratio"] == row["length"] / row["tokens"]
         assert "part" not in row
-    assert metrics["data"] == {
-        "source": data,
-        "split": None,
-        "records": 7,
-        "sha256": sha256(data),
-        "sha256_of": "file",
-    }
+    assert metrics["data"] == [
+        {
+            "source": data,
+            "split": None,
+            "records": 7,
+            "sha256": sha256(data),
+            "sha256_of": "file",
+        }
+    ]
     assert metrics["command"].startswith("python evaluate.py --checkpoint")
     assert len(metrics["checkpoint"]["fingerprint"]) == len(metrics["base"]["fingerprint"]) == 64
     assert {"torch", "transformers", "sacrebleu", "python"} <= set(metrics["versions"])

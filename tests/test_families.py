@@ -16,7 +16,8 @@ from compressor.data.collate import regeneration_pair, stack_pairs
 from compressor.errors import CompressorError
 from compressor.generation import Sampling, decode, generate
 from compressor.memory import Prefix, memory_prefix
-from compressor.model import Compressor, pad
+from compressor.methods.encoder import pad
+from compressor.model import Compressor
 
 PASSAGES = [list(range(10, 34)), list(range(40, 51)), list(range(60, 79))]
 

@@ -14,12 +14,14 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
-import compressor.model
+import compressor.pretrained
 from compressor.base import Base, load_base
 from compressor.config import BaseConfig, CompressorConfig
 from compressor.data.collate import regeneration_pair, stack_pairs
 from compressor.errors import CompressorError
-from compressor.model import Compressor, encoder_attention, pad, read_settings
+from compressor.methods.encoder import encoder_attention, pad
+from compressor.model import Compressor
+from compressor.pretrained import read_settings
 
 PASSAGES = [[(7 * i + j) % 400 + 5 for i in range(n)] for j, n in enumerate((30, 9, 17))]
 Make = Callable[..., Compressor]
@@ -72,8 +74,8 @@ def test_memory_tokens_and_adapters_are_all_that_trains(make: Make) -> None:
     model = make()
     names = {name for name, p in model.named_parameters() if p.requires_grad}
     assert names == set(model.trainable_state())
-    assert "memory_embeddings" in names
-    assert all("lora_" in name for name in names - {"memory_embeddings"})
+    assert "encoder.memory_embeddings" in names
+    assert all("lora_" in name for name in names - {"encoder.memory_embeddings"})
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
@@ -238,7 +240,7 @@ def test_memory_tokens_see_earlier_ones_only_and_the_passage_sees_none(make: Mak
     model = make()
     before = passage_states(model, PASSAGES[0])
     with torch.no_grad():
-        model.memory_embeddings[3] += 5
+        model.encoder.memory_embeddings[3] += 5
     after = passage_states(model, PASSAGES[0])
     difference = (before - after).abs().amax(dim=1)
     n = len(PASSAGES[0])
@@ -287,15 +289,15 @@ def test_segments_are_the_fewest_and_nearly_equal(tiny_compressor: Compressor) -
 def test_the_seed_decides_the_start(make: Make) -> None:
     states = [make(stirred=False, seed=seed).trainable_state() for seed in (0, 0, 1)]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
-    assert not torch.equal(states[0]["memory_embeddings"], states[2]["memory_embeddings"])
+    assert not torch.equal(states[0]["encoder.memory_embeddings"], states[2]["encoder.memory_embeddings"])
     a = next(name for name in states[0] if "lora_A" in name)
     assert not torch.equal(states[0][a], states[2][a])
 
 
 def test_memory_tokens_start_as_configured(make: Make) -> None:
     table = make().base.model.get_input_embeddings().weight
-    near = make(stirred=False, memory_tokens=512, initialisation="vocabulary").memory_embeddings
-    plain = make(stirred=False, memory_tokens=512, initialisation="normal").memory_embeddings
+    near = make(stirred=False, memory_tokens=512, initialisation="vocabulary").encoder.memory_embeddings
+    plain = make(stirred=False, memory_tokens=512, initialisation="normal").encoder.memory_embeddings
     torch.testing.assert_close(near.std(0), table.std(0), atol=0.0, rtol=0.25)
     torch.testing.assert_close(near.mean(0), table.mean(0), atol=5 * table.std().item() / 512**0.5, rtol=0)
     assert plain.std().item() == pytest.approx(1, abs=0.05)
@@ -456,7 +458,7 @@ def test_the_base_is_loaded_as_it_was_in_training(
         asked.append(config)
         return load_base(BaseConfig(path=str(tiny_base_folder)), device)
 
-    monkeypatch.setattr(compressor.model, "load_base", load)
+    monkeypatch.setattr(compressor.pretrained, "load_base", load)
     settings = json.loads((saved / "compressor.json").read_text())
     plain = settings["base"]
     assert (plain["quantisation"], plain["revision"]) == ("none", None)
@@ -493,9 +495,9 @@ def test_a_failed_save_leaves_the_old_checkpoint(
         raise OSError("no space left on device")
 
     with torch.no_grad():
-        tiny_compressor.memory_embeddings += 1
+        tiny_compressor.encoder.memory_embeddings += 1
     with monkeypatch.context() as patch:
-        patch.setattr(compressor.model, "save_file", full_disk)
+        patch.setattr(compressor.pretrained, "save_file", full_disk)
         with pytest.raises(OSError, match="no space"):
             tiny_compressor.save_pretrained(saved)
     assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
@@ -504,7 +506,7 @@ def test_a_failed_save_leaves_the_old_checkpoint(
     assert {path.name for path in saved.iterdir()} == FILES
     assert [path.name for path in saved.parent.iterdir()] == ["checkpoint"]
     again = Compressor.from_pretrained(saved)
-    assert torch.equal(again.memory_embeddings, tiny_compressor.memory_embeddings)
+    assert torch.equal(again.encoder.memory_embeddings, tiny_compressor.encoder.memory_embeddings)
 
 
 def test_saving_asks_the_network_nothing(

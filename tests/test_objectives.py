@@ -11,7 +11,8 @@ import torch
 from compressor.data.collate import IGNORED, continuation_pair, regeneration_pair, stack_pairs
 from compressor.generation import score
 from compressor.memory import memory_prefix
-from compressor.model import Compressor, pad
+from compressor.methods.encoder import pad
+from compressor.model import Compressor
 
 PASSAGES = [[(7 * i + j) % 400 + 5 for i in range(n)] for j, n in enumerate((30, 9, 17))]
 FOLLOWING = [[31, 32, 33], [34], [35, 36]]
@@ -102,7 +103,7 @@ def test_a_rows_memory_does_not_leak_into_another_row(tiny_compressor: Compresso
 
 def test_fewer_tokens_leave_the_rest_of_the_memory_without_gradient(tiny_compressor: Compressor) -> None:
     tiny_compressor(batch_of(tiny_compressor, PASSAGES, [2, 2, 1])).backward()
-    gradient = tiny_compressor.memory_embeddings.grad
+    gradient = tiny_compressor.encoder.memory_embeddings.grad
     assert gradient is not None
     assert bool((gradient[:2].abs().sum(1) > 0).all())
     assert bool((gradient[2:] == 0).all())

@@ -26,8 +26,13 @@ class EvaluationConfig:
     """Folder or hub id of the frozen base; by default the one the checkpoint names."""
     task: str = "regeneration"
     """What is measured."""
-    data: str = "arxiv-test"
-    """A JSONL, Parquet, CSV or text file, a folder, a shipped name or a hub id."""
+    data: list[str] = field(default_factory=list)
+    """Data sets, each reported in rows of its own: JSONL, Parquet, CSV or text files, folders, shipped names or hub
+    ids; by default the shipped ones of the task."""
+    methods: list[str] = field(default_factory=list)
+    """Methods to compare, by default the checkpoint's own: kv, reference-500x, icae, mean-pool, anchor,
+    sentence-embedding (trained; NAME=CHECKPOINT, or NAME for the folder methods/NAME beside the checkpoint), full,
+    none, truncate, keywords, summary, llmlingua2, optimise."""
     split: str | None = None
     """Split of a data set that has several."""
     text_field: str | None = None
@@ -38,6 +43,16 @@ class EvaluationConfig:
     """Lengths in tokens: passages at least that long are cut to it. By default passages are taken whole."""
     limit: int | None = None
     """Most passages for each length (the first ones long enough)."""
+    question_template: str | None = None
+    """Prompt of a question, with `{question}` in it, or `chat`; by default the checkpoint's."""
+    summariser: str | None = None
+    """Seq2seq summariser (folder or hub id) of the method summary; by default sentences are extracted."""
+    keyword_language: str = "en"
+    """Language of the method keywords."""
+    llmlingua: str = "microsoft/llmlingua-2-bert-base-multilingual-cased-meetingbank"
+    """Token classifier (folder or hub id) of the method llmlingua2."""
+    optimise_steps: int = 200
+    """Gradient steps for each passage of the method optimise."""
     split_date: str | None = None
     """Report records dated before this day (yyyy-mm-dd) and from it on apart."""
     output: str = "outputs/evaluation"
@@ -54,6 +69,10 @@ class EvaluationConfig:
     """Show the figures of the 500xCompressor paper (an 8B base) beside these: second table, dashed lines."""
 
     def __post_init__(self) -> None:
+        require(self.optimise_steps >= 1, "optimise_steps", self.optimise_steps, "at least 1")
+        for name in ("data", "methods"):
+            values = getattr(self, name)
+            require(len(set(values)) == len(values), name, values, "names that differ from each other")
         for name in ("tokens", "lengths"):
             values = getattr(self, name)
             require(all(value >= 1 for value in values), name, values, "numbers of at least 1")

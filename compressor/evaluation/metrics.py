@@ -1,7 +1,7 @@
 """Figures of an evaluation: what is summed over passages, and how sums become a figure with its interval.
 
 Every figure is a function of sums over passages (a mean, a ratio, corpus BLEU). A passage therefore leaves a few
-numbers (`TextScores`), any process can compute them, and resampling passages is a product of matrices.
+numbers, any process can compute them, and resampling passages is a product of matrices.
 """
 
 from __future__ import annotations
@@ -9,10 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
+import pandas as pd
 from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics.bleu import BLEU
+from torchmetrics.functional.text import squad
 
 RESAMPLES = 1000
 LEVEL = 0.95
@@ -49,6 +52,14 @@ FIGURES = {
     "nll_per_token": Figure("nats/token", -1, 3),
     "token_ratio": Figure("token ratio", 0, 1, interval=False),
     "byte_ratio": Figure("byte ratio", 0, 4, interval=False),
+    "em": Figure("EM", 1, 1),
+    "f1": Figure("F1", 1, 1),
+    "f1_difference": Figure("F1 - full", 1, 1),
+    "retention_em": Figure("EM / full", 1, 3),
+    "retention_f1": Figure("F1 / full", 1, 3),
+    "normalised_f1": Figure("(F1 - none) / (full - none)", 1, 3),
+    "answer_nats": Figure("nats/answer", -1, 2),
+    "normalised_nats": Figure("(nats - none) / (full - none)", 1, 3),
 }
 """Every figure a task can report. A new one is a line here and a function of sums in its task."""
 
@@ -82,6 +93,24 @@ def bootstrap(
 
     Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapter 13.
     """
+    return {
+        name: interval(values, level) for name, values in resampled_figures(columns, figures, resamples, seed).items()
+    }
+
+
+def interval(values: np.ndarray, level: float = LEVEL) -> Interval:
+    """A figure with its bounds, from its value on all items followed by those on each resample."""
+    low, high = np.quantile(values[1:], [(1 - level) / 2, (1 + level) / 2]) if len(values) > 1 else values[[0, 0]]
+    return Interval(float(values[0]), float(low), float(high))
+
+
+def resampled_figures(
+    columns: Mapping[str, Sequence[float] | np.ndarray],
+    figures: Mapping[str, Callable[[Sums], np.ndarray]],
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> dict[str, np.ndarray]:
+    """What `bootstrap` takes intervals of: each figure on all items, then on each resample, `[1 + resamples]`."""
     names = list(columns)
     table = np.stack([np.asarray(columns[name], dtype=np.float64) for name in names], axis=1)
     count = len(table)
@@ -92,21 +121,39 @@ def bootstrap(
         times = rng.multinomial(count, np.full(count, 1 / count), size=min(step, resamples - start))
         drawn.append(times @ table)
     sums = dict(zip(names, np.concatenate(drawn).T, strict=True))
-    results = {}
-    for name, figure in figures.items():
-        values = figure(sums)
-        low, high = np.quantile(values[1:], [(1 - level) / 2, (1 + level) / 2]) if resamples else values[[0, 0]]
-        results[name] = Interval(float(values[0]), float(low), float(high))
-    return results
+    return {name: figure(sums) for name, figure in figures.items()}
 
 
-def ratio(above: str, below: str) -> Callable[[Sums], np.ndarray]:
+@dataclass(frozen=True)
+class FigureOf:
+    """A figure as a function of summed columns, and the columns it needs."""
+
+    needs: tuple[str, ...]
+    compute: Callable[[Sums], np.ndarray]
+
+    def __call__(self, sums: Sums) -> np.ndarray:
+        return self.compute(sums)
+
+
+def ratio(above: str, below: str, scale: float = 1.0) -> FigureOf:
     """The figure that divides the sum of one column by the sum of another; 0 where there is nothing to divide by."""
+    return FigureOf((above, below), lambda sums: scale * _divided(sums[above], sums[below]))
 
-    def figure(sums: Sums) -> np.ndarray:
-        return np.divide(sums[above], sums[below], out=np.zeros_like(sums[above]), where=sums[below] != 0)
 
-    return figure
+def difference(first: str, second: str, count: str, scale: float = 1.0) -> FigureOf:
+    """The mean over items of one column minus another: a paired difference."""
+    needs = (first, second, count)
+    return FigureOf(needs, lambda sums: scale * _divided(sums[first] - sums[second], sums[count]))
+
+
+def retained(score: str, least: str, most: str) -> FigureOf:
+    """(M - Mnone) / (Mfull - Mnone): the share kept of what the passage adds (arXiv 2510.20797)."""
+    needs = (score, least, most)
+    return FigureOf(needs, lambda sums: _divided(sums[score] - sums[least], sums[most] - sums[least]))
+
+
+def _divided(above: np.ndarray, below: np.ndarray) -> np.ndarray:
+    return np.divide(above, below, out=np.zeros_like(above), where=below != 0)
 
 
 def bleu(sums: Sums) -> np.ndarray:
@@ -118,6 +165,9 @@ def bleu(sums: Sums) -> np.ndarray:
             for row in rows
         ]
     )
+
+
+CORPUS_BLEU = FigureOf(BLEU_COLUMNS, bleu)
 
 
 @lru_cache(maxsize=1)
@@ -157,3 +207,22 @@ def rouge_l(written: str, wanted: str) -> float:
 def exact_match(written: str, wanted: str) -> bool:
     """Whether the texts are the same, character for character."""
     return written == wanted
+
+
+def answer_scores(written: str, answers: Sequence[str]) -> tuple[float, float]:
+    """Exact match and F1 of an answer, 0 to 1 each, against the best of the right ones.
+
+    Normalisation is that of SQuAD's official script (Rajpurkar et al. 2016, arXiv 1606.05250): lower case, no
+    punctuation, no articles; torchmetrics implements it.
+    """
+    right: Any = {"id": "0", "answers": {"text": list(answers), "answer_start": [0] * len(answers)}}
+    found = squad([{"id": "0", "prediction_text": written}], [right])
+    return float(found["exact_match"]) / 100, float(found["f1"]) / 100
+
+
+def spearman(first: Sequence[float], second: Sequence[float]) -> float | None:
+    """Rank correlation (Spearman 1904), ties at their mean rank; None where one of them does not vary."""
+    ranks = np.stack([pd.Series(np.asarray(values, dtype=float)).rank().to_numpy() for values in (first, second)])
+    if len(first) < 2 or not ranks.std(axis=1).all():
+        return None
+    return float(np.corrcoef(ranks)[0, 1])

@@ -1,4 +1,4 @@
-"""Runs a task over a data set: batches, processes, progress, intervals and the output folder."""
+"""Runs a task over data sets and methods: batches, processes, progress and the output folder."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,17 +19,22 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from tqdm import tqdm
 
+from compressor.base import Base, load_base
 from compressor.base import resolve as resolve_path
-from compressor.data.records import load_texts
+from compressor.config import BaseConfig
 from compressor.data.sources import resolve as resolve_data
+from compressor.data.sources import stem_of
 from compressor.errors import CompressorError
 from compressor.evaluation.command import EvaluationConfig
-from compressor.evaluation.contexts import MemoryMethod, Method, check_tokens
-from compressor.evaluation.metrics import LEVEL, bleu_signature, bootstrap
+from compressor.evaluation.metrics import LEVEL, bleu_signature
 from compressor.evaluation.report import load_published, markdown_table, regeneration_plot
-from compressor.evaluation.tasks import TASKS, Item, Result, Task, parts
+from compressor.evaluation.rows import MACRO, Results, make_rows, quality_flags, row_key
+from compressor.evaluation.tasks import TASKS, Item, Result, Task
 from compressor.files import atomic_path, sha256
-from compressor.model import Compressor, read_settings
+from compressor.methods.interface import MemoryMethod, Method, check_tokens
+from compressor.methods.registry import TRAINED, MethodSettings, split_spec, untrained_method
+from compressor.model import Compressor
+from compressor.pretrained import read_settings
 from compressor.provenance import versions
 
 LINES = 10
@@ -42,7 +47,7 @@ def evaluate(
     overwrite: bool = False,
     command: str | None = None,
 ) -> dict[str, Any] | None:
-    """Measure a checkpoint and write the output folder; call on every process.
+    """Measure methods on a task and write the output folder; call on every process.
 
     Batches are formed before they are shared out, so that every passage is computed in the same company however many
     processes there are, and results are put back in order before they are summed: figures do not depend on them.
@@ -63,39 +68,53 @@ def evaluate(
     check_output(output, overwrite)
     task = make_task(config.task)
     published = load_published() if config.published else None
+    specs = [split_spec(spec) for spec in config.methods]
+    sources = list(config.data) or list(task.default_data)
     with accelerator.main_process_first():
-        records = load_texts(config.data, split=config.split, field=config.text_field)
-    if config.split_date is not None and "date" not in records.column_names:
-        raise CompressorError(f"{config.data} has no field 'date', which split_date needs: leave split_date out")
-    folder = Path(resolve_path(config.checkpoint))
-    if config.tokens and folder.is_dir():
-        # Known without the weights: loading a large base takes minutes.
-        check_tokens(config.tokens, read_settings(folder)["config"]["memory_tokens"], config.checkpoint)
-    model = Compressor.from_pretrained(
-        config.checkpoint, base=config.base, device=accelerator.device, dtype=config.dtype
-    )
-    method = MemoryMethod(model, config.batch_size)
-    tokens = config.tokens or [model.config.memory_tokens]
-    check_tokens(tokens, method.most, config.checkpoint)
-    items = task.items(records, method.base.tokenizer, config)
-    if not items:
-        wanted = f"at least {min(config.lengths)} tokens" if config.lengths else "at least one token"
-        raise CompressorError(f"{config.data} has no passage of {wanted}: ask for smaller lengths or give other data")
-    results = run_batches(task, method, items, tokens, config.batch_size, accelerator)
-    if results is None:
+        records = {source: task.load(source, config) for source in sources}
+    names = data_names(sources)
+    methods = Methods(config, specs, accelerator)
+    config.question_template = config.question_template or methods.question_template()
+    items: list[Item] = []
+    results: dict[str, Results] = {}
+    described: dict[str, Any] = {}
+    for method in methods:
+        if not items:
+            for source in sources:
+                items += [
+                    Item(item.id, item.passage, item.length, item.part, names[source], item.asked)
+                    for item in task.items(records[source], method.base.tokenizer, config)
+                ]
+            if not items:
+                wanted = f"at least {min(config.lengths)} tokens" if config.lengths else "at least one token"
+                raise CompressorError(
+                    f"{', '.join(sources)} has no passage of {wanted}: ask for smaller lengths or give other data"
+                )
+        tokens = method.sizes(methods.tokens)
+        if not tokens and accelerator.is_main_process:
+            print(f"note: {method.name} cannot compress to {' or '.join(map(str, methods.tokens))} tokens: left out")
+        found = run_batches(task, method, items, tokens, config.batch_size, accelerator) if tokens else None
+        if found is not None:
+            shown: list[int | None] = list(tokens) if method.sized else [None]
+            results[method.name] = dict(zip(shown, found, strict=True))
+        described[method.name] = methods.describe(method)
+    if not accelerator.is_main_process:
         return None
 
-    rows = make_rows(task, method, items, tokens, results, config)
+    data = list(names.values())
+    rows = make_rows(task, items, data, results, config)
     metrics = {
         "task": config.task,
-        "figures": list(task.figures),
+        "figures": [name for name in task.figures if any(row.get(name) is not None for row in rows)],
         "rows": rows,
-        "intervals": {"level": LEVEL, "resamples": config.resamples, "seed": config.seed, "over": "passages"},
+        "quality": quality_flags(task, results),
+        "intervals": {"level": LEVEL, "resamples": config.resamples, "seed": config.seed, "over": "items"},
         "sacrebleu": bleu_signature(),
-        "notes": notes(config, rows),
-        "checkpoint": {"path": config.checkpoint, "fingerprint": checkpoint_fingerprint(model)},
-        "base": {"path": model.base.name, "fingerprint": model.base.fingerprint, "dtype": config.dtype},
-        "data": describe_data(config, records),
+        "notes": notes(task, config, rows),
+        "methods": described,
+        "checkpoint": methods.checkpoint_record(),
+        "base": methods.base_record(),
+        "data": [describe_data(source, config, records[source]) for source in sources],
         "seed": config.seed,
         "command": command,
         "versions": versions(),
@@ -112,13 +131,116 @@ def evaluate(
         table = markdown_table(rows, metrics["figures"]) + "\n\n" + "\n\n".join(metrics["notes"]) + "\n"
         (path / "table.md").write_text(table, encoding="utf-8")
         with (path / "predictions.jsonl").open("w", encoding="utf-8") as file:
-            for count, of_size in zip(tokens, results, strict=True):
-                for item, result in zip(items, of_size, strict=True):
-                    line = {**row_key(method, item.part, count, item.length), "id": item.id, **result}
-                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            for name, sizes in results.items():
+                for count, of_size in sizes.items():
+                    for item, result in zip(items, of_size, strict=True):
+                        line = {**row_key(name, item.dataset, item.part, count, item.length), "id": item.id, **result}
+                        file.write(json.dumps(line, ensure_ascii=False) + "\n")
         if config.task == "regeneration":
-            regeneration_plot(rows, path / "regeneration.png", published)
+            regeneration_plot([row for row in rows if row["dataset"] != MACRO], path / "regeneration.png", published)
     return metrics
+
+
+class Methods:
+    """The methods of an evaluation, loaded one after the other: each compressor puts adapters into a base of its own.
+
+    Args:
+        specs: names and checkpoints (`split_spec`); none means the checkpoint's own method.
+    """
+
+    def __init__(
+        self, config: EvaluationConfig, specs: Sequence[tuple[str, str | None]], accelerator: Accelerator
+    ) -> None:
+        self.config, self.accelerator = config, accelerator
+        self.folder = Path(resolve_path(config.checkpoint))
+        # Known without the weights: loading a large base takes minutes.
+        self.settings = read_settings(self.folder) if self.folder.is_dir() else None
+        own = self.settings["config"].get("method", "kv") if self.settings else "kv"
+        self.specs = [(name, place or self._place(name, own)) for name, place in specs] or [(own, config.checkpoint)]
+        if config.tokens and self.settings:
+            check_tokens(config.tokens, self.settings["config"]["memory_tokens"], config.checkpoint)
+        most = self.settings["config"]["memory_tokens"] if self.settings else 16
+        self.tokens = list(config.tokens) or [most]
+        self._plain: Base | None = None
+        self._fingerprints: dict[str, str] = {}
+        self._base: Base | None = None
+
+    def _place(self, name: str, own: str) -> str | None:
+        """Where a trained method's checkpoint is, if none is named."""
+        if name not in TRAINED:
+            return None
+        return self.config.checkpoint if name == own else str(Path(self.config.checkpoint).parent / "methods" / name)
+
+    def question_template(self) -> str | None:
+        """The checkpoint's prompt of a question."""
+        return self.settings["config"].get("question_template") if self.settings else None
+
+    def __iter__(self) -> Iterator[Method]:
+        config = self.config
+        for name, place in self.specs:
+            if name in TRAINED:
+                assert place is not None
+                model = Compressor.from_pretrained(
+                    place, base=config.base, device=self.accelerator.device, dtype=config.dtype
+                )
+                if model.config.method != name:
+                    raise CompressorError(f"{place} holds the method {model.config.method}, not {name}")
+                check_tokens(self.tokens, model.config.memory_tokens, place)
+                self._fingerprints[name] = checkpoint_fingerprint(model)
+                method: Method = MemoryMethod(model, config.batch_size)
+            else:
+                settings = MethodSettings(
+                    config.checkpoint,
+                    config.summariser,
+                    config.keyword_language,
+                    config.llmlingua,
+                    config.optimise_steps,
+                    config.seed,
+                )
+                method = untrained_method(name, self._plain_base(), settings)
+            self._base = method.base
+            yield method
+
+    def _plain_base(self) -> Base:
+        """The base without adapters."""
+        if self._plain is None:
+            place = self.config.base or (self.settings["base"]["path"] if self.settings else None)
+            if place is not None and self.config.base is None and not Path(resolve_path(place)).exists():
+                beside = self.folder.parent / "base"
+                place = str(beside) if beside.exists() else place
+            if place is None:
+                raise CompressorError(f"the base of {self.config.checkpoint} is not known: name it with --base")
+            self._plain = load_base(BaseConfig(path=place, dtype=self.config.dtype), self.accelerator.device)
+            wanted = self.settings["base"]["fingerprint"] if self.settings else self._plain.fingerprint
+            if self._plain.fingerprint != wanted:
+                raise CompressorError(
+                    f"{place} has weights {self._plain.fingerprint[:12]}, but {self.config.checkpoint} was trained on "
+                    f"{wanted[:12]}: give the right base"
+                )
+        return self._plain
+
+    def describe(self, method: Method) -> dict[str, Any]:
+        """Checkpoint and its hash, of methods that have one."""
+        place = dict(self.specs)[method.name]
+        if method.name not in TRAINED:
+            return {}
+        return {"checkpoint": place, "fingerprint": self._fingerprints[method.name]}
+
+    def checkpoint_record(self) -> dict[str, Any]:
+        """The checkpoint that was named, whether or not its method was run."""
+        own = self.settings["config"].get("method", "kv") if self.settings else "kv"
+        return {"path": self.config.checkpoint, "fingerprint": self._fingerprints.get(own)}
+
+    def base_record(self) -> dict[str, Any]:
+        assert self._base is not None
+        return {"path": self._base.name, "fingerprint": self._base.fingerprint, "dtype": self.config.dtype}
+
+
+def data_names(sources: Sequence[str]) -> dict[str, str]:
+    """A short name for each data set: the file's or folder's, or what was written where two would be the same."""
+    short = {source: stem_of(Path(source)) if Path(source).exists() else source for source in sources}
+    names = list(short.values())
+    return {source: name if names.count(name) == 1 and name != MACRO else source for source, name in short.items()}
 
 
 def check_output(output: Path, overwrite: bool) -> None:
@@ -163,11 +285,14 @@ def run_batches(
     batches = make_batches(items, batch_size)
     mine = batches[accelerator.process_index :: accelerator.num_processes]
     done: list[tuple[int, int, Result]] = []
-    progress = Progress(len(mine), accelerator.is_main_process)
+    progress = Progress(len(mine), accelerator.is_main_process, method.name)
     for batch in mine:
         chosen = [items[i] for i in batch]
-        sizes = method.compress([item.passage for item in chosen], tokens)
-        for size, contexts in enumerate(sizes):
+        # Several questions may be about one passage.
+        passages = list({id(item.passage): item.passage for item in chosen}.values())
+        place = {id(passage): number for number, passage in enumerate(passages)}
+        for size, compressed in enumerate(method.compress(passages, tokens)):
+            contexts = [compressed[place[id(item.passage)]] for item in chosen]
             results = task.run(method, chosen, contexts)
             done += [(size, i, result) for i, result in zip(batch, results, strict=True)]
         progress.advance()
@@ -182,11 +307,11 @@ def run_batches(
 class Progress:
     """A bar on a terminal, about ten plain lines elsewhere, nothing on processes that do not speak."""
 
-    def __init__(self, total: int, speaks: bool):
-        self.total, self.done, self.started = total, 0, time.monotonic()
+    def __init__(self, total: int, speaks: bool, name: str):
+        self.total, self.done, self.started, self.name = total, 0, time.monotonic(), name
         self.speaks = speaks
         terminal = speaks and sys.stderr.isatty()
-        self.bar = tqdm(total=total, unit="batch", dynamic_ncols=True) if terminal else None
+        self.bar = tqdm(total=total, unit="batch", desc=name, dynamic_ncols=True) if terminal else None
 
     def advance(self) -> None:
         self.done += 1
@@ -195,65 +320,26 @@ class Progress:
         elif self.speaks and self.done * LINES // self.total > (self.done - 1) * LINES // self.total:
             spent = time.monotonic() - self.started
             left = spent / self.done * (self.total - self.done)
-            print(f"batch {self.done}/{self.total}, {spent:.0f} s, {left:.0f} s left", file=sys.stderr, flush=True)
+            line = f"{self.name}: batch {self.done}/{self.total}, {spent:.0f} s, {left:.0f} s left"
+            print(line, file=sys.stderr, flush=True)
 
     def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
 
 
-def row_key(method: Method, part: str | None, tokens: int, length: int | None) -> dict[str, Any]:
-    """What tells rows apart; `part` only where the data is split."""
-    return {
-        "method": method.name,
-        **({} if part is None else {"part": part}),
-        "tokens": tokens,
-        "length": length,
-    }
-
-
-def make_rows(
-    task: Task,
-    method: Method,
-    items: Sequence[Item],
-    tokens: Sequence[int],
-    results: Sequence[Sequence[Result]],
-    config: EvaluationConfig,
-) -> list[dict[str, Any]]:
-    """One row for each size, part and length: n, and every figure with its bounds (null where n is 0)."""
-    rows = []
-    lengths: list[int | None] = list(config.lengths) or [None]
-    for count, of_size in zip(tokens, results, strict=True):
-        for part in parts(config):
-            for length in lengths:
-                scored = [
-                    task.columns(result)
-                    for item, result in zip(items, of_size, strict=True)
-                    if item.part == part and item.length == length
-                ]
-                row = {**row_key(method, part, count, length), "n": len(scored)}
-                columns = {name: [one[name] for one in scored] for name in (scored[0] if scored else ())}
-                figures = bootstrap(columns, task.figures, config.resamples, config.seed) if scored else {}
-                for name in task.figures:
-                    found = figures.get(name)
-                    row[name] = found and found.value
-                    row[f"{name}_low"], row[f"{name}_high"] = found and found.low, found and found.high
-                rows.append(row)
-    return rows
-
-
-def notes(config: EvaluationConfig, rows: Sequence[dict[str, Any]]) -> list[str]:
+def notes(task: Task, config: EvaluationConfig, rows: Sequence[dict[str, Any]]) -> list[str]:
     """What a reader of the table must know."""
     lines = [
-        f"n: passages; [low, high]: {LEVEL:.0%} bootstrap interval over passages (without width where all "
-        f"passages score the same, which says little about others); BLEU: {bleu_signature()}.",
-        "nats/token and token accuracy: teacher-forced, EOS included. token ratio: passage tokens / memory tokens. "
-        "byte ratio: UTF-8 bytes of the passage / bytes of its memory held in bfloat16.",
+        f"n: items; [low, high]: {LEVEL:.0%} bootstrap interval over items (without width where all "
+        "items score the same, which says little about others).",
+        task.note(),
     ]
     empty = sorted({row["length"] or 0 for row in rows if row["n"] == 0})
     if empty:
-        lines.append(f"{config.data} has no passages for some rows of length {', '.join(map(str, empty))}.")
-    return lines
+        sources = ", ".join(config.data or task.default_data)
+        lines.append(f"{sources} has no passages for some rows of length {', '.join(map(str, empty))}.")
+    return [line for line in lines if line]
 
 
 def checkpoint_fingerprint(model: Compressor) -> str:
@@ -265,14 +351,14 @@ def checkpoint_fingerprint(model: Compressor) -> str:
     return digest.hexdigest()
 
 
-def describe_data(config: EvaluationConfig, records: Any) -> dict[str, Any]:
-    """Source and SHA-256 of the data: of the file if there is one, else of all records' ids and texts."""
-    places = resolve_data(config.data, split=config.split)
-    described = {"source": config.data, "split": config.split, "records": len(records)}
+def describe_data(source: str, config: EvaluationConfig, records: Any) -> dict[str, Any]:
+    """Source and SHA-256 of the data: of the file if there is one, else of all records."""
+    places = resolve_data(source, split=config.split)
+    described = {"source": source, "split": config.split, "records": len(records)}
     if len(places) == 1 and isinstance(places[0], Path):
         return described | {"sha256": sha256(places[0]), "sha256_of": "file"}
     digest = hashlib.sha256()
-    for batch in records.select_columns(["id", "text"]).iter(batch_size=1000):
-        for name, text in zip(batch["id"], batch["text"], strict=True):
-            digest.update(json.dumps([name, text]).encode())
+    for record in records:
+        shown = record if isinstance(record, dict) else asdict(record)
+        digest.update(json.dumps(shown, sort_keys=True, default=str).encode())
     return described | {"sha256": digest.hexdigest(), "sha256_of": "records"}

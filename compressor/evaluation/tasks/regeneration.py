@@ -1,75 +1,31 @@
-"""Evaluation tasks: which items there are, what is done with a compressed passage, what is reported.
-
-A new task is one class here and one line in `TASKS`; loading, batching, sharding, intervals, files and tables are the
-runner's.
-"""
+"""Task `regeneration`: write the passage back from its memory."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
+from compressor.data.records import load_texts
 from compressor.errors import CompressorError
-from compressor.evaluation.contexts import Method, Piece
 from compressor.evaluation.metrics import (
     BLEU_COLUMNS,
-    Sums,
-    bleu,
+    CORPUS_BLEU,
+    FigureOf,
+    bleu_signature,
     bleu_statistics,
     exact_match,
     ratio,
     rouge_l,
 )
+from compressor.evaluation.tasks.interface import Item, Result, Task, tokenised
 from compressor.generation import generate, regeneration_limit, score
+from compressor.methods.interface import Method, Piece, after
 
 if TYPE_CHECKING:
     from compressor.evaluation.command import EvaluationConfig
 
-Result = dict[str, Any]
-"""What an item left at one size, ready for JSON: a line of `predictions.jsonl` and the columns of its figures."""
-
-TOKENISED_TOGETHER = 256
 BEFORE, AFTER = "before", "from"
-
-
-@dataclass(frozen=True)
-class Item:
-    """A passage to compress, and the row of the table it belongs to."""
-
-    id: str
-    passage: list[int]
-    """Token ids, already cut."""
-    length: int | None
-    """Tokens it was cut to, None for a whole passage."""
-    part: str | None = None
-    """Side of `split_date` it is on."""
-
-
-class Task(Protocol):
-    """What the runner needs to know of a task."""
-
-    figures: Mapping[str, Callable[[Sums], Any]]
-    """Figures of a row in the order of the table, as functions of summed columns (`compressor.evaluation.metrics`)."""
-
-    def items(self, records: Any, tokenizer: Any, config: EvaluationConfig) -> list[Item]:
-        """Items from the records (`id`, `text`, maybe `date`), in their order."""
-
-    def run(self, method: Method, items: Sequence[Item], contexts: Sequence[list[Piece]]) -> list[Result]:
-        """Results of a batch at one size; `contexts` holds the pieces of each item's passage."""
-
-    def columns(self, result: Result) -> dict[str, float]:
-        """The numbers of one result that are summed over a row."""
-
-
-def tokenised(records: Any, tokenizer: Any) -> Iterator[tuple[dict[str, Any], list[int]]]:
-    """Records with their token ids (no special tokens), tokenised a batch at a time as they are asked for."""
-    for start in range(0, len(records), TOKENISED_TOGETHER):
-        batch = records[start : start + TOKENISED_TOGETHER]
-        encoded = tokenizer(batch["text"], add_special_tokens=False, verbose=False)["input_ids"]
-        for row, ids in enumerate(encoded):
-            yield {name: batch[name][row] for name in batch}, ids
 
 
 def parts(config: EvaluationConfig) -> list[str | None]:
@@ -88,13 +44,13 @@ def part_of(record: Mapping[str, Any], config: EvaluationConfig) -> str | None:
     date = record["date"]
     if not re.fullmatch(r"\d{4}-\d{2}-\d{2}.*", date or ""):
         raise CompressorError(
-            f"record {record['id']} of {config.data} has the date {date!r}, so split_date cannot place it: "
+            f"record {record['id']} has the date {date!r}, so split_date cannot place it: "
             "dates must be yyyy-mm-dd; correct it or leave split_date out"
         )
     return f"{BEFORE if date[:10] < config.split_date else AFTER} {config.split_date}"
 
 
-class Regeneration:
+class Regeneration(Task):
     """Write the passage back from its memory, greedily, and score the passage under its memory.
 
     For a length L the passages of at least L tokens are taken and cut to their first L tokens, as in the published
@@ -102,8 +58,9 @@ class Regeneration:
     limit are compressed, written and scored in segments, each of which ends with an EOS that counts as a token.
     """
 
-    figures: Mapping[str, Callable[[Sums], Any]] = {
-        "bleu": bleu,
+    default_data = ("arxiv-test",)
+    figures: Mapping[str, FigureOf] = {
+        "bleu": CORPUS_BLEU,
         "rouge_l": ratio("rouge_l", "passages"),
         "exact_match": ratio("exact_match", "passages"),
         "token_accuracy": ratio("correct_tokens", "target_tokens"),
@@ -112,21 +69,31 @@ class Regeneration:
         "byte_ratio": ratio("passage_bytes", "memory_bytes"),
     }
 
+    def load(self, source: str, config: EvaluationConfig) -> Any:
+        """Passages with `id`, `text` and, if there is one, `date`."""
+        records = load_texts(source, split=config.split, field=config.text_field)
+        if config.split_date is not None and "date" not in records.column_names:
+            raise CompressorError(f"{source} has no field 'date', which split_date needs: leave split_date out")
+        return records
+
     def items(self, records: Any, tokenizer: Any, config: EvaluationConfig) -> list[Item]:
         """The first `limit` long enough passages for each length and part."""
         lengths: list[int | None] = list(config.lengths) or [None]
-        found: dict[tuple[str | None, int | None], list[Item]] = {
-            (part, length): [] for part in parts(config) for length in lengths
-        }
-        for record, ids in tokenised(records, tokenizer):
+        found: dict[tuple[str | None, int | None], list[Item]] = {group: [] for group in self.groups(config)}
+        for place, ids in tokenised(records["text"], tokenizer):
+            record = records[place]
             part = part_of(record, config)
             for length in lengths:
                 row = found[part, length]
                 if ids and len(ids) >= (length or 1) and len(row) != config.limit:
-                    row.append(Item(record["id"], list(ids[:length]), length, part))
+                    row.append(Item(record["id"], ids[:length], length, part))
             if config.limit is not None and all(len(row) == config.limit for row in found.values()):
                 break
         return [item for row in found.values() for item in row]
+
+    def groups(self, config: EvaluationConfig) -> list[tuple[str | None, int | None]]:
+        lengths: list[int | None] = list(config.lengths) or [None]
+        return [(part, length) for part in parts(config) for length in lengths]
 
     def run(self, method: Method, items: Sequence[Item], contexts: Sequence[list[Piece]]) -> list[Result]:
         base = method.base
@@ -138,8 +105,8 @@ class Regeneration:
         order = sorted(range(len(flat)), key=lambda i: len(flat[i].ids))
         for start in range(0, len(order), len(items)):
             chosen = order[start : start + len(items)]
-            prefix = method.prefix([flat[i] for i in chosen])
-            prompts = [[base.bos]] * len(chosen)
+            prefix = method.prefix([[flat[i]] for i in chosen])
+            prompts = after(base, prefix, [[base.bos]] * len(chosen))
             with method.decoding():
                 generations = generate(base, prefix, prompts, [regeneration_limit(len(flat[i].ids)) for i in chosen])
                 targets = score(base, prefix, prompts, [[*flat[i].ids, base.eos] for i in chosen])
@@ -178,6 +145,13 @@ class Regeneration:
         )
         return {"passages": 1.0, **{name: float(result[name]) for name in names}}
 
+    def quality(self, results: Sequence[Result]) -> dict[str, tuple[list[float], list[float]]]:
+        nats = [result["nats"] / max(1, result["target_tokens"]) for result in results]
+        return {"passage_nats_per_token~rouge_l": (nats, [result["rouge_l"] for result in results])}
 
-TASKS: dict[str, type[Task]] = {"regeneration": Regeneration}
-"""Tasks by the name that `--task` takes."""
+    def note(self) -> str:
+        return (
+            f"BLEU: {bleu_signature()}. nats/token and token accuracy: teacher-forced, EOS included. token ratio: "
+            "passage tokens / memory tokens. byte ratio: UTF-8 bytes of the passage / bytes of its memory held in "
+            "bfloat16."
+        )

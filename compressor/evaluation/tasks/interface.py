@@ -1,0 +1,84 @@
+"""What a task of evaluation is: which items there are, what is done with a compressed passage, what is reported."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from compressor.evaluation.metrics import FigureOf
+from compressor.methods.interface import Method, Piece
+
+if TYPE_CHECKING:
+    from compressor.evaluation.command import EvaluationConfig
+
+Result = dict[str, Any]
+"""What an item left at one size, ready for JSON: a line of `predictions.jsonl` and the columns of its figures."""
+
+TOKENISED_TOGETHER = 256
+
+
+@dataclass(frozen=True)
+class Item:
+    """A passage to compress, what is asked about it, and the row of the table it belongs to."""
+
+    id: str
+    passage: list[int]
+    """Token ids, already cut."""
+    length: int | None = None
+    """Tokens it was cut to, None for a whole passage."""
+    part: str | None = None
+    """Side of `split_date` it is on."""
+    dataset: str = ""
+    """Name of the data set it is from."""
+    asked: Mapping[str, Any] = field(default_factory=dict)
+    """What the task asks about the passage."""
+
+
+class Task:
+    """What the runner needs to know of a task. A new one is a subclass in a file here and a line in `TASKS`."""
+
+    figures: Mapping[str, FigureOf]
+    """Figures of a row in the order of the table. Columns named `full_X` and `none_X` are column X of the same item
+    under these methods; figures that need them are left out where the method was not run."""
+    default_data: Sequence[str]
+    """Data sets that are measured where none is named."""
+
+    def load(self, source: str, config: EvaluationConfig) -> Any:
+        """The records of a data set, in their order."""
+        raise NotImplementedError
+
+    def items(self, records: Any, tokenizer: Any, config: EvaluationConfig) -> list[Item]:
+        """Items from what `load` returned."""
+        raise NotImplementedError
+
+    def groups(self, config: EvaluationConfig) -> list[tuple[str | None, int | None]]:
+        """Parts and lengths that rows are reported for, apart for each data set."""
+        return [(None, None)]
+
+    def run(self, method: Method, items: Sequence[Item], contexts: Sequence[list[Piece]]) -> list[Result]:
+        """Results of a batch at one size; `contexts` holds the pieces of each item's passage."""
+        raise NotImplementedError
+
+    def columns(self, result: Result) -> dict[str, float]:
+        """The numbers of one result that are summed over a row."""
+        raise NotImplementedError
+
+    def quality(self, results: Sequence[Result]) -> dict[str, tuple[list[float], list[float]]]:
+        """Pairs of a flag that is known without the right answer and the score it should predict, by name."""
+        return {}
+
+    def note(self) -> str:
+        """What a reader of the table must know about its figures."""
+        return ""
+
+
+def tokenised(
+    texts: Sequence[str], tokenizer: Any, together: int = TOKENISED_TOGETHER
+) -> Iterator[tuple[int, list[int]]]:
+    """Place and token ids (no special tokens) of each text, tokenised a batch at a time as they are asked for."""
+    for start in range(0, len(texts), together):
+        batch = texts[start : start + together]
+        encoded = tokenizer(list(batch), add_special_tokens=False, verbose=False)["input_ids"]
+        for row, ids in enumerate(encoded):
+            yield start + row, list(ids)

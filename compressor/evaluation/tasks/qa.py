@@ -1,0 +1,110 @@
+"""Task `qa`: answer questions about a passage from its memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from compressor.data.questions import Question, load_questions
+from compressor.evaluation.metrics import FigureOf, answer_scores, difference, ratio, retained
+from compressor.evaluation.tasks.interface import Item, Result, Task, tokenised
+from compressor.evaluation.tasks.quality import passage_nats
+from compressor.generation import generate, score
+from compressor.methods.interface import Method, Piece, after
+from compressor.prompts import QUESTION, answer_text, question_ids
+
+if TYPE_CHECKING:
+    from compressor.evaluation.command import EvaluationConfig
+
+ANSWER_TOKENS = 48
+"""Most tokens of a written answer."""
+
+
+class QuestionAnswering(Task):
+    """Answer greedily after the passage's memory and a prompt; exact match and F1 as SQuAD's official script.
+
+    Every question is one item. A passage over the compressor's limit is compressed in segments, whose memories the
+    decoder sees one after the other.
+    """
+
+    default_data = ("squad-dev", "arxivqa-test")
+    figures: Mapping[str, FigureOf] = {
+        "em": ratio("em", "questions", 100),
+        "f1": ratio("f1", "questions", 100),
+        "f1_difference": difference("f1", "full_f1", "questions", 100),
+        "retention_em": ratio("em", "full_em"),
+        "retention_f1": ratio("f1", "full_f1"),
+        "normalised_f1": retained("f1", "none_f1", "full_f1"),
+        "answer_nats": ratio("answer_nats", "questions"),
+        "normalised_nats": retained("answer_nats", "none_answer_nats", "full_answer_nats"),
+        "token_ratio": ratio("passage_tokens", "memory_tokens"),
+    }
+
+    def load(self, source: str, config: EvaluationConfig) -> list[Question]:
+        """The first `limit` questions of a data set."""
+        return load_questions(source, split=config.split, limit=config.limit)
+
+    def items(self, records: Sequence[Question], tokenizer: Any, config: EvaluationConfig) -> list[Item]:
+        """One item for each question; questions about one context share its token ids."""
+        contexts = list(dict.fromkeys(record.context for record in records))
+        ids = {contexts[place]: ids for place, ids in tokenised(contexts, tokenizer)}
+        prompts = question_ids(tokenizer, [r.question for r in records], config.question_template or QUESTION)
+        return [
+            Item(
+                record.id,
+                ids[record.context],
+                asked={"question": record.question, "answers": list(record.answers), "prompt": prompt},
+            )
+            for record, prompt in zip(records, prompts, strict=True)
+            if ids[record.context]
+        ]
+
+    def run(self, method: Method, items: Sequence[Item], contexts: Sequence[list[Piece]]) -> list[Result]:
+        base = method.base
+        texts = [answer_text(item.asked["answers"][0]) for item in items]
+        answers = base.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        prefix = method.prefix(contexts)
+        prompts = after(base, prefix, [item.asked["prompt"] for item in items])
+        with method.decoding():
+            written = generate(base, prefix, prompts, [ANSWER_TOKENS] * len(items))
+            scored = score(base, prefix, prompts, [[*answer, base.eos] for answer in answers])
+        nats = passage_nats(method, contexts)
+        results = []
+        for row, item in enumerate(items):
+            prediction = base.tokenizer.decode(written[row].ids, skip_special_tokens=True).strip()
+            exact, f1 = answer_scores(prediction, item.asked["answers"])
+            results.append(
+                {
+                    "question": item.asked["question"],
+                    "answers": item.asked["answers"],
+                    "prediction": prediction,
+                    "em": exact,
+                    "f1": f1,
+                    "answer_nats": -float(scored[row][:, 0].double().sum()),
+                    "answer_tokens": len(scored[row]),
+                    "prediction_logprob": sum(written[row].logprobs),
+                    "passage_nats_per_token": nats[row],
+                    "passage_tokens": len(item.passage),
+                    "memory_tokens": sum(piece.tokens for piece in contexts[row]),
+                }
+            )
+        return results
+
+    def columns(self, result: Result) -> dict[str, float]:
+        names = ("em", "f1", "answer_nats", "passage_tokens", "memory_tokens")
+        return {"questions": 1.0, **{name: float(result[name]) for name in names}}
+
+    def quality(self, results: Sequence[Result]) -> dict[str, tuple[list[float], list[float]]]:
+        """Flags known without the right answer, each beside the F1 it should predict."""
+        f1 = [result["f1"] for result in results]
+        return {
+            "passage_nats_per_token~f1": ([result["passage_nats_per_token"] for result in results], f1),
+            "prediction_logprob~f1": ([result["prediction_logprob"] for result in results], f1),
+        }
+
+    def note(self) -> str:
+        return (
+            "EM, F1: SQuAD's official normalisation, best of the right answers. F1 - full: paired difference to the "
+            "full passage. EM / full, F1 / full: retention as published. nats/answer: negative log-likelihood of the "
+            "first right answer, EOS included. token ratio: passage tokens / memory tokens."
+        )

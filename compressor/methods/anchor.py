@@ -1,0 +1,48 @@
+"""`anchor`: keys and values of some of the passage's own tokens (SAC, arXiv 2510.08907)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from compressor.base import Base
+from compressor.config import CompressorConfig
+from compressor.layouts import memory_positions
+from compressor.methods.encoder import AdaptedBase, Encoder
+
+
+class AnchorEncoder(Encoder):
+    """k tokens, evenly spread over the passage, are marked by a learned embedding; their keys and values are kept."""
+
+    def __init__(self, base: Base, config: CompressorConfig):
+        super().__init__(base, config)
+        self.anchor_embedding = nn.Parameter(torch.randn(base.hidden) * base.embeddings.weight.float().std().item())
+
+    @property
+    def truncatable(self) -> bool:
+        return False
+
+    def encode(self, model: AdaptedBase, passages: Tensor, lengths: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+        """See `Encoder.encode`. Of a passage of fewer than k tokens some serve as anchors more than once."""
+        batch, width = passages.shape
+        base = model.base
+        anchors = memory_positions(self.config.layout, lengths, tokens, self.config.memory_tokens)
+        embedded = base.embeddings(passages)
+        marked = embedded.gather(1, anchors[..., None].expand(-1, -1, embedded.shape[-1]))
+        marked = marked + self.anchor_embedding.to(embedded.dtype)
+        columns = torch.arange(width, device=passages.device).expand(batch, -1)
+        # Attention knows tokens by their positions, not by their columns: anchors move to the end, where the base
+        # reads slots, and what stays in their old columns is masked.
+        order = torch.cat([columns, anchors], dim=1)
+        if self.config.passage_attention == "bidirectional":
+            sees = torch.ones(batch, width + tokens, width + tokens, dtype=torch.bool, device=passages.device)
+        else:
+            sees = order[:, :, None] >= order[:, None, :]
+        gone = torch.zeros(batch, width + tokens, dtype=torch.bool, device=passages.device)
+        gone[:, :width] = torch.zeros_like(columns, dtype=torch.bool).scatter(1, anchors, True)
+        gone[:, :width] |= columns >= lengths[:, None]
+        itself = torch.eye(width + tokens, dtype=torch.bool, device=passages.device)
+        allowed = (sees & ~gone[:, None, :]) | itself
+        with model.adapters(on=True):
+            keys, values = base.keys_and_values(torch.cat([embedded, marked], dim=1), order, allowed, tokens)
+        return base.rotate(keys, anchors, inverse=True), values

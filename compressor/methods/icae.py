@@ -1,0 +1,38 @@
+"""`icae`: output embeddings of memory tokens, read as input embeddings (In-context Autoencoder, arXiv 2307.06945)."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from compressor.base import Base
+from compressor.config import CompressorConfig, Layout
+from compressor.layouts import TRUNCATABLE
+from compressor.methods.encoder import AdaptedBase, Encoder, initial_memory, prefill, with_memory_tokens
+
+
+class ICAEEncoder(Encoder):
+    """The adapted base's last hidden states at k memory tokens stand in for the passage's embeddings."""
+
+    reads_hidden_states = True
+
+    def __init__(self, base: Base, config: CompressorConfig):
+        super().__init__(base, config)
+        self.memory_embeddings = nn.Parameter(initial_memory(base, config))
+
+    def values_per_token(self, base: Base) -> int:
+        return base.hidden
+
+    @property
+    def truncatable(self) -> bool:
+        return self.config.layout in TRUNCATABLE
+
+    @property
+    def memory_layout(self) -> Layout:
+        return "front"
+
+    def encode(self, model: AdaptedBase, passages: Tensor, lengths: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+        """See `Encoder.encode`."""
+        inputs = with_memory_tokens(model, self.memory_embeddings[:tokens], passages, lengths)
+        with model.adapters(on=True):
+            states = model.base.hidden_states(*inputs)[:, -tokens:]
+        return prefill(model, states, lengths, self.memory_layout, self.config.memory_tokens)

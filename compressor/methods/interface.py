@@ -1,0 +1,176 @@
+"""What every method of compression is to an evaluation, trained or not: `Method`, from passages to decoder prefixes.
+
+Tasks see `Method` alone, so that every method is measured by the same code and decoded by `compressor/generation.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from compressor.base import Base
+from compressor.errors import CompressorError
+from compressor.memory import Memory, Prefix, empty_prefix, memory_prefix
+from compressor.methods.encoder import encoder_attention, pad
+from compressor.methods.registry import MethodSettings
+from compressor.model import Compressor
+
+BF16 = 2
+"""Bytes of one bfloat16 value."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A stretch of a passage, and what a method made of it."""
+
+    ids: list[int]
+    """Tokens of the stretch."""
+    held: Any
+    """What `Method.prefix` reads."""
+    tokens: int
+    """Positions of the decoder's context it takes."""
+    nbytes: int
+    """Bytes to hold it: UTF-8 of a text; keys and values, or input embeddings, as bfloat16 whatever they are computed
+    in."""
+
+
+class Method(Protocol):
+    """A way of giving a decoder a passage."""
+
+    name: str
+    base: Base
+    sized: bool
+    """Whether it compresses to a number of tokens that the user chooses."""
+    most: int | None
+    """Most tokens of a piece, None where there is no limit."""
+
+    def sizes(self, tokens: Sequence[int]) -> list[int]:
+        """Those of the sizes that it can compress to."""
+
+    def compress(self, passages: Sequence[list[int]], tokens: Sequence[int]) -> list[list[list[Piece]]]:
+        """The passages at every size: pieces in reading order for each of `tokens` and each passage.
+
+        A method that is not `sized` is asked for one size, which means nothing to it.
+        """
+
+    def prefix(self, rows: Sequence[Sequence[Piece]]) -> Prefix:
+        """A batch of decoder contexts; the pieces of a row (of one passage) follow each other."""
+
+    def decoding(self) -> AbstractContextManager[None]:
+        """The state the base must be in while it decodes after `prefix`."""
+
+
+class MemoryMethod:
+    """A trained method: a passage becomes a `Memory`.
+
+    Args:
+        compressor: in evaluation mode.
+        batch_size: segments encoded together.
+    """
+
+    sized = True
+
+    def __init__(self, compressor: Compressor, batch_size: int = 16):
+        self.compressor, self.batch_size = compressor, batch_size
+        self.name: str = compressor.config.method
+        self.base = compressor.base
+        self.most: int | None = compressor.config.memory_tokens
+
+    def sizes(self, tokens: Sequence[int]) -> list[int]:
+        return [count for count in tokens if self.compressor.encoder.trained_for(count)]
+
+    def compress(self, passages: Sequence[list[int]], tokens: Sequence[int]) -> list[list[list[Piece]]]:
+        """Each passage is encoded once and cut to the smaller sizes, if the method allows it."""
+        if self.compressor.encoder.truncatable:
+            largest = self.compressor.compress_ids(passages, max(tokens), self.batch_size)
+            sizes = [[memory.truncate(count) for memory in largest] for count in tokens]
+        else:
+            sizes = [self.compressor.compress_ids(passages, count, self.batch_size) for count in tokens]
+        return [
+            [self._pieces(ids, memory) for ids, memory in zip(passages, memories, strict=True)] for memories in sizes
+        ]
+
+    def _pieces(self, ids: list[int], memory: Memory) -> list[Piece]:
+        pieces, start = [], 0
+        for part in memory.split():
+            nbytes = part.tokens * self.compressor.encoder.values_per_token(self.base) * BF16
+            pieces.append(Piece(ids[start : start + part.passage_tokens], part, part.tokens, nbytes))
+            start += part.passage_tokens
+        return pieces
+
+    def prefix(self, rows: Sequence[Sequence[Piece]]) -> Prefix:
+        return memory_prefix(self.base, [Memory.concatenate([piece.held for piece in row]) for row in rows])
+
+    def decoding(self) -> AbstractContextManager[None]:
+        return self.compressor.adapters(on=False)
+
+
+class TokenMethod:
+    """A hard prompt: the base itself reads some tokens instead of the passage. Subclasses choose them (`choose`)."""
+
+    name: str
+    sized = True
+    most: int | None = None
+
+    def __init__(self, base: Base):
+        self.base = base
+
+    @classmethod
+    def from_settings(cls, base: Base, settings: MethodSettings) -> TokenMethod:
+        """The method over `base`, as an evaluation asks for it."""
+        return cls(base)
+
+    def choose(self, passage: list[int], tokens: int) -> list[int]:
+        """At most `tokens` token ids that stand for the passage."""
+        raise NotImplementedError
+
+    def sizes(self, tokens: Sequence[int]) -> list[int]:
+        return list(tokens) if self.sized else list(tokens[:1])
+
+    def compress(self, passages: Sequence[list[int]], tokens: Sequence[int]) -> list[list[list[Piece]]]:
+        """See `Method.compress`: every passage is one piece."""
+        return [[[self._piece(passage, self.choose(passage, count))] for passage in passages] for count in tokens]
+
+    def _piece(self, passage: list[int], chosen: list[int]) -> Piece:
+        text = self.base.tokenizer.decode(chosen, skip_special_tokens=True)
+        return Piece(passage, chosen, len(chosen), len(text.encode()))
+
+    def prefix(self, rows: Sequence[Sequence[Piece]]) -> Prefix:
+        """Keys and values of `BOS tokens`, read by the base as they would be in a prompt."""
+        return token_prefix(self.base, [[token for piece in row for token in piece.held] for row in rows])
+
+    def decoding(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+
+@torch.no_grad()
+def token_prefix(base: Base, rows: Sequence[Sequence[int]]) -> Prefix:
+    """Keys and values of `BOS tokens` in every layer; an empty prefix where no row has a token."""
+    if not any(rows):
+        return empty_prefix(base, len(rows))
+    ids, lengths = pad([[base.bos, *row] for row in rows], base.device)
+    width = ids.shape[1]
+    columns = torch.arange(width, device=base.device)
+    allowed = encoder_attention(lengths, width, 0, bidirectional=False)
+    keys, values = base.keys_and_values(base.embeddings(ids), columns.expand(len(rows), -1), allowed)
+    return Prefix(list(keys), list(values), columns[None] < lengths[:, None], lengths)
+
+
+def after(base: Base, prefix: Prefix, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Prompts to be read after a prefix: a text starts with BOS, so where there is no context a prompt does."""
+    if prefix.slots:
+        return [list(prompt) for prompt in prompts]
+    return [list(prompt) if list(prompt[:1]) == [base.bos] else [base.bos, *prompt] for prompt in prompts]
+
+
+def check_tokens(tokens: Sequence[int], most: int | None, checkpoint: str) -> None:
+    """Raise a `CompressorError` if a method does not have so many memory tokens."""
+    if most is not None and max(tokens) > most:
+        raise CompressorError(
+            f"tokens = {max(tokens)} is more than the {most} memory tokens of {checkpoint}: "
+            f"ask for 1 to {most}, or train a compressor with more"
+        )

@@ -1,0 +1,59 @@
+"""`mean-pool`: hidden states averaged over equal blocks and mapped to input embeddings (arXiv 2510.20797)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from compressor.base import Base
+from compressor.config import CompressorConfig, Layout
+from compressor.methods.encoder import AdaptedBase, Encoder, encoder_attention, prefill
+
+
+class MeanPoolEncoder(Encoder):
+    """The adapted base reads the passage; k averages of its last hidden states, mapped linearly, stand in for it."""
+
+    reads_hidden_states = True
+
+    def __init__(self, base: Base, config: CompressorConfig):
+        super().__init__(base, config)
+        self.map = nn.Linear(base.hidden, base.hidden)
+        with torch.no_grad():
+            # Normed states are larger than embeddings: start at the embeddings' scale.
+            scale = base.embeddings.weight.float().std().item()
+            self.map.weight.copy_(torch.eye(base.hidden) * scale)
+            self.map.bias.zero_()
+
+    def values_per_token(self, base: Base) -> int:
+        return base.hidden
+
+    @property
+    def truncatable(self) -> bool:
+        return False
+
+    @property
+    def memory_layout(self) -> Layout:
+        return "spread"
+
+    def encode(self, model: AdaptedBase, passages: Tensor, lengths: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+        """See `Encoder.encode`."""
+        batch, width = passages.shape
+        positions = torch.arange(width, device=passages.device).expand(batch, -1)
+        allowed = encoder_attention(lengths, width, 0, self.config.passage_attention == "bidirectional")
+        with model.adapters(on=True):
+            states = model.base.hidden_states(model.base.embeddings(passages), positions, allowed)
+        pooled = block_means(lengths, width, tokens).to(states.dtype) @ states
+        return prefill(model, self.map(pooled.float()), lengths, self.memory_layout, self.config.memory_tokens)
+
+
+def block_means(lengths: Tensor, width: int, blocks: int) -> Tensor:
+    """Weights that average equal blocks of each passage, float32 `[batch, blocks, width]`.
+
+    Block i of n tokens is `i n / k` to `(i + 1) n / k`, and one token where that is empty (fewer tokens than blocks).
+    """
+    index = torch.arange(blocks, device=lengths.device)
+    first = index[None] * lengths[:, None] // blocks
+    last = torch.maximum(first + 1, (index[None] + 1) * lengths[:, None] // blocks)
+    columns = torch.arange(width, device=lengths.device)
+    inside = (columns >= first[..., None]) & (columns < last[..., None])
+    return inside / inside.sum(-1, keepdim=True)

@@ -1,0 +1,94 @@
+"""`sentence-embedding`: a frozen text encoder's embedding, projected to input embeddings (xRAG, arXiv 2405.13792)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compressor.base import Base
+from compressor.config import CompressorConfig, Layout
+from compressor.errors import CompressorError
+from compressor.methods.encoder import AdaptedBase, Encoder, encoder_attention, prefill
+
+
+class SentenceEmbeddingEncoder(Encoder):
+    """One vector of a frozen encoder becomes k input embeddings; only the projection is trained.
+
+    The text encoder is any that transformers loads (DistilBERT, a sentence encoder: `compressor.text_encoder`), its
+    last hidden states averaged over the text, or by default the base itself.
+    """
+
+    adapted = False
+
+    def __init__(self, base: Base, config: CompressorConfig):
+        super().__init__(base, config)
+        # In a tuple, so that frozen weights are no part of this module: neither saved nor counted.
+        self._frozen: tuple[Any, Any] | None = None
+        size = base.hidden
+        if config.text_encoder is not None:
+            self._frozen = load_text_encoder(config.text_encoder)
+            size = self._frozen[0].config.hidden_size
+        self.norm = nn.LayerNorm(size)
+        self.projection = nn.Sequential(
+            nn.Linear(size, 4 * base.hidden), nn.GELU(), nn.Linear(4 * base.hidden, config.memory_tokens * base.hidden)
+        )
+
+    def values_per_token(self, base: Base) -> int:
+        return base.hidden
+
+    @property
+    def truncatable(self) -> bool:
+        return True
+
+    @property
+    def memory_layout(self) -> Layout:
+        return "front"
+
+    @torch.no_grad()
+    def embed(self, model: AdaptedBase, passages: Tensor, lengths: Tensor) -> Tensor:
+        """The frozen encoder's embeddings of the passages, float32 `[batch, size]`."""
+        base = model.base
+        if self._frozen is None:
+            batch, width = passages.shape
+            positions = torch.arange(width, device=passages.device).expand(batch, -1)
+            allowed = encoder_attention(lengths, width, 0, bidirectional=False)
+            with model.adapters(on=False):
+                states = base.hidden_states(base.embeddings(passages), positions, allowed)
+            real = positions < lengths[:, None]
+        else:
+            encoder, tokenizer = self._frozen
+            texts = [
+                base.tokenizer.decode(ids[:length], skip_special_tokens=True)
+                for ids, length in zip(passages, lengths.tolist(), strict=True)
+            ]
+            inputs = tokenizer(texts, return_tensors="pt", padding=True, truncation=True).to(passages.device)
+            states = encoder.to(passages.device)(**inputs).last_hidden_state
+            real = inputs["attention_mask"].bool()
+        weights = real[..., None].float()
+        return (states.float() * weights).sum(1) / weights.sum(1)
+
+    def encode(self, model: AdaptedBase, passages: Tensor, lengths: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+        """See `Encoder.encode`."""
+        projected = self.projection(self.norm(self.embed(model, passages, lengths)))
+        embedded = projected.view(len(passages), self.config.memory_tokens, -1)[:, :tokens]
+        return prefill(model, embedded, lengths, self.memory_layout, self.config.memory_tokens)
+
+
+def load_text_encoder(name: str) -> tuple[Any, Any]:
+    """A frozen encoder and its tokenizer, from a folder or the hub.
+
+    Raises:
+        CompressorError: neither has it.
+    """
+    from transformers import AutoModel, AutoTokenizer
+
+    try:
+        encoder = AutoModel.from_pretrained(name).eval().requires_grad_(False)
+        return encoder, AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # the hub client raises many kinds
+        raise CompressorError(
+            f"cannot load the text encoder {name!r} ({type(error).__name__}): give a folder or hub id of an encoder "
+            "that transformers loads, for instance distilbert-base-uncased, or leave compressor.text_encoder out"
+        ) from None

@@ -1,0 +1,207 @@
+"""Checkpoints of a compressor: a folder of settings, PEFT adapter, encoder weights and a card; never base weights."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from compressor import __version__
+from compressor.base import Base, load_base, resolve
+from compressor.config import BaseConfig, CompressorConfig
+from compressor.errors import CompressorError
+from compressor.files import atomic_path, read_json, sha256, write_json
+
+if TYPE_CHECKING:
+    from compressor.model import Compressor
+
+FORMAT = 1
+NEEDED_SETTINGS = ("memory_tokens", "layout", "passage_attention", "lora_rank", "lora_alpha")
+"""Settings without which a checkpoint would be read as another compressor."""
+ADAPTER, ENCODER = "adapter_model.safetensors", "memory_tokens.safetensors"
+
+
+def save_checkpoint(model: Compressor, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+    """Write a checkpoint folder, atomically; see `Compressor.save_pretrained`."""
+    with atomic_path(folder) as path:
+        path.mkdir()
+        files = [ENCODER]
+        if model.peft is not None:
+            # "auto" would ask the hub whether the base's vocabulary changed, at every checkpoint.
+            model.peft.save_pretrained(str(path), save_embedding_layers=False)
+            # PEFT lists the layers in the order of a set: sorted, the same training gives the same files.
+            adapter = read_json(path / "adapter_config.json")
+            adapter["target_modules"] = sorted(adapter["target_modules"])
+            adapter["base_model_name_or_path"] = _public_name(model.base)
+            write_json(path / "adapter_config.json", adapter)
+            if dtype is not None:
+                weights = load_file(path / ADAPTER)
+                rounded = {name: weight.to(dtype) for name, weight in weights.items()}
+                save_file(rounded, path / ADAPTER, metadata={"format": "pt"})
+            files.insert(0, ADAPTER)
+        state = {name: value.to(dtype=dtype).contiguous() for name, value in model.encoder.state_dict().items()}
+        save_file(state, path / ENCODER)
+        (path / "README.md").write_text(_card(model))
+        write_json(
+            path / "compressor.json",
+            {
+                "format": FORMAT,
+                "version": __version__,
+                "base": _base_record(model.base),
+                "config": asdict(model.config),
+                "files": {name: sha256(path / name) for name in files},
+            },
+        )
+
+
+def _public_name(base: Base) -> str:
+    """The base's path or hub id; of an absolute path, which names folders of this machine, the last part."""
+    return Path(base.name).name if Path(base.name).is_absolute() else base.name
+
+
+def _base_record(base: Base) -> dict[str, Any]:
+    """What finds and loads the base again with the same weights."""
+    record = {
+        "path": base.name,
+        "fingerprint": base.fingerprint,
+        "quantisation": base.quantisation,
+        "revision": base.revision,
+    }
+    if base.quantisation != "none":
+        # The type weights had when they were quantised is part of what is kept of them.
+        record["dtype"] = str(base.dtype).removeprefix("torch.")
+    return record
+
+
+def _card(model: Compressor) -> str:
+    config = model.config
+    trainable = sum(p.numel() for p in model.trainable_state().values())
+    return (
+        "---\nlibrary_name: peft\ntags: [prompt-compression]\n---\n# Prompt compressor\n\n"
+        f"Method `{config.method}`: {config.memory_tokens} memory tokens, layout `{config.layout}`, "
+        f"{config.passage_attention} passage attention, LoRA rank {config.lora_rank if model.peft else 0}; "
+        f"{trainable:,} trained parameters.\n\n"
+        f"Base: `{_public_name(model.base)}` (weights {model.base.fingerprint[:12]}).\n"
+    )
+
+
+def load_weights(model: Compressor, folder: Path) -> None:
+    """Read adapter and encoder that `save_checkpoint` wrote into `model`, exactly.
+
+    Raises:
+        CompressorError: a missing or damaged file, or one that does not fit the model.
+    """
+    settings = read_settings(folder)
+    found: dict[str, Tensor] = {}
+    for name, digest in settings["files"].items():
+        try:
+            if sha256(folder / name) != digest:
+                raise CompressorError(f"{folder / name} is damaged: its checksum differs from compressor.json's")
+            state = load_file(folder / name)
+        except (OSError, SafetensorError) as error:
+            raise CompressorError(f"{folder / name} is missing or damaged: {error}") from None
+        rename = _adapter_parameter if name == ADAPTER else "encoder.{}".format
+        found.update({rename(key): value for key, value in state.items()})
+    wanted = model.trainable_state()
+    if set(found) != set(wanted) or any(found[name].shape != wanted[name].shape for name in wanted):
+        odd = sorted(set(found) ^ set(wanted))[:3] or "shapes"
+        raise CompressorError(f"checkpoint {folder} does not fit its own settings and base (differs in: {odd})")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name in found:
+                parameter.copy_(found[name])
+
+
+def _adapter_parameter(key: str) -> str:
+    """Name of a parameter of `Compressor` from its name in a PEFT file."""
+    # The base is registered before PEFT's wrapper, so that the layers they share go by its names.
+    return "base." + re.sub(r"\.(lora_[AB])\.weight$", r".\1.default.weight", key.removeprefix("base_model."))
+
+
+def find_base(
+    path: str | Path,
+    base: Base | str | None,
+    device: str | torch.device,
+    dtype: str,
+    revision: str | None,
+    attention: str,
+    quantisation: str | None,
+) -> tuple[Path, Base]:
+    """A checkpoint's folder and the base it was trained on, loaded; arguments as for `Compressor.from_pretrained`."""
+    folder = _fetch(str(path), revision)
+    trained_on = read_settings(folder)["base"]
+    if not isinstance(base, Base):
+        name = base or trained_on["path"]
+        if base is None and not Path(resolve(name)).exists() and (folder.parent / "base").exists():
+            name = str(folder.parent / "base")
+        if quantisation is None:
+            quantisation = trained_on.get("quantisation", "none")
+            dtype = trained_on.get("dtype", dtype)
+        chosen = BaseConfig(
+            path=name,
+            revision=trained_on.get("revision") if name == trained_on["path"] else None,
+            dtype=dtype,  # type: ignore[arg-type]
+            attention=attention,  # type: ignore[arg-type]
+            quantisation=quantisation,  # type: ignore[arg-type]
+        )
+        base = load_base(chosen, device)
+    if base.fingerprint != trained_on["fingerprint"]:
+        raise CompressorError(
+            f"checkpoint {path} was trained on the base {trained_on['path']} "
+            f"(weights {trained_on['fingerprint'][:12]}, quantisation {trained_on.get('quantisation', 'none')}) "
+            f"but {base.name} has weights {base.fingerprint[:12]} (quantisation {base.quantisation}): "
+            "give the right base"
+        )
+    return folder, base
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """`compressor.json` of a checkpoint, checked."""
+    path = folder / "compressor.json"
+    if not path.exists():
+        raise CompressorError(f"{folder} is not a compressor checkpoint: it has no compressor.json")
+    settings = read_json(path)
+    kinds = {"format": int, "base": dict, "config": dict, "files": dict}
+    wrong = [
+        key for key, kind in kinds.items() if not isinstance(settings, dict) or not isinstance(settings.get(key), kind)
+    ]
+    if wrong or not {"path", "fingerprint"} <= set(settings["base"]):
+        raise CompressorError(f"{path} lacks a proper {', '.join(wrong) or 'base'}; it may be damaged")
+    if settings["format"] > FORMAT:
+        raise CompressorError(
+            f"{path} has format {settings['format']}, this version reads up to {FORMAT}: update the package"
+        )
+    missing = [name for name in NEEDED_SETTINGS if name not in settings["config"]]
+    if missing:
+        raise CompressorError(
+            f"{path} has no {', '.join(missing)} in its config; it may be damaged: take the checkpoint from its source"
+        )
+    try:
+        CompressorConfig(**settings["config"])
+    except (TypeError, CompressorError) as error:
+        raise CompressorError(
+            f"{path} has settings this version does not know ({error}): update the package, or take the checkpoint "
+            "from its source"
+        ) from None
+    return settings
+
+
+def _fetch(path: str, revision: str | None) -> Path:
+    """The folder of a checkpoint, downloaded if `path` is a hub id."""
+    if Path(resolve(path)).is_dir():
+        return Path(resolve(path))
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(path, revision=revision))
+    except Exception as error:  # the hub client raises many kinds, offline ones among them
+        raise CompressorError(
+            f"no compressor checkpoint at {path!r}: it is neither a folder nor a hub repository that can be reached "
+            f"({type(error).__name__})"
+        ) from None
