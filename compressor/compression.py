@@ -16,7 +16,6 @@ from compressor.data.collate import WIDTH_MULTIPLE, continuation_pair, regenerat
 from compressor.data.passages import BatchPlan, Piece, load_passages
 from compressor.errors import CompressorError
 from compressor.generation import regenerate_ids
-from compressor.layouts import TRUNCATABLE
 from compressor.methods.encoder import pad
 from compressor.model import Compressor
 from compressor.objectives import target_loss
@@ -90,7 +89,7 @@ class CompressionStage:
         weights = np.array([share.weight for share in objective.tokens])
         rng = np.random.default_rng([self.config.seed, index, 1])
         tokens = rng.choice(counts, size=len(pieces), p=weights / weights.sum())
-        if self.module.config.layout not in TRUNCATABLE:
+        if not self.module.encoder.truncatable:
             tokens[:] = tokens[0]
         return self.collate(self.passages, pieces, tokens.tolist())
 
@@ -99,6 +98,11 @@ class CompressionStage:
         base, objective = self.module.base, self.config.objective
         records = [passages[piece.record] for piece in pieces]
         cut = [record["input_ids"][p.start : p.start + p.length] for record, p in zip(records, pieces, strict=True)]
+        following = [
+            record["input_ids"][p.start + p.length :][:CONTINUATION_TOKENS] or [base.eos]
+            for record, p in zip(records, pieces, strict=True)
+        ]
+        cut = [self.padded(one) for one in cut]
         ids, lengths = pad(cut, multiple=WIDTH_MULTIPLE)
         batch: Batch = {
             "input_ids": ids,
@@ -112,10 +116,6 @@ class CompressionStage:
         if objective.regeneration:
             pairs["regeneration"] = [regeneration_pair(base.bos, base.eos, one) for one in cut]
         if objective.continuation:
-            following = [
-                record["input_ids"][p.start + p.length :][:CONTINUATION_TOKENS] or [base.eos]
-                for record, p in zip(records, pieces, strict=True)
-            ]
             pairs["continuation"] = [continuation_pair(one[-1], rest) for one, rest in zip(cut, following, strict=True)]
         for name, rows in pairs.items():
             stacked = stack_pairs(rows)
@@ -123,6 +123,11 @@ class CompressionStage:
             batch[f"{name}_weight"] = getattr(objective, name)
             batch["targets"] += stacked["targets"]
         return batch
+
+    def padded(self, passage: list[int]) -> list[int]:
+        """The passage, extended with EOS by methods that treat padding as text."""
+        width = self.module.encoder.padded_to
+        return passage if width is None else passage + [self.module.base.eos] * (width - len(passage))
 
     def probe_batch(self) -> Batch:
         # All memory tokens at once: one the batch leaves out would look dead.

@@ -200,6 +200,15 @@ class DataConfig:
     qa: list[str] = field(default_factory=list)
     """Question-answer records (JSON lines with context, question and answers) for the base's mixture; without any, the
     mixture's share of them goes to the rest."""
+    questions: list[str] = field(default_factory=list)
+    """Questions to train on (stage `answer`): files, folders, shipped names or hub ids."""
+    question_columns: dict[str, str] = field(default_factory=dict)
+    """Names of the questions' columns where they are not the usual ones, for instance `{context: abstract}`."""
+    question_share: float = 0.5
+    """Share of the micro-batches that hold questions; the others hold passages (stage `answer`)."""
+    validation_questions: list[str] = field(default_factory=list)
+    """Questions to validate on; by default those of the last `validation_limit` contexts of `questions`, which are then
+    not trained on."""
     workers: int = 1
     """Processes that tokenise."""
 
@@ -208,6 +217,7 @@ class DataConfig:
         require(bool(self.validation), "data.validation", self.validation, "a non-empty list of sources")
         require(bool(self.lengths), "data.lengths", self.lengths, "a non-empty list")
         require(self.curriculum_passages >= 0, "data.curriculum_passages", self.curriculum_passages, "at least 0")
+        require(0 < self.question_share <= 1, "data.question_share", self.question_share, "above 0, up to 1")
         require(0 <= self.random_start <= 1, "data.random_start", self.random_start, "in [0, 1]")
         require(self.limit is None or self.limit >= 1, "data.limit", self.limit, "at least 1")
         require(self.validation_limit >= 1, "data.validation_limit", self.validation_limit, "at least 1")
@@ -261,7 +271,7 @@ class TokensShare:
 
 @dataclass
 class ObjectiveConfig:
-    """What the compressor is trained for (stage `regenerate`)."""
+    """What the compressor is trained for (stages `regenerate` and `answer`)."""
 
     tokens: list[TokensShare] = field(
         default_factory=lambda: [
@@ -278,11 +288,19 @@ class ObjectiveConfig:
     """Weight of regenerating the passage after its memory."""
     continuation: float = 0.0
     """Weight of predicting the text that follows the passage after its memory."""
+    answer: float = 1.0
+    """Weight of the right answer after memory and question (stage `answer`)."""
+    distillation: float = 0.0
+    """Weight of the divergence from the base that reads the whole passage, on the answer's tokens (stage `answer`)."""
+    teacher_answers: float = 0.0
+    """Share of the micro-batches of questions whose targets are the answers that the base itself gives from the whole
+    passage (PISCO, arXiv 2501.16075) instead of the right ones."""
 
     def __post_init__(self) -> None:
         require(bool(self.tokens), "objective.tokens", self.tokens, "a non-empty list")
-        for name in ("regeneration", "continuation"):
+        for name in ("regeneration", "continuation", "answer", "distillation"):
             require(getattr(self, name) >= 0, f"objective.{name}", getattr(self, name), "at least 0")
+        require(0 <= self.teacher_answers <= 1, "objective.teacher_answers", self.teacher_answers, "in [0, 1]")
         require(self.regeneration + self.continuation > 0, "objective", "all weights 0", "positive in total")
 
 
@@ -368,8 +386,9 @@ class TrainingConfig:
 class RunConfig:
     """One training run."""
 
-    stage: Literal["base", "regenerate"] = "regenerate"
-    """`base` trains a small language model from text; `regenerate` trains a compressor for a frozen base."""
+    stage: Literal["base", "regenerate", "answer"] = "regenerate"
+    """`base` trains a small language model from text; `regenerate` trains a compressor for a frozen base to write
+    passages back, `answer` to answer questions about them."""
     output: str = "outputs/run"
     """Folder for checkpoints, logs and the final model."""
     seed: int = 0
@@ -404,6 +423,18 @@ class RunConfig:
             "training.activation_checkpointing",
             True,
             "false in stage base, whose models are small",
+        )
+        require(
+            self.stage != "answer" or bool(self.data.questions),
+            "data.questions",
+            self.data.questions,
+            "a non-empty list of sources in stage answer",
+        )
+        require(
+            self.stage != "answer" or self.objective.answer + self.objective.distillation > 0,
+            "objective.answer",
+            self.objective.answer,
+            "positive, or objective.distillation, in stage answer",
         )
         longest = max(share.high for share in self.data.lengths)
         require(

@@ -36,7 +36,7 @@ def train_main(argv: list[str] | None = None) -> int:
     config, flags = parse_config(
         RunConfig,
         argv,
-        "Train a compressor (stage regenerate) or a small base (stage base).",
+        "Train a compressor (stages regenerate and answer) or a small base (stage base).",
         {"dry_run": "show settings, batch arithmetic, parameter counts and memory, then stop"},
     )
     # Imported after the settings are known to be good: torch and transformers take seconds.
@@ -90,6 +90,10 @@ def make_stage(config: RunConfig, accelerator: Accelerator, dry_run: bool = Fals
         from compressor.pretraining import BaseStage
 
         return BaseStage(config, accelerator, dry_run=dry_run)
+    if config.stage == "answer":
+        from compressor.answering import AnswerStage
+
+        return AnswerStage(config, accelerator)
     from compressor.compression import CompressionStage
 
     return CompressionStage(config, accelerator)

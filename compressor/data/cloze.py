@@ -37,7 +37,7 @@ def cloze_questions(abstract: str, count: int, seed: str) -> list[Cloze]:
 
     `seed` (the abstract's id) decides which are taken of those that are possible; the same seed gives the same.
     """
-    sentences = _sentences(abstract)
+    sentences = split_sentences(abstract)
     rules = {"acronym": _acronyms, "number": _numbers, "method": _methods, "named": _named}
     found: dict[str, list[Cloze]] = {}
     for kind, rule in rules.items():
@@ -78,7 +78,7 @@ def _usable(abstract: str, item: Cloze) -> bool:
 _NO_END = re.compile(r"(?:\b(?:e\.g|i\.e|vs|cf|Fig|Eq|Eqs|Ref|al|resp|approx|no|No|Dr|St|ca|w\.r\.t|[A-Z]))\.$")
 
 
-def _sentences(abstract: str) -> list[str]:
+def split_sentences(abstract: str) -> list[str]:
     """Sentences, split at . ! ? before a capital; not after initials and common abbreviations."""
     sentences = []
     start = 0

@@ -24,6 +24,11 @@ def continuation_pair(last: int, following: Sequence[int]) -> tuple[list[int], l
     return [last, *following[:-1]], list(following)
 
 
+def answer_pair(prompt: Sequence[int], answer: Sequence[int], eos: int) -> tuple[list[int], list[int]]:
+    """Decoder input and labels for an answer: `prompt answer` gives `answer EOS` after the prompt."""
+    return [*prompt, *answer], [*[IGNORED] * (len(prompt) - 1), *answer, eos]
+
+
 def stack_pairs(pairs: Sequence[tuple[list[int], list[int]]]) -> dict[str, Any]:
     """Pad decoder inputs and labels: int64 `[batch, width]` each, and the number of targets."""
     width = -(-max(len(ids) for ids, _ in pairs) // WIDTH_MULTIPLE) * WIDTH_MULTIPLE

@@ -10,10 +10,8 @@ from datasets import Dataset
 
 from compressor.config import DataConfig
 from compressor.data.records import load_texts
+from compressor.data.rounds import ROUND, Rounds
 from compressor.errors import CompressorError
-
-ROUND = 2048
-"""Passages drawn and sorted by length at a time."""
 
 
 class Piece(NamedTuple):
@@ -56,12 +54,11 @@ def load_passages(
     )
 
 
-class BatchPlan:
+class BatchPlan(Rounds[Piece]):
     """Which pieces make up micro-batch 0, 1, 2, ...: a pure function of data, configuration and seed.
 
     A length is drawn from the configured mixture, then a record among those that are long enough, so that the mixture
-    of lengths is what the configuration says whatever the corpus. A round of pieces is sorted by length and cut into
-    micro-batches of at most `batch_tokens` padded tokens, which are shuffled.
+    of lengths is what the configuration says whatever the corpus. Micro-batches are made by `Rounds`.
     """
 
     def __init__(self, lengths: np.ndarray, data: DataConfig, batch_tokens: int, batch_passages: int, seed: int):
@@ -70,14 +67,8 @@ class BatchPlan:
             raise CompressorError("there is no passage with at least one token to train on")
         self.order = np.argsort(lengths, kind="stable")
         self.sorted = lengths[self.order]
-        self.data, self.batch_tokens, self.batch_passages, self.seed = (
-            data,
-            batch_tokens,
-            batch_passages,
-            seed,
-        )
-        self._ends: list[int] = []  # micro-batches up to and including each round
-        self._cached: tuple[int, list[list[Piece]]] = (-1, [])
+        super().__init__(batch_tokens, batch_passages, seed)
+        self.data = data
 
     def weights(self, seen: int) -> np.ndarray:
         """Weights of the length ranges after `seen` passages."""
@@ -104,25 +95,6 @@ class BatchPlan:
         columns = (self.order[place].tolist(), start.tolist(), wanted.tolist())
         return [Piece(*row) for row in zip(*columns, strict=True)]
 
-    def _round(self, number: int) -> list[list[Piece]]:
-        rng = np.random.default_rng([self.seed, number])
-        batches: list[list[Piece]] = [[]]
-        for piece in sorted(self.draw(rng, ROUND, self.weights(number * ROUND)), key=lambda piece: piece.length):
-            batch = batches[-1]
-            if batch and (len(batch) == self.batch_passages or (len(batch) + 1) * piece.length > self.batch_tokens):
-                batch = []
-                batches.append(batch)
-            batch.append(piece)
-        rng.shuffle(batches)
-        return batches
-
-    def batch(self, index: int) -> list[Piece]:
-        """Pieces of micro-batch `index`."""
-        while not self._ends or self._ends[-1] <= index:
-            batches = self._round(len(self._ends))
-            self._cached = (len(self._ends), batches)
-            self._ends.append((self._ends[-1] if self._ends else 0) + len(batches))
-        number = int(np.searchsorted(self._ends, index, side="right"))
-        if self._cached[0] != number:
-            self._cached = (number, self._round(number))
-        return self._cached[1][index - (self._ends[number - 1] if number else 0)]
+    def draw_round(self, rng: np.random.Generator, number: int) -> list[Piece]:
+        """See `Rounds`."""
+        return self.draw(rng, ROUND, self.weights(number * ROUND))

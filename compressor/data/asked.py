@@ -1,0 +1,101 @@
+"""Passages with the questions asked about them, tokenised, and the plan of which go into which micro-batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from compressor.data.questions import Question
+from compressor.data.rounds import ROUND, Rounds
+from compressor.errors import CompressorError
+from compressor.prompts import answer_text, question_ids
+
+QUESTIONS_TOGETHER = 4
+"""Most questions asked of one encoding of a passage in a micro-batch."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A passage of at most the compressor's limit, and the questions it answers."""
+
+    id: str
+    ids: list[int]
+    """Tokens of the passage."""
+    prompts: list[list[int]]
+    """Tokens of the question prompts."""
+    answers: list[list[int]]
+    """Tokens of the first right answers."""
+
+    @property
+    def length(self) -> int:
+        return len(self.ids)
+
+
+def ask(
+    questions: Sequence[Question], tokenizer: Any, template: str, segment: Callable[[Sequence[int]], list[list[int]]]
+) -> list[Asked]:
+    """Group questions by passage and tokenise them.
+
+    A context over the compressor's limit is segmented; a question then goes to the segment that holds its answer, or
+    to the first one where the answer straddles a cut.
+
+    Args:
+        template: see `question_ids`.
+        segment: cuts token ids into segments (`Compressor.segment`).
+
+    Raises:
+        CompressorError: there is no question with a context and an answer.
+    """
+    usable = [question for question in questions if question.answers and question.context.strip()]
+    contexts = list(dict.fromkeys(question.context for question in usable))
+    if not contexts:
+        raise CompressorError("there is no question with a context and an answer to train on")
+    encoded = tokenizer(contexts, add_special_tokens=False, verbose=False)["input_ids"]
+    segments = {context: segment(ids) for context, ids in zip(contexts, encoded, strict=True)}
+    prompts = question_ids(tokenizer, [question.question for question in usable], template)
+    texts = [answer_text(question.answers[0]) for question in usable]
+    answers = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    grouped: dict[tuple[str, int], tuple[list[list[int]], list[list[int]], str]] = {}
+    for question, prompt, answer in zip(usable, prompts, answers, strict=True):
+        parts = segments[question.context]
+        place = 0
+        if len(parts) > 1:
+            decoded = [tokenizer.decode(part, skip_special_tokens=True) for part in parts]
+            place = next((i for i, text in enumerate(decoded) if question.answers[0] in text), 0)
+        rows = grouped.setdefault((question.context, place), ([], [], question.id))
+        rows[0].append(prompt)
+        rows[1].append(answer)
+    return [
+        Asked(name, segments[context][place], asked, answered)
+        for (context, place), (asked, answered, name) in grouped.items()
+    ]
+
+
+@dataclass(frozen=True)
+class Draw:
+    """A passage and those of its questions that a micro-batch asks."""
+
+    passage: int
+    """Place in the list of `Asked`."""
+    questions: tuple[int, ...]
+    length: int
+
+
+class QuestionPlan(Rounds[Draw]):
+    """Micro-batches of passages in random order, each with up to `QUESTIONS_TOGETHER` of its questions."""
+
+    def __init__(self, asked: Sequence[Asked], batch_tokens: int, batch_passages: int, seed: int):
+        super().__init__(batch_tokens, batch_passages, seed)
+        self.asked = asked
+
+    def draw_round(self, rng: np.random.Generator, number: int) -> list[Draw]:
+        """See `Rounds`."""
+        drawn = []
+        for place in rng.integers(len(self.asked), size=ROUND).tolist():
+            count = len(self.asked[place].prompts)
+            questions = rng.permutation(count)[:QUESTIONS_TOGETHER].tolist()
+            drawn.append(Draw(place, tuple(questions), self.asked[place].length))
+        return drawn
