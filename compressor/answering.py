@@ -14,10 +14,10 @@ from compressor.data.asked import Asked, Draw, QuestionPlan, ask
 from compressor.data.collate import WIDTH_MULTIPLE, answer_pair, stack_pairs
 from compressor.data.questions import load_questions
 from compressor.errors import CompressorError
-from compressor.generation import generate
+from compressor.generation import after, generate
 from compressor.memory import Prefix, empty_prefix
 from compressor.methods.encoder import pad
-from compressor.methods.interface import after, token_prefix
+from compressor.methods.interface import token_prefix
 from compressor.objectives import target_loss
 from compressor.training import Batch
 

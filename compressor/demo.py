@@ -1,4 +1,4 @@
-"""What `demo.py` does: compress a passage, regenerate it, show both."""
+"""What `demo.py` does: compress a passage, then regenerate it or answer a question about it, and show both."""
 
 from __future__ import annotations
 
@@ -9,11 +9,15 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from compressor.config import require
 from compressor.errors import CompressorError, exits_cleanly
 from compressor.parsing import parse_config
+
+if TYPE_CHECKING:
+    from compressor.memory import Memory
+    from compressor.model import Compressor
 
 EXAMPLE_TOKENS = 96
 """The shipped example is cut to this length, the shortest of the published evaluation."""
@@ -28,7 +32,10 @@ class DemoConfig:
     tokens: int | None = None
     """Memory tokens; by default all the compressor has."""
     length: int | None = None
-    """Use the first so many tokens of the passage; by default 96 of the shipped abstract, all of your own text."""
+    """Use the first so many tokens of the passage; by default 96 of the shipped abstract, all of your own text and all
+    of what a question is about."""
+    question: str | None = None
+    """Answer this question about the passage instead of regenerating it."""
     example: int = 0
     """Which shipped test abstract to use."""
     checkpoint: str = "models/arxiv-mini/compressor"
@@ -102,15 +109,13 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
     """Compress and regenerate the passage.
 
     Returns:
-        `passage`, `source`, `tokens`, `passage_tokens`, `text_tokens` (before cutting), `regeneration`, `bleu`,
-        `rouge_l` (0-100 and 0-1), `seconds` (in all), `timings` (seconds to load, compress, regenerate) and
-        `memory_bytes` (bfloat16).
+        `passage`, `source`, `tokens`, `segments`, `passage_tokens`, `text_tokens` (before cutting), `seconds` (in all),
+        `timings` (seconds to load, compress, regenerate or answer) and `memory_bytes` (bfloat16); then
+        `regeneration`, `bleu`, `rouge_l` (0-100 and 0-1), or, of a question, what `answer_question` returns.
     """
     text, source = read_passage(config)
-    import numpy as np
     import torch
 
-    from compressor.evaluation.metrics import bleu, bleu_statistics, rouge_l
     from compressor.model import Compressor
 
     started = time.perf_counter()
@@ -118,14 +123,17 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
     loaded = time.perf_counter()
     tokenizer = model.base.tokenizer
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    length = config.length or (EXAMPLE_TOKENS if config.text is None else len(ids))
+    whole = config.text is not None or config.question is not None
+    length = config.length or (len(ids) if whole else EXAMPLE_TOKENS)
     cut = ids[:length]
     memory = model.compress_ids([cut], config.tokens)[0]
     compressed = time.perf_counter()
-    regeneration = model.regenerate(memory)
-    done = time.perf_counter()
     passage = tokenizer.decode(cut, skip_special_tokens=True)
-    counts = {name: np.array([value]) for name, value in bleu_statistics(regeneration, passage).items()}
+    if config.question is None:
+        work, made = "regenerate", regenerate(model, memory, passage)
+    else:
+        work, made = "answer", answer_question(model, memory, cut, config.question)
+    done = time.perf_counter()
     return {
         "passage": passage,
         "source": source,
@@ -133,17 +141,49 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
         "segments": len(memory.segments),
         "passage_tokens": len(cut),
         "text_tokens": len(ids),
-        "regeneration": regeneration,
-        "bleu": round(float(bleu(counts)[0]), 2),
-        "rouge_l": round(rouge_l(regeneration, passage), 4),
+        **made,
         "seconds": round(done - started, 3),
         "timings": {
             "load": round(loaded - started, 3),
             "compress": round(compressed - loaded, 3),
-            "regenerate": round(done - compressed, 3),
+            work: round(done - compressed, 3),
         },
         "memory_bytes": memory.to(dtype=torch.bfloat16).nbytes,
     }
+
+
+def regenerate(model: Compressor, memory: Memory, passage: str) -> dict[str, Any]:
+    """`regeneration`, `bleu` and `rouge_l` of a passage written back from its memory."""
+    import numpy as np
+
+    from compressor.evaluation.metrics import bleu, bleu_statistics, rouge_l
+
+    regeneration = model.regenerate(memory)
+    counts = {name: np.array([value]) for name, value in bleu_statistics(regeneration, passage).items()}
+    return {
+        "regeneration": regeneration,
+        "bleu": round(float(bleu(counts)[0]), 2),
+        "rouge_l": round(rouge_l(regeneration, passage), 4),
+    }
+
+
+def answer_question(model: Compressor, memory: Memory, passage: list[int], question: str) -> dict[str, Any]:
+    """`question`, `answer` (from the memory), `answer_full` (whole passage), `answer_none` (no passage), `logprob`.
+
+    `logprob` is the natural log-probability of `answer`; `logprob_full` and `logprob_none` are those of the others.
+    """
+    from compressor.generation import answer
+    from compressor.memory import memory_prefix
+    from compressor.methods.interface import token_prefix
+
+    base, template = model.base, model.config.question_template
+    with model.adapters(on=False):
+        prefixes = (memory_prefix(base, [memory]), token_prefix(base, [passage]), token_prefix(base, [[]]))
+        answers = [answer(base, prefix, [question], template)[0] for prefix in prefixes]
+    result: dict[str, Any] = {"question": question}
+    for suffix, found in zip(("", "_full", "_none"), answers, strict=True):
+        result |= {f"answer{suffix}": found.text, f"logprob{suffix}": round(found.logprob, 4)}
+    return result
 
 
 def show(result: dict[str, Any], colour: bool) -> str:
@@ -160,15 +200,34 @@ def show(result: dict[str, Any], colour: bool) -> str:
         f"{result['passage_tokens']} tokens -> {result['tokens']} memory tokens{segments} ({ratio:.3g}x); "
         f"{len(result['passage'].encode()):,} bytes of text -> {result['memory_bytes']:,} bytes of keys and values",
         "",
+        *(_shown_answers(result) if "question" in result else _shown_regeneration(result, colour)),
+        "   ".join(f"{name} {value:.2f} s" for name, value in result["timings"].items()),
+    ]
+    return "\n".join(lines)
+
+
+def _shown_regeneration(result: dict[str, Any], colour: bool) -> list[str]:
+    return [
         "Regenerated from the memory alone, [-missing-] {+added+}:",
         "",
         mark_differences(result["passage"], result["regeneration"], colour),
         "",
         f"BLEU {result['bleu']:.1f}   ROUGE-L {result['rouge_l']:.3f}   "
         f"exact match {'yes' if result['regeneration'] == result['passage'] else 'no'}",
-        "   ".join(f"{name} {value:.2f} s" for name, value in result["timings"].items()),
     ]
-    return "\n".join(lines)
+
+
+def _shown_answers(result: dict[str, Any]) -> list[str]:
+    read = {"": f"{result['tokens']} memory tokens", "_full": "the whole passage", "_none": "no passage"}
+    return [
+        f"Question: {result['question']}",
+        "",
+        *(
+            f"  from {label + ':':24} {result[f'answer{suffix}']}   (log-probability {result[f'logprob{suffix}']:.1f})"
+            for suffix, label in read.items()
+        ),
+        "",
+    ]
 
 
 @exits_cleanly

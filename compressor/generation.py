@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,10 @@ from torch import Tensor
 from compressor.base import Base
 from compressor.errors import CompressorError
 from compressor.memory import Memory, Prefix, memory_prefix
+from compressor.prompts import QUESTION, question_ids
+
+ANSWER_TOKENS = 48
+"""Most tokens of an answer."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,11 @@ def decode(base: Base, prefix: Prefix, ids: Tensor) -> Tensor:
     Returns:
         `[batch, width, vocabulary]`; differentiable with respect to the prefix.
     """
+    return _read(base, prefix, ids).logits
+
+
+def _read(base: Base, prefix: Prefix, ids: Tensor, **options: bool) -> Any:
+    """The base's output for `ids` after a prefix, as for `decode`."""
     width = ids.shape[1]
     columns = torch.arange(width, device=ids.device)
     causal = (columns[:, None] >= columns[None, :]).expand(len(ids), -1, -1)
@@ -64,7 +74,8 @@ def decode(base: Base, prefix: Prefix, ids: Tensor) -> Tensor:
         attention_mask=base.attention_mask(torch.cat([context, causal], dim=2)),
         past_key_values=prefix.to_cache(),
         use_cache=True,
-    ).logits
+        **options,
+    )
 
 
 @torch.no_grad()
@@ -76,19 +87,48 @@ def score(
     Returns:
         For each row float32 `[target tokens, 2]`: log-probability in nats, and 1 where the token is the first choice.
     """
-    rows = [[*prompt, *target] for prompt, target in zip(prompts, targets, strict=True)]
-    width = max(map(len, rows)) - 1
-    ids = torch.zeros(len(rows), width, dtype=torch.int64)
-    for place, one in zip(ids, rows, strict=True):
-        place[: len(one) - 1] = torch.tensor(one[:-1])
-    logits = decode(base, prefix, ids.to(base.device)).float()
+    logits = decode(base, prefix, _inputs(base, prompts, targets)).float()
     scores = []
-    for row, prompt, target in zip(range(len(rows)), prompts, targets, strict=True):
+    for row, prompt, target in zip(range(len(logits)), prompts, targets, strict=True):
         wanted = torch.tensor(list(target), device=base.device)
         ours = logits[row, len(prompt) - 1 : len(prompt) - 1 + len(target)]
         logprobs = ours.log_softmax(-1).gather(1, wanted[:, None])[:, 0]
         scores.append(torch.stack([logprobs, (ours.argmax(-1) == wanted).float()], dim=1).cpu())
     return scores
+
+
+def _inputs(base: Base, prompts: Sequence[Sequence[int]], targets: Sequence[Sequence[int]]) -> Tensor:
+    """`prompt target` of each row without its last token, which nothing follows, int64 `[batch, width]`."""
+    rows = [[*prompt, *target][:-1] for prompt, target in zip(prompts, targets, strict=True)]
+    ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.int64)
+    for place, one in zip(ids, rows, strict=True):
+        place[: len(one)] = torch.tensor(one)
+    return ids.to(base.device)
+
+
+@torch.no_grad()
+def attention(
+    base: Base, prefix: Prefix, prompts: Sequence[Sequence[int]], targets: Sequence[Sequence[int]]
+) -> list[Tensor]:
+    """How much each slot of the prefix is attended to while each target token is predicted.
+
+    Returns:
+        For each row float32 `[layers, target tokens, slots]`, mean over heads; what is missing to 1 went to the text.
+
+    Raises:
+        CompressorError: the base's attention implementation does not give its weights.
+    """
+    found = _read(base, prefix, _inputs(base, prompts, targets), output_attentions=True).attentions
+    if not found or found[0] is None:
+        raise CompressorError(
+            f"{base.name} was loaded with the attention {base.model.config._attn_implementation}, which does not give "
+            "its weights: load it with eager"
+        )
+    mass = torch.stack([layer[..., : prefix.slots].float().mean(1) for layer in found], dim=1).cpu()
+    return [
+        mass[row, :, len(prompt) - 1 : len(prompt) - 1 + len(target)]
+        for row, (prompt, target) in enumerate(zip(prompts, targets, strict=True))
+    ]
 
 
 def _choose(logits: Tensor, sampling: Sampling, generators: Sequence[torch.Generator]) -> Tensor:
@@ -113,12 +153,14 @@ def stream(
     prompts: Sequence[Sequence[int]],
     limits: Sequence[int],
     sampling: Sampling | None = None,
+    ends: bool = True,
 ) -> Iterator[list[tuple[int, float] | None]]:
     """Generate after prefix and prompt, a token a step for every row.
 
     Args:
         prompts: token ids for each row, at least one each; lengths may differ.
         limits: most new tokens for each row.
+        ends: whether EOS ends a row; without, every row is as long as its limit, which timings need.
 
     Yields:
         For each row the new token and its log-probability, or None when the row has ended. EOS is yielded too.
@@ -168,7 +210,7 @@ def stream(
             for token, logprob, going in zip(chosen.tolist(), logprobs.tolist(), alive.tolist(), strict=True)
         ]
         left = left - 1
-        alive = alive & (left > 0) & (chosen != base.eos)
+        alive = alive & (left > 0) & ((chosen != base.eos) | (not ends))
         ids = chosen[:, None]
         positions = positions[:, -1:] + 1
         context = torch.cat([context, torch.ones(batch, 1, dtype=torch.bool, device=device)], dim=1)
@@ -193,6 +235,47 @@ def generate(
                 else:
                     result.ids.append(new[0])
     return results
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer and how sure the base is of it."""
+
+    text: str
+    logprob: float
+    """Natural log-probability of the answer's tokens under the base, EOS included where it came."""
+    finished: bool
+    """Whether it ended before the limit."""
+
+
+def answer(
+    base: Base,
+    prefix: Prefix,
+    questions: Sequence[str],
+    template: str = QUESTION,
+    limit: int = ANSWER_TOKENS,
+    sampling: Sampling | None = None,
+) -> list[Answer]:
+    """Answer a question for each row of a prefix.
+
+    Args:
+        prefix: contexts, for instance of `memory_prefix`; without slots the prompts start with BOS.
+        template: prompt with `{question}` in it, or `chat` (`compressor/prompts.py`).
+        limit: most tokens of an answer.
+    """
+    if any(not question.strip() for question in questions):
+        raise CompressorError("a question is empty: ask something")
+    prompts = after(base, prefix, question_ids(base.tokenizer, questions, template))
+    written = generate(base, prefix, prompts, [limit] * len(prompts), sampling)
+    texts = [base.tokenizer.decode(one.ids, skip_special_tokens=True).strip() for one in written]
+    return [Answer(text, sum(one.logprobs), one.finished) for text, one in zip(texts, written, strict=True)]
+
+
+def after(base: Base, prefix: Prefix, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Prompts to be read after a prefix: a text starts with BOS, so where there is no context a prompt does."""
+    if prefix.slots:
+        return [list(prompt) for prompt in prompts]
+    return [list(prompt) if list(prompt[:1]) == [base.bos] else [base.bos, *prompt] for prompt in prompts]
 
 
 def regeneration_limit(passage_tokens: int) -> int:

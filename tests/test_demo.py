@@ -52,6 +52,21 @@ def test_json_has_the_documented_keys(capsys: pytest.CaptureFixture[str]) -> Non
     assert 0 <= result["bleu"] <= 100
 
 
+def test_a_question_is_answered_from_memory_passage_and_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = "Which structures are classified?"
+    result = json.loads(demo(capsys, "--json", "--question", asked, "--tokens", "4"))
+    assert {"question", "answer", "answer_full", "answer_none", "logprob"} <= set(result)
+    assert (result["question"], result["tokens"]) == (asked, 4)
+    assert result["passage_tokens"] == result["text_tokens"] > 96  # a question is about all of the text
+    assert len({result["answer_full"], result["answer_none"]}) == 2
+    assert result["logprob"] < 0
+    shown = demo(capsys, "--question", asked, "--length", "40")
+    for label in ("from 16 memory tokens", "from the whole passage", "from no passage", "log-probability"):
+        assert label in shown
+    assert demo_main(["--question", " "]) == 2
+    assert "a question is empty" in capsys.readouterr().err
+
+
 def test_own_text_is_taken_whole_and_segmented(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "long.txt"
     path.write_text("We measure the spectrum of light scattered by dust. " * 60)

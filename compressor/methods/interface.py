@@ -147,6 +147,29 @@ class TokenMethod:
         return nullcontext()
 
 
+class TextMethod(TokenMethod):
+    """A hard prompt cut from the beginning of a text that stands for the passage. Subclasses write it (`stand_ins`)."""
+
+    def stand_ins(self, texts: Sequence[str], tokens: int) -> list[str]:
+        """For each text one that stands for it, the most important first, of at least `tokens` tokens if it can.
+
+        Where a stand-in is empty the passage stands for itself.
+        """
+        raise NotImplementedError
+
+    def compress(self, passages: Sequence[list[int]], tokens: Sequence[int]) -> list[list[list[Piece]]]:
+        """See `Method.compress`: each passage is read once and its stand-in cut to every size."""
+        tokenizer = self.base.tokenizer
+        texts = [tokenizer.decode(passage, skip_special_tokens=True) for passage in passages]
+        written = self.stand_ins(texts, max(tokens))
+        ids = tokenizer(written, add_special_tokens=False, verbose=False)["input_ids"]
+        whole = [list(one) or passage for one, passage in zip(ids, passages, strict=True)]
+        return [
+            [[self._piece(passage, one[:count])] for passage, one in zip(passages, whole, strict=True)]
+            for count in tokens
+        ]
+
+
 @torch.no_grad()
 def token_prefix(base: Base, rows: Sequence[Sequence[int]]) -> Prefix:
     """Keys and values of `BOS tokens` in every layer; an empty prefix where no row has a token."""
@@ -158,13 +181,6 @@ def token_prefix(base: Base, rows: Sequence[Sequence[int]]) -> Prefix:
     allowed = encoder_attention(lengths, width, 0, bidirectional=False)
     keys, values = base.keys_and_values(base.embeddings(ids), columns.expand(len(rows), -1), allowed)
     return Prefix(list(keys), list(values), columns[None] < lengths[:, None], lengths)
-
-
-def after(base: Base, prefix: Prefix, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
-    """Prompts to be read after a prefix: a text starts with BOS, so where there is no context a prompt does."""
-    if prefix.slots:
-        return [list(prompt) for prompt in prompts]
-    return [list(prompt) if list(prompt[:1]) == [base.bos] else [base.bos, *prompt] for prompt in prompts]
 
 
 def check_tokens(tokens: Sequence[int], most: int | None, checkpoint: str) -> None:

@@ -1,0 +1,215 @@
+"""Stage `answer`: what its micro-batches hold, its losses, and that it trains, validates and resumes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from compressor.answering import AnswerStage
+from compressor.base import Base
+from compressor.config import RunConfig
+from compressor.data.asked import ask
+from compressor.data.collate import IGNORED, answer_pair
+from compressor.data.questions import Question
+from compressor.errors import CompressorError
+from compressor.generation import decode, generate
+from compressor.launch import train_main
+from compressor.methods.interface import token_prefix
+from compressor.model import Compressor
+from compressor.objectives import answer_loss
+from compressor.parsing import parse_config
+from compressor.prompts import QUESTION
+from compressor.training import start_run
+
+
+@pytest.fixture(scope="session")
+def questions(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> str:
+    """Three questions about each of twelve contexts, answered by words of the context."""
+    path = tmp_path_factory.mktemp("questions") / "questions.jsonl"
+    lines = []
+    for number, text in enumerate(texts[:12]):
+        context = text[:90]
+        for place, word in enumerate(context.split()[:3]):
+            record = {"id": f"q{number}-{place}", "context": context, "question": f"Which is word {place}?"}
+            lines.append(json.dumps(record | {"answers": [word], "dataset": "words"}))
+    path.write_text("\n".join(lines))
+    return str(path)
+
+
+@pytest.fixture
+def options(training_options: list[str], questions: str) -> list[str]:
+    return [
+        *training_options,
+        "--stage=answer",
+        f'--data.questions=["{questions}"]',
+        "--data.question_share=0.6",
+        "--compressor.max_passage_tokens=64",
+        "--data.validation_limit=3",
+    ]
+
+
+@pytest.fixture
+def make_stage(options: list[str], tmp_path: Path) -> Callable[..., AnswerStage]:
+    def make(*argv: str) -> AnswerStage:
+        config = parse_config(RunConfig, [*options, f"--output={tmp_path / 'run'}", *argv], "test")[0]
+        return AnswerStage(config, start_run(config))
+
+    return make
+
+
+def test_an_answer_is_what_follows_the_prompt() -> None:
+    assert answer_pair([5, 6, 7], [8, 9], 2) == ([5, 6, 7, 8, 9], [IGNORED, IGNORED, 8, 9, 2])
+
+
+def test_micro_batches_of_questions_come_among_those_of_passages(make_stage: Callable[..., AnswerStage]) -> None:
+    stage = make_stage()
+    base, asking = stage.module.base, 0
+    for index in range(16):
+        batch, again = stage.micro_batch(index), stage.micro_batch(index)
+        assert all(
+            torch.equal(batch[key], again[key]) if isinstance(batch[key], Tensor) else batch[key] == again[key]
+            for key in batch
+        )
+        if "answer_inputs" not in batch:
+            assert "regeneration_inputs" in batch
+            continue
+        asking += 1
+        assert batch["targets"] == int((batch["answer_labels"] != IGNORED).sum())
+        for row, owner in enumerate(batch["answer_owners"].tolist()):
+            context = base.tokenizer.decode(batch["input_ids"][owner, : batch["lengths"][owner]])
+            prompt = base.tokenizer.decode(batch["answer_prompts"][row])
+            labels = [token for token in batch["answer_labels"][row].tolist() if token != IGNORED]
+            assert labels[-1] == base.eos
+            answer = base.tokenizer.decode(labels[:-1])
+            place = int(prompt.split("word ")[1][0])
+            assert prompt == f"\nQuestion: Which is word {place}? Answer:"
+            assert answer == " " + context.split()[place]
+    assert 4 < asking < 14
+
+
+def test_held_out_contexts_are_not_trained_on(make_stage: Callable[..., AnswerStage]) -> None:
+    stage = make_stage()
+    trained, held_out = ({tuple(one.ids) for one in part} for part in (stage.asked, stage.held_out_questions))
+    assert (len(trained), len(held_out)) == (9, 3)
+    assert not trained & held_out
+
+
+def test_a_long_context_goes_to_the_segment_with_the_answer(tiny_base: Base) -> None:
+    context = "The start names Ada. " + "Nothing happens here for a while. " * 6 + "The end names Bob."
+    asked = [Question(f"q{i}", context, "Who?", (name,), "d") for i, name in enumerate(("Ada", "Bob", "Zoe"))]
+
+    def halves(ids: Any) -> list[list[int]]:
+        return [list(ids[: len(ids) // 2]), list(ids[len(ids) // 2 :])]
+
+    parts = ask(asked, tiny_base.tokenizer, QUESTION, halves)
+    assert [len(part.prompts) for part in parts] == [2, 1]  # Zoe, whom no segment names, goes to the first
+    assert "Ada" in tiny_base.tokenizer.decode(parts[0].ids)
+    assert "Bob" in tiny_base.tokenizer.decode(parts[1].ids)
+    with pytest.raises(CompressorError, match="no question"):
+        ask([Question("q", "Context.", "Why?", (), "d")], tiny_base.tokenizer, QUESTION, halves)
+
+
+def _question_batch(stage: AnswerStage) -> dict[str, Any]:
+    return next(batch for batch in map(stage.micro_batch, range(40)) if "answer_inputs" in batch)
+
+
+def test_answer_and_distillation_losses_are_likelihood_and_divergence(make_stage: Callable[..., AnswerStage]) -> None:
+    stage = make_stage("--objective.distillation=0.5", "--objective.answer=2")
+    model, batch = stage.module, _question_batch(stage)
+    base = model.base
+    with torch.no_grad():
+        keys, values = model.encode(batch["input_ids"], batch["lengths"], int(batch["memory_tokens"].max()))
+        prefix = model.prefix(keys, values, batch["lengths"], batch["memory_tokens"])
+        both = float(answer_loss(model, prefix, batch))
+        likelihood = float(answer_loss(model, prefix, batch | {"distillation_weight": 0.0}))
+        rows = [ids[:n].tolist() for ids, n in zip(batch["input_ids"], batch["lengths"].tolist(), strict=True)]
+        wanted = nll = divergence = 0.0
+        with model.adapters(on=False):
+            for row, owner in enumerate(batch["answer_owners"].tolist()):
+                chosen = batch["answer_labels"][row] != IGNORED
+                inputs = batch["answer_inputs"][row : row + 1]
+                student = decode(base, prefix.select(torch.tensor([owner])), inputs)[0, chosen].log_softmax(-1)
+                # The teacher reads the whole passage as it would stand in a prompt.
+                plain = torch.tensor([[base.bos, *rows[owner], *inputs[0].tolist()]])
+                logits = base.model(input_ids=plain).logits[0, 1 + len(rows[owner]) :]
+                teacher = logits[chosen].log_softmax(-1)
+                nll -= float(student.gather(1, batch["answer_labels"][row, chosen][:, None]).sum())
+                divergence += float((teacher.exp() * (teacher - student)).sum())
+                wanted += 1
+    assert likelihood == pytest.approx(2 * nll, rel=1e-4)
+    assert both - likelihood == pytest.approx(0.5 * divergence, rel=1e-3)
+    assert divergence > 0
+
+
+def test_the_teachers_own_answers_can_be_the_targets(make_stage: Callable[..., AnswerStage]) -> None:
+    stage = make_stage("--objective.teacher_answers=1")
+    model, batch = stage.module, _question_batch(stage)
+    assert batch["teacher_answers"]
+    base = model.base
+    with torch.no_grad():
+        keys, values = model.encode(batch["input_ids"], batch["lengths"], 4)
+        prefix = model.prefix(keys, values, batch["lengths"])
+        found = float(answer_loss(model, prefix, batch))
+        rows = [ids[:n].tolist() for ids, n in zip(batch["input_ids"], batch["lengths"].tolist(), strict=True)]
+        with model.adapters(on=False):
+            full = token_prefix(base, rows).select(batch["answer_owners"])
+            written = generate(base, full, batch["answer_prompts"], [24] * len(batch["answer_prompts"]))
+            total, count = 0.0, 0
+            for row, (prompt, one) in enumerate(zip(batch["answer_prompts"], written, strict=True)):
+                ids = torch.tensor([[*prompt, *one.ids]])
+                owner = batch["answer_owners"][row : row + 1]
+                logits = decode(base, prefix.select(owner), ids)[0, len(prompt) - 1 :]
+                targets = torch.tensor([*one.ids, base.eos])
+                total += float(nn.functional.cross_entropy(logits, targets, reduction="sum"))
+                count += len(targets)
+    assert found == pytest.approx(total / count * batch["targets"], rel=1e-4)
+
+
+def test_gradient_reaches_every_parameter_and_not_the_base(make_stage: Callable[..., AnswerStage]) -> None:
+    stage = make_stage("--objective.distillation=1")
+    batch = _question_batch(stage)
+    batch["memory_tokens"] = torch.full_like(batch["memory_tokens"], stage.module.config.memory_tokens)
+    stage.module(batch).backward()
+    for name, parameter in stage.module.named_parameters():
+        assert (parameter.grad is not None) == parameter.requires_grad, name
+
+
+def test_a_run_learns_validates_and_resumes_exactly(
+    options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(output: Path, steps: int, *more: str) -> list[dict[str, Any]]:
+        argv = [*options, f"--output={output}", f"--training.steps={steps}", "--training.validate_every=6"]
+        assert train_main([*argv, "--training.schedule=constant", *more]) == 0
+        rows = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+        return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+
+    whole = run(tmp_path / "whole", 6)
+    assert "right:" in capsys.readouterr().out
+    validated = next(row for row in whole if "validation_loss" in row)
+    names = {"answer_4", "answer_2", "answer_full", "answer_none", "regeneration_nats_4"}
+    assert {f"validation_{name}" for name in names} <= set(validated)
+    run(tmp_path / "parts", 3)
+    again = run(tmp_path / "parts", 6, "--training.resume=true")
+    assert [row for row in again if "validation_loss" not in row] == [
+        row for row in whole if "validation_loss" not in row
+    ]
+    assert again[-1] == whole[-1]
+    assert Compressor.from_pretrained(tmp_path / "whole" / "final").answer([], []) == []
+
+
+def test_settings_that_cannot_train_are_refused(options: list[str]) -> None:
+    for argv, message in (
+        (["--data.questions=[]"], "data.questions"),
+        (["--objective.answer=0"], "objective.answer"),
+        (["--data.question_share=0"], "data.question_share"),
+        (["--objective.teacher_answers=2"], "objective.teacher_answers"),
+        (["--compressor.question_template=Answer this"], "question_template"),
+    ):
+        with pytest.raises(CompressorError, match=message):
+            parse_config(RunConfig, [*options, *argv], "test")
