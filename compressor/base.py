@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Dynami
 
 from compressor.config import BaseConfig
 from compressor.errors import CompressorError
+from compressor.processes import bars_on_terminals
 
 PROJECT = Path(__file__).resolve().parents[1]
 FULL_HASH_VALUES = 65_536
@@ -318,13 +319,14 @@ def load_base(config: BaseConfig, device: str | torch.device = "cpu") -> Base:
         settings = AutoConfig.from_pretrained(path, revision=config.revision)
         refuse_unsupported(settings, config.path)
         tokenizer = AutoTokenizer.from_pretrained(path, revision=config.revision)
-        model = AutoModelForCausalLM.from_pretrained(
-            path,
-            revision=config.revision,
-            dtype=getattr(torch, config.dtype),
-            attn_implementation=config.attention,
-            **extra,
-        )
+        with bars_on_terminals():
+            model = AutoModelForCausalLM.from_pretrained(
+                path,
+                revision=config.revision,
+                dtype=getattr(torch, config.dtype),
+                attn_implementation=config.attention,
+                **extra,
+            )
     except CompressorError:
         raise
     except Exception as error:  # transformers, the hub and safetensors raise many kinds

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -31,3 +34,24 @@ def make_accelerator(**options: Any) -> Accelerator:
         # One process speaks; a library's warnings would come once for each.
         logging.disable(logging.WARNING)
     return accelerator
+
+
+@contextmanager
+def bars_on_terminals() -> Iterator[None]:
+    """Keep the progress bars of the loading layer and of transformers out of log files."""
+    import datasets
+    from transformers.utils import logging as transformers_logging
+
+    if sys.stderr.isatty():
+        yield
+        return
+    before = not datasets.are_progress_bars_disabled(), transformers_logging.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if before[0]:
+            datasets.enable_progress_bars()
+        if before[1]:
+            transformers_logging.enable_progress_bar()

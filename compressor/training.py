@@ -167,8 +167,9 @@ def run_step(
     indices = [first + a * world + accelerator.process_index for a in range(settings.accumulation)]
     batches = [stage.micro_batch(index) for index in indices]
     counts = [sum(batch[name] for batch in batches) for name in ("targets", "passages")]
-    targets, passages = accelerator.reduce(torch.tensor(counts, dtype=torch.float64).to(device), "sum").tolist()
-    loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+    precise = torch.float32 if device.type == "mps" else torch.float64  # there is no float64 there
+    targets, passages = accelerator.reduce(torch.tensor(counts, dtype=precise).to(device), "sum").tolist()
+    loss_sum = torch.zeros((), dtype=precise, device=device)
     for index, batch in zip(indices, batches, strict=True):
         # Dropout depends on the micro-batch alone, not on which process runs it or what ran before.
         torch.manual_seed(config.seed * 1_000_003 + index)
@@ -176,8 +177,8 @@ def run_step(
             loss = module(_move(batch, device))
             # DDP averages gradients over processes; the loss is a mean over all targets of the step.
             accelerator.backward(loss * (world / targets))
-        loss_sum += loss.detach().double()
-    asked = torch.full((), float(stop.requested), dtype=torch.float64, device=device)
+        loss_sum += loss.detach().to(precise)
+    asked = torch.full((), float(stop.requested), dtype=precise, device=device)
     total_loss, stops = accelerator.reduce(torch.stack([loss_sum, asked]), "sum").tolist()
     _refuse_non_finite(total_loss, "loss", step, batches, accelerator)
     trainable = [p for p in stage.module.parameters() if p.requires_grad]

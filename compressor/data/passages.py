@@ -12,6 +12,7 @@ from compressor.config import DataConfig
 from compressor.data.records import load_texts
 from compressor.data.rounds import ROUND, Rounds
 from compressor.errors import CompressorError
+from compressor.processes import bars_on_terminals
 
 
 class Piece(NamedTuple):
@@ -45,13 +46,14 @@ def load_passages(
         ids = tokenizer(batch["text"], add_special_tokens=False, verbose=False)["input_ids"]
         return {"id": batch["id"], "input_ids": ids, "tokens": [len(one) for one in ids]}
 
-    return texts.map(
-        tokenise,
-        batched=True,
-        num_proc=workers if workers > 1 else None,
-        remove_columns=texts.column_names,
-        desc="tokenising",
-    )
+    with bars_on_terminals():
+        return texts.map(
+            tokenise,
+            batched=True,
+            num_proc=workers if workers > 1 else None,
+            remove_columns=texts.column_names,
+            desc="tokenising",
+        )
 
 
 class BatchPlan(Rounds[Piece]):

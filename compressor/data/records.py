@@ -8,15 +8,14 @@ from __future__ import annotations
 import datetime
 import hashlib
 import os
-import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from itertools import groupby, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from compressor.data.sources import Hub, Row, open_parquet, read_rows, resolve, type_name
 from compressor.errors import CompressorError
+from compressor.processes import bars_on_terminals
 
 if TYPE_CHECKING:
     import datasets
@@ -58,7 +57,7 @@ def load_texts(
         raise CompressorError(f"limit is {limit}; give 1 or more, or leave it out to read everything")
     parts: list[datasets.Dataset] = []
     left = limit
-    with _progress_only_on_terminals():
+    with bars_on_terminals():
         for part in _parts(resolve(source, split=split), split, field, limit):
             part = part if left is None else part.select(range(min(left, len(part))))
             parts.append(part)
@@ -285,18 +284,3 @@ def date_value(row: Row, field: str) -> str:
     if isinstance(value, datetime.date):
         return value.isoformat()[:10]
     return "" if value is None else string_value(row, field)
-
-
-@contextmanager
-def _progress_only_on_terminals() -> Iterator[None]:
-    """Keep the loading layer's bars out of log files."""
-    import datasets
-
-    before = not datasets.are_progress_bars_disabled()
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        if before:
-            datasets.enable_progress_bars()
