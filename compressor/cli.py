@@ -15,10 +15,15 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from compressor import __version__
 from compressor.errors import CompressorError, exits_cleanly
+from compressor.prompts import QUESTION
+
+if TYPE_CHECKING:
+    from compressor.base import Base
+    from compressor.memory import Memory
 
 OVERWRITE = {"overwrite": "replace what is at --output if it exists"}
 
@@ -53,51 +58,77 @@ def corpus(argv: list[str]) -> int:
     return 0
 
 
-@dataclass
-class CompressOptions:
-    """What `compressor compress` takes."""
+def questions(argv: list[str]) -> int:
+    """build extractive questions about abstracts (by rules, or an instruct model) and a manifest"""
+    from compressor.data.arxivqa import ArxivQAConfig, build_questions
+    from compressor.parsing import parse_config
 
-    text: str
-    """File with the passage, or - for standard input."""
-    output: str
-    """Memory file to write."""
-    tokens: int | None = None
-    """Memory tokens for each segment; by default all the compressor has."""
-    checkpoint: str = "models/arxiv-mini/compressor"
-    """Compressor checkpoint: folder or hub id."""
-    base: str | None = None
-    """Frozen base: folder or hub id; by default the one the checkpoint names."""
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    """Type that keys and values are stored in."""
-    device: str = "cpu"
+    flags = {"overwrite": "replace the output folder if this command built it earlier"}
+    config, options = parse_config(ArxivQAConfig, argv, f"compressor questions: {questions.__doc__}", flags)
+    manifest = build_questions(config, overwrite=options.overwrite)
+    asked, pairs = manifest["abstracts"], manifest["pairs"]
+    print(f"asked about {asked['asked']:,} abstracts, {pairs['accepted']:,} questions accepted")
+    for reason, count in pairs["rejected"].items():
+        print(f"  rejected {count:,}: {reason}")
+    if asked["no_reply"]:
+        print(f"  no reply for {asked['no_reply']:,}: run again with --overwrite to ask about those alone")
+    for name, split in manifest["splits"].items():
+        print(f"  {name}: {split['records']:,} questions")
+    print(f"wrote {config.output}")
+    return 0
+
+
+def _named(argv: list[str], first: str) -> list[str]:
+    """Arguments with an option's name before a leading plain one, and `--output` for `-o`."""
+    named = ["--output" if argument == "-o" else argument for argument in argv]
+    return [f"--{first}", *named] if named and (named[0] == "-" or not named[0].startswith("-")) else named
 
 
 def compress(argv: list[str]) -> int:
-    """compress a text file into a memory file"""
-    options = _options(CompressOptions, argv, compress)
-    from compressor.demo import read_text
+    """compress a text into a memory file, or a corpus into a collection of memories"""
+    from compressor.codecs import command
+    from compressor.parsing import parse_config
 
-    passage = read_text(options.text)
-    import torch
+    argv = _named(argv, "text")
+    options, _ = parse_config(command.CompressOptions, argv, f"compressor compress: {compress.__doc__}", OVERWRITE)
+    if command.is_corpus(options.text):
+        printed = command.compress_corpus(options)
+    else:
+        printed = command.compress_text(_options(command.CompressOptions, argv, compress))
+    if printed:
+        print(printed)
+    return 0
 
-    from compressor.model import Compressor
 
-    model = Compressor.from_pretrained(options.checkpoint, base=options.base, device=options.device)
-    memory = model.compress(passage, options.tokens).to(dtype=getattr(torch, options.dtype))
-    memory.save(options.output)
-    print(
-        f"{memory.passage_tokens} tokens -> {memory.tokens} memory tokens in {len(memory.segments)} segment(s); "
-        f"{len(passage.encode()):,} bytes of text -> {Path(options.output).stat().st_size:,} bytes: {options.output}"
-    )
+def calibrate(argv: list[str]) -> int:
+    """fit what low-rank and calibrated codecs need to know about a compressor's memories"""
+    from compressor.codecs import command
+
+    print(command.calibrate_codecs(_options(command.CalibrateOptions, _named(argv, "data"), calibrate)))
+    return 0
+
+
+def inspect(argv: list[str]) -> int:
+    """show what is in a memory file, a collection or a calibration, and where its bytes go"""
+    from compressor.codecs import command
+    from compressor.codecs.inspection import describe
+    from compressor.parsing import parse_config
+
+    options, _ = parse_config(command.InspectOptions, _named(argv, "file"), f"compressor inspect: {inspect.__doc__}")
+    print(describe(options.file))
     return 0
 
 
 @dataclass
-class RegenerateOptions:
-    """What `compressor regenerate` takes."""
+class MemoryOptions:
+    """What commands that read a memory take."""
 
     memory: str
-    """Memory file that `compressor compress` wrote."""
+    """Memory file or collection that `compressor compress` wrote."""
+    id: str | None = None
+    """Which memory of a collection."""
+    calibration: str | None = None
+    """Calibration of the memory's codec, if it is not beside it as calibration.safetensors."""
     base: str = "models/arxiv-mini/base"
     """The frozen base it was made with: folder or hub id. Adapters are not needed."""
     tokens: int | None = None
@@ -108,22 +139,63 @@ class RegenerateOptions:
     device: str = "cpu"
 
 
-def regenerate(argv: list[str]) -> int:
-    """write the passage of a memory file back"""
-    from compressor.config import BaseConfig
-    from compressor.parsing import parse_config
-
-    options, _ = parse_config(RegenerateOptions, argv, f"compressor regenerate: {regenerate.__doc__}")
-    from compressor import generation
+def _memory_and_base(options: MemoryOptions) -> tuple[Memory, Base]:
+    """The memory that the options name, and its base."""
     from compressor.base import load_base
+    from compressor.codecs.artifact import check_base
+    from compressor.codecs.collection import Collection, is_collection
+    from compressor.config import BaseConfig
     from compressor.memory import Memory
 
-    memory = Memory.load(options.memory)
+    if is_collection(options.memory):
+        if options.id is None:
+            raise CompressorError(f"{options.memory} is a collection: say which memory with --id")
+        memory = Collection(options.memory, options.calibration).load(options.id)
+    else:
+        memory = Memory.load(options.memory, options.calibration)
     if options.tokens is not None:
         memory = memory.truncate(options.tokens)
     base = load_base(BaseConfig(path=options.base), options.device)
+    check_base(memory, base)
+    return memory, base
+
+
+def regenerate(argv: list[str]) -> int:
+    """write the passage of a memory file back"""
+    from compressor.parsing import parse_config
+
+    options, _ = parse_config(MemoryOptions, argv, f"compressor regenerate: {regenerate.__doc__}")
+    from compressor import generation
+
+    memory, base = _memory_and_base(options)
     sampling = generation.Sampling(temperature=options.temperature, seed=options.seed)
     print(generation.regenerate(base, [memory], sampling)[0])
+    return 0
+
+
+@dataclass
+class AskOptions(MemoryOptions):
+    """What `compressor ask` takes."""
+
+    question: str = ""
+    template: str = QUESTION
+    """Prompt of the question, with `{question}` in it, or `chat`."""
+
+
+def ask(argv: list[str]) -> int:
+    """answer a question from a memory file"""
+    from compressor.parsing import parse_config
+
+    options, _ = parse_config(AskOptions, argv, f"compressor ask: {ask.__doc__}")
+    if not options.question.strip():
+        raise CompressorError("give a question: --question 'Which data is used?'")
+    from compressor import generation
+    from compressor.memory import memory_prefix
+
+    memory, base = _memory_and_base(options)
+    sampling = generation.Sampling(temperature=options.temperature, seed=options.seed)
+    prefix = memory_prefix(base, [memory])
+    print(generation.answer(base, prefix, [options.question], options.template, sampling=sampling)[0].text)
     return 0
 
 
@@ -201,13 +273,33 @@ def evaluate_base(argv: list[str]) -> int:
     return 0
 
 
+def pack(argv: list[str]) -> int:
+    """pack files without loss, text under the base's predictions, as gzip is used"""
+    from compressor.codecs.pack_command import main as pack_main
+
+    return pack_main(argv, unpack=False)
+
+
+def unpack(argv: list[str]) -> int:
+    """unpack what `compressor pack` packed"""
+    from compressor.codecs.pack_command import main as pack_main
+
+    return pack_main(argv, unpack=True)
+
+
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "compress": compress,
+    "inspect": inspect,
+    "calibrate": calibrate,
     "regenerate": regenerate,
+    "ask": ask,
     "corpus": corpus,
+    "questions": questions,
     "export-base": export_base,
     "export-compressor": export_compressor,
     "evaluate-base": evaluate_base,
+    "pack": pack,
+    "unpack": unpack,
 }
 
 

@@ -11,7 +11,9 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from compressor.base import Base
-from compressor.codecs.artifact import load_memory, save_memory
+from compressor.codecs.artifact import check_base, load_memory, save_memory
+from compressor.codecs.calibration import Calibration
+from compressor.codecs.codec import Codec
 from compressor.config import Layout
 from compressor.errors import CompressorError
 from compressor.layouts import TRUNCATABLE, decoder_start, memory_positions
@@ -44,6 +46,12 @@ class Memory:
     """Memory tokens the compressor has for one segment."""
     base: str
     """Fingerprint of the base that can read this memory."""
+    compressor: str = ""
+    """Name and hash of the compressor that made it, `NAME@SHA256` (`codecs.artifact.signed`); empty if not recorded."""
+    tokenizer: str = ""
+    """Fingerprint of the base's tokenizer; empty where not recorded."""
+    base_name: str = ""
+    """Folder or hub id of the base; empty where not recorded."""
 
     def __post_init__(self) -> None:
         if self.keys.dim() != 4 or self.keys.shape != self.values.shape or self.keys.shape[2] != self.tokens:
@@ -72,14 +80,23 @@ class Memory:
         keys, values = self.keys.to(device=device, dtype=dtype), self.values.to(device=device, dtype=dtype)
         return replace(self, keys=keys, values=values)
 
-    def save(self, path: str | Path) -> None:
-        """Write a checked memory file (`compressor/codecs/artifact.py`)."""
-        save_memory(self, path)
+    def save(self, path: str | Path, codec: str | Codec | None = None, passage_bytes: int | None = None) -> None:
+        """Write a checked memory file (`compressor/codecs/artifact.py`).
+
+        Args:
+            codec: a name such as `bf16` or `int4+ans`, or a `Codec`; by default the type the memory is held in.
+            passage_bytes: length of the passage's text in UTF-8, which `compressor inspect` compares with.
+        """
+        save_memory(self, path, codec, passage_bytes)
 
     @staticmethod
-    def load(path: str | Path) -> Memory:
-        """Read a file that `save` wrote; a damaged or foreign one is a `CompressorError`."""
-        return load_memory(path)
+    def load(path: str | Path, calibration: Calibration | str | Path | None = None) -> Memory:
+        """Read a file that `save` wrote; a damaged or foreign one is a `CompressorError`.
+
+        Args:
+            calibration: what the codec was fitted with, or its file; by default `calibration.safetensors` beside it.
+        """
+        return load_memory(path, calibration)
 
     def split(self) -> list[Memory]:
         """One memory for each segment."""
@@ -140,14 +157,16 @@ class Memory:
     def positions(self) -> tuple[Tensor, Tensor]:
         """Where the keys go in the decoder's context, int64 `[tokens]`, and where the decoder starts, int64 `[]`.
 
-        Each segment's positions begin where the passage tokens of those before it end.
+        Each segment's positions begin where the passage tokens of those before it end, or their memory tokens in the
+        layout `front`.
         """
         device = self.keys.device
         placed, offset, seen = [], 0, 0
         for segment in self.segments:
             length = torch.tensor([segment.passage_tokens], device=device)
-            extra = seen if self.layout == "after" else 0
-            placed.append(memory_positions(self.layout, length, segment.tokens, self.most)[0] + offset + extra)
+            # `front` stands in for the passages, which then take no positions of their own.
+            before = {"after": offset + seen, "front": seen}.get(self.layout, offset)
+            placed.append(memory_positions(self.layout, length, segment.tokens, self.most)[0] + before)
             offset += segment.passage_tokens
             seen += segment.tokens
         start = decoder_start(self.layout, torch.tensor([offset], device=device), self.tokens)[0]
@@ -206,14 +225,10 @@ def memory_prefix(base: Base, memories: Sequence[Memory]) -> Prefix:
     """Place the memories' keys and pad them to one batch.
 
     Raises:
-        CompressorError: a memory was made with another base.
+        CompressorError: a memory was made with another base or tokenizer.
     """
     for memory in memories:
-        if memory.base != base.fingerprint:
-            raise CompressorError(
-                f"this memory was made with another base (weights {memory.base[:12]}) than {base.name} "
-                f"(weights {base.fingerprint[:12]}): load the base it was made with"
-            )
+        check_base(memory, base)
     slots = max(memory.tokens for memory in memories)
     shape = (base.layers, len(memories), base.kv_heads, slots, base.head_size)
     keys = torch.zeros(shape, device=base.device, dtype=base.dtype)

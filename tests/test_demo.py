@@ -122,6 +122,13 @@ def test_a_memory_file_regenerates_without_the_adapters(tmp_path: Path, capsys: 
     written = capsys.readouterr().out.strip()
     assert written == json.loads(demo(capsys, "--text", str(text), "--json"))["regeneration"].strip()
 
+    asked = "Which property is studied?"
+    assert cli(["ask", "--memory", str(memory), "--question", asked]) == 0
+    answer = capsys.readouterr().out.strip()
+    assert answer == json.loads(demo(capsys, "--text", str(text), "--json", "--question", asked))["answer"]
+    assert cli(["ask", "--memory", str(memory)]) == 2
+    assert "give a question" in capsys.readouterr().err
+
     assert cli(["compress", "--text", str(text), "--output", str(memory)]) == 2
     assert "--overwrite" in capsys.readouterr().err
     damaged = bytearray(memory.read_bytes())

@@ -1,90 +1,287 @@
-"""Memory files: a safetensors container with keys, values and what is needed to read them, checked on loading.
+"""Memory files: a checked safetensors container with coded keys and values and what is needed to read them.
 
-The header's metadata holds one JSON object under `memory`: format, package version, fingerprint of the base, layout,
-segments and a SHA-256 over all of these and the payload. Any safetensors reader can open the file; nothing is pickled.
+The metadata hold one JSON object under `memory`: format, package version, base (name and weight hash), tokenizer hash,
+compressor, layout, segments (memory tokens and passage tokens of each), shape, type, codec and a SHA-256 over the whole
+file. Reading needs the base, not the adapters, and for calibrated codecs the calibration that the file names.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
+from weakref import WeakKeyDictionary
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load
+from torch import Tensor
 
 import compressor
+from compressor.codecs import container
+from compressor.codecs.calibration import Calibration
+from compressor.codecs.codec import FLOATS, Codec
 from compressor.config import Layout
 from compressor.errors import CompressorError
-from compressor.files import atomic_path
 
 if TYPE_CHECKING:
+    from compressor.base import Base
     from compressor.memory import Memory
+    from compressor.model import Compressor
 
-FORMAT = 1
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FORMAT = 2
+BESIDE = "calibration.safetensors"
+"""Name under which a calibration is looked for beside a memory."""
+MOST_VALUES = 1 << 31
+"""Most keys and values of a memory: 100,000 tokens' worth for Llama-3-8B."""
+MOST_TOKENS = 1 << 12
+"""Most memory tokens of a segment."""
+MOST_LAYERS = 1 << 12
+"""Most layers, heads, and dimensions of a head."""
+MOST_EXPANSION = 1 << 11
+"""Most values for a byte of a file; a small file that claims to be a vast memory is refused before it is decoded."""
+WHAT = "a memory file"
+_PROBE = "The 3 quick brown foxes—naïve, 𝛼≤β—jump over\n\n\t12,345.67 lazy dogs; can't they?  $x_{i}^2$ <s></s>"
 
 
-def _checksum(settings: dict[str, Any], keys: torch.Tensor, values: torch.Tensor) -> str:
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    for tensor in (keys, values):
-        digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-        digest.update(tensor.contiguous().cpu().flatten().view(torch.uint8).numpy().tobytes())
+_KNOWN: WeakKeyDictionary[Any, tuple[int, str]] = WeakKeyDictionary()
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """SHA-256 that tells tokenizers apart: vocabulary, special tokens, and how a difficult text is cut."""
+    length, known = _KNOWN.get(tokenizer, (-1, ""))
+    if length == len(tokenizer):
+        return known
+    digest = hashlib.sha256()
+    for token, number in sorted(tokenizer.get_vocab().items(), key=lambda pair: (pair[1], pair[0])):
+        digest.update(f"{number}:{token}\0".encode("utf-8", "surrogatepass"))
+    ids = tokenizer(_PROBE, add_special_tokens=False, verbose=False)["input_ids"]
+    digest.update(repr((tokenizer.bos_token_id, tokenizer.eos_token_id, list(ids))).encode())
+    _KNOWN[tokenizer] = (len(tokenizer), digest.hexdigest())
     return digest.hexdigest()
 
 
-def save_memory(memory: Memory, path: str | Path) -> None:
-    """Write a memory file atomically, in the type the memory is held in."""
-    settings = {
+def compressor_fingerprint(model: Compressor) -> str:
+    """SHA-256 over the names, shapes and values of a compressor's trained weights."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.trainable_state().items()):
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.float().contiguous().cpu().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def public_name(path: str) -> str:
+    """A path or hub id as files may show it: of an absolute path, which names this machine's folders, the last part."""
+    return Path(path).name if Path(path).is_absolute() else path
+
+
+def compressor_name(model: Compressor, checkpoint: str) -> str:
+    """What memory files call a compressor: `NAME@SHA256`."""
+    return f"{public_name(checkpoint)}@{compressor_fingerprint(model)}"
+
+
+def signed(memory: Memory, base: Base, compressor_name: str) -> Memory:
+    """The memory with the names and hashes of where it came from, which its file then states."""
+    return replace(
+        memory,
+        compressor=compressor_name,
+        base_name=public_name(base.name),
+        tokenizer=tokenizer_fingerprint(base.tokenizer),
+    )
+
+
+def check_base(memory: Memory, base: Base) -> None:
+    """Raise a `CompressorError` unless this base, with this tokenizer, reads the memory."""
+    if memory.base != base.fingerprint:
+        raise CompressorError(
+            f"this memory was made with another base ({memory.base_name or 'unnamed'}, weights {memory.base[:12]}) "
+            f"than {base.name} (weights {base.fingerprint[:12]}): load the base it was made with"
+        )
+    if memory.tokenizer and memory.tokenizer != (found := tokenizer_fingerprint(base.tokenizer)):
+        raise CompressorError(
+            f"this memory was made with another tokenizer ({memory.tokenizer[:12]}) than that of {base.name} "
+            f"({found[:12]}): load the tokenizer that belongs to the base it was made with"
+        )
+
+
+def as_held(memory: Memory) -> str:
+    """The codec that stores a memory in the type it is held in."""
+    for name, dtype in FLOATS.items():
+        if memory.keys.dtype == dtype:
+            return name
+    return "float32"
+
+
+def settings_of(memory: Memory, codec: Codec, details: Mapping[str, Any]) -> dict[str, Any]:
+    """What a file says about a prepared memory, less its segments."""
+    layers, heads, _, size = memory.keys.shape
+    return {
         "format": FORMAT,
         "version": compressor.__version__,
-        "base": memory.base,
+        "base": {"name": memory.base_name, "weights": memory.base},
+        "tokenizer": memory.tokenizer,
+        "compressor": memory.compressor,
         "layout": memory.layout,
         "most": memory.most,
-        "segments": [[segment.tokens, segment.passage_tokens] for segment in memory.segments],
+        "shape": [layers, heads, size],
+        "dtype": str(memory.keys.dtype).removeprefix("torch."),
+        "codec": {**codec.record(), **details},
     }
-    settings["sha256"] = _checksum(settings, memory.keys, memory.values)
-    tensors = {"keys": memory.keys.contiguous(), "values": memory.values.contiguous()}
-    with atomic_path(path) as temporary:
-        save_file(tensors, temporary, metadata={"memory": json.dumps(settings)})
 
 
-def load_memory(path: str | Path) -> Memory:
-    """Read a memory file; the base is checked when the memory is used.
+def save_memory(
+    memory: Memory, path: str | Path, codec: str | Codec | None = None, passage_bytes: int | None = None
+) -> None:
+    """Write a memory file atomically.
+
+    Args:
+        codec: a `Codec` or its name (`Codec.parse`); by default the type the memory is held in.
+        passage_bytes: length of the passage's text in UTF-8, for `compressor inspect` to compare with.
 
     Raises:
-        CompressorError: not a memory file, of a newer format, or damaged anywhere.
+        CompressorError: the codec cannot store this memory.
+    """
+    if not isinstance(codec, Codec):
+        codec = Codec.parse(codec or as_held(memory))
+    memory = codec.prepare(memory)
+    tensors, details = encode(memory, codec)
+    segments = [[segment.tokens, segment.passage_tokens] for segment in memory.segments]
+    settings = {**settings_of(memory, codec, details), "segments": segments, "passage_bytes": passage_bytes}
+    data, _ = container.serialise("memory", settings, tensors)
+    container.write(path, data)
+
+
+def encode(memory: Memory, codec: Codec) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """`Codec.encode` for files: what could not be read again is refused.
+
+    Raises:
+        CompressorError: the memory is larger than files may be, or the codec leaves next to nothing of it.
+    """
+    tensors, details = codec.encode(memory)
+    values, stored = 2 * memory.keys.numel(), sum(tensor.nbytes for tensor in tensors.values())
+    if memory.most > MOST_TOKENS or values > MOST_VALUES:
+        raise CompressorError(f"a memory of {values:,} values, {memory.most} tokens a segment, is too large for a file")
+    if values > MOST_EXPANSION * stored:
+        raise CompressorError(
+            f"this codec leaves {stored:,} bytes of {values:,} values, which is next to nothing: choose a higher rate"
+        )
+    return tensors, details
+
+
+def load_memory(path: str | Path, calibration: Calibration | str | Path | None = None) -> Memory:
+    """Read a memory file; the base is checked when the memory is used, or by `check_base`.
+
+    Args:
+        calibration: the calibration of the codec, or its file; by default `calibration.safetensors` beside the memory.
+
+    Raises:
+        CompressorError: not a memory file, of a newer format, damaged anywhere, or it needs another calibration.
+    """
+    content = container.read(path, "memory", WHAT, FORMAT) if format_of(path) != 1 else None
+    if content is None:
+        return _load_format_1(path)
+    return restore(content.settings, content.settings.get("segments"), content.tensors, path, calibration)
+
+
+def restore(
+    settings: Mapping[str, Any],
+    segments: Any,
+    tensors: Mapping[str, Tensor],
+    path: str | Path,
+    calibration: Calibration | str | Path | None,
+) -> Memory:
+    """The memory that checked settings and tensors describe.
+
+    Raises:
+        CompressorError: they do not describe a memory.
     """
     from compressor.memory import Memory, Segment
 
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if "memory" not in metadata or set(file.keys()) != {"keys", "values"}:
-                raise CompressorError(
-                    f"{path} is a safetensors file but not a memory: it was not written by Memory.save"
-                )
-            keys, values = file.get_tensor("keys"), file.get_tensor("values")
-    except FileNotFoundError:
-        raise CompressorError(f"{path} does not exist") from None
-    except (OSError, SafetensorError) as error:
-        raise CompressorError(f"{path} is not a memory file, or is damaged: {error}") from None
+        layout, most = settings["layout"], whole(settings["most"], 1, MOST_TOKENS)
+        if layout not in get_args(Layout):
+            raise CompressorError(f"{path} has layout {str(layout)[:20]!r}, which this version does not know")
+        parts = tuple(Segment(whole(k, 1, most), whole(n, 1, 1 << 31)) for k, n in segments)
+        layers, heads, size = (whole(number, 1, MOST_LAYERS) for number in settings["shape"])
+        tokens = sum(part.tokens for part in parts)
+        stored = sum(tensor.nbytes for tensor in tensors.values())
+        values = 2 * layers * heads * tokens * size
+        if not parts or values > min(MOST_VALUES, MOST_EXPANSION * max(stored, 1)):
+            raise CompressorError(f"{path} is damaged: {stored:,} bytes cannot hold the {values:,} values it claims")
+        record = settings["codec"]
+        if record["calibration"] is not None:
+            calibration = find_calibration(path, str(record["calibration"]), calibration)
+        codec = Codec.from_record(record, calibration if isinstance(calibration, Calibration) else None)
+        slots = [slot for part in parts for slot in range(part.tokens)]
+        keys, values_ = codec.decode(tensors, record, (layers, heads, tokens, size), slots)
+        texts = (settings["base"]["weights"], settings["compressor"], settings["tokenizer"], settings["base"]["name"])
+        if not all(isinstance(text, str) for text in texts):
+            raise TypeError("a name is no text")
+        return Memory(keys, values_, parts, layout, most, *texts)
+    except CompressorError as error:
+        text = str(error)
+        raise CompressorError(text if str(path) in text else f"{path}: {text}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RuntimeError) as error:
+        raise CompressorError(f"{path} is damaged: its header does not describe a memory ({error!r})") from None
+
+
+def find_calibration(
+    path: str | Path, digest: str, given: Calibration | str | Path | None = None
+) -> Calibration | None:
+    """The calibration that was given, or the one beside the memory if it has this digest."""
+    if isinstance(given, Calibration):
+        return given
+    if given is not None:
+        return Calibration.load(given)
+    beside = Path(path).parent / BESIDE
+    if beside.exists() and (found := Calibration.load(beside)).digest == digest:
+        return found
+    return None
+
+
+def whole(value: Any, low: int, high: int) -> int:
+    """`value` if it is a whole number in this range, else a ValueError."""
+    if type(value) is not int or not low <= value <= high:
+        raise ValueError(f"{str(value)[:40]} is no whole number from {low} to {high}")
+    return value
+
+
+def format_of(path: str | Path) -> Any:
+    """The format number a memory file states, unchecked."""
+    return container.read_header(path, "memory", WHAT)[0].get("format")
+
+
+def _load_format_1(path: str | Path) -> Memory:
+    """Files of the first format: keys and values as they are, the checksum over these and the settings."""
+    from compressor.memory import Memory, Segment
+
+    settings = container.read_header(path, "memory", WHAT)[0]
     try:
-        settings = json.loads(metadata["memory"])
-        if settings["format"] > FORMAT:
-            raise CompressorError(
-                f"{path} has memory format {settings['format']}, this version reads up to {FORMAT}: update the package"
-            )
+        tensors = load(Path(path).read_bytes())
         claimed = settings.pop("sha256")
-        if keys.dtype not in DTYPES or _checksum(settings, keys, values) != claimed:
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+        for name in ("keys", "values"):
+            tensor = tensors[name]
+            digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+            digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        if digest.hexdigest() != claimed or set(tensors) != {"keys", "values"}:
             raise CompressorError(f"{path} is damaged: its checksum does not match its content")
-        segments = tuple(Segment(int(tokens), int(length)) for tokens, length in settings["segments"])
+        if any(tensor.dtype not in FLOATS.values() for tensor in tensors.values()):
+            raise CompressorError(f"{path} is damaged: keys and values are not floating-point")
+        segments = tuple(Segment(whole(k, 1, 1 << 20), whole(n, 1, 1 << 31)) for k, n in settings["segments"])
         if settings["layout"] not in get_args(Layout) or not segments:
             raise CompressorError(f"{path} has layout {settings['layout']!r}, which this version does not know")
-        return Memory(keys, values, segments, settings["layout"], int(settings["most"]), str(settings["base"]))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, CompressorError):
-            raise
-        raise CompressorError(f"{path} is damaged: its header does not describe a memory ({error!r})") from None
+        return Memory(
+            tensors["keys"],
+            tensors["values"],
+            segments,
+            settings["layout"],
+            whole(settings["most"], 1, 1 << 20),
+            str(settings["base"]),
+        )
+    except CompressorError:
+        raise
+    except Exception as error:  # safetensors, json and torch raise many kinds on damaged data
+        raise CompressorError(f"{path} is damaged: its content does not describe a memory ({error!r})") from None

@@ -1,0 +1,231 @@
+"""What `compressor compress`, `calibrate` and `inspect` do."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from tqdm import tqdm
+
+from compressor.config import require
+from compressor.errors import CompressorError
+
+LINES = 10
+"""Progress lines of a command that does not run on a terminal."""
+
+
+@dataclass
+class CompressOptions:
+    """What `compressor compress` takes."""
+
+    text: str
+    """File with the passage, or - for standard input; or a corpus (JSONL, JSON, CSV, TSV, Parquet, a corpus folder, a
+    shipped name), each record of which becomes a memory of a collection."""
+    output: str
+    """Memory file to write; for a corpus the folder of the collection, which is continued if it exists."""
+    tokens: int | None = None
+    """Memory tokens for each segment; by default all the compressor has."""
+    checkpoint: str = "models/arxiv-mini/compressor"
+    """Compressor checkpoint: folder or hub id."""
+    base: str | None = None
+    """Frozen base: folder or hub id; by default the one the checkpoint names."""
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """Type that keys and values are stored in, where --codec does not say."""
+    codec: str | None = None
+    """float32, float16, bf16, int8, int4, int3, int2 or lowrank:RATE; with +ans, +range or +huffman it is coded."""
+    calibration: str | None = None
+    """What `compressor calibrate` wrote: for lowrank, and for integers without steps of their own."""
+    drop_layers: list[int] = field(default_factory=list)
+    """Layers that are not stored."""
+    keep_tokens: int | None = None
+    """Store only the first so many memory tokens of each segment."""
+    device: str = "cpu"
+    batch_size: int = 16
+    """Segments compressed together."""
+    shard_size: int = 256
+    """Memories in a file of a collection: what a killed run loses at most, for each process."""
+    text_field: str | None = None
+    """Field of a corpus that holds the passage; by default text or abstract."""
+    limit: int | None = None
+    """Only the first so many records of a corpus."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "shard_size"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+
+
+@dataclass
+class CalibrateOptions:
+    """What `compressor calibrate` takes."""
+
+    output: str
+    """Calibration to write, a safetensors file."""
+    data: str = "arxiv-train"
+    """Passages like those to be compressed, not those to be evaluated on: a file, corpus folder or shipped name."""
+    checkpoint: str = "models/arxiv-mini/compressor"
+    """Compressor checkpoint: folder or hub id."""
+    base: str | None = None
+    """Frozen base; by default the one the checkpoint names."""
+    tokens: int | None = None
+    """Memory tokens; by default all the compressor has."""
+    lengths: list[int] = field(default_factory=lambda: [96, 192, 384])
+    """Passages are cut to these lengths in turn; those that are shorter are taken whole."""
+    limit: int = 600
+    """Passages to compress."""
+    rank: int = 384
+    """Most principal components."""
+    sensitivity: int = 150
+    """Passages on which the decoder's sensitivity is measured; 0 weighs all channels alike."""
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        require(self.limit >= 8, "limit", self.limit, "at least 8")
+        require(self.rank >= 1, "rank", self.rank, "at least 1")
+        require(self.sensitivity >= 0, "sensitivity", self.sensitivity, "at least 0")
+        require(bool(self.lengths) and min(self.lengths) >= 1, "lengths", self.lengths, "token counts of at least 1")
+
+
+@dataclass
+class InspectOptions:
+    """What `compressor inspect` takes."""
+
+    file: str
+    """Memory file, collection or calibration."""
+
+
+class Progress:
+    """A bar on a terminal, about ten lines elsewhere, nothing on processes but the first."""
+
+    def __init__(self, total: int, unit: str, shown: bool = True):
+        self.total, self.unit, self.shown, self.done = total, unit, shown, 0
+        self.bar = tqdm(total=total, unit=f" {unit}", dynamic_ncols=True) if shown and sys.stderr.isatty() else None
+
+    def add(self, count: int) -> None:
+        """Count work done."""
+        before, self.done = self.done, self.done + count
+        if self.bar is not None:
+            self.bar.update(count)
+        elif self.shown and self.total and before * LINES // self.total < self.done * LINES // self.total:
+            print(f"{self.done:,} of {self.total:,} {self.unit}", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """End the bar."""
+        if self.bar is not None:
+            self.bar.close()
+
+
+def is_corpus(source: str) -> bool:
+    """Whether `compress` makes a collection of this: a data file, a folder or a shipped name; a .txt is one passage."""
+    from compressor.data.sources import kind_of, shipped_names
+
+    path = Path(source)
+    return path.is_dir() or kind_of(path) not in (None, ".txt") or (not path.exists() and source in shipped_names())
+
+
+def chosen_codec(options: CompressOptions) -> Any:
+    """The `Codec` that the options describe."""
+    from compressor.codecs.codec import Codec
+
+    name = options.codec or {"bfloat16": "bf16"}.get(options.dtype, options.dtype)
+    return Codec.parse(name, options.calibration, options.drop_layers, options.keep_tokens)
+
+
+def compress_text(options: CompressOptions) -> str:
+    """Compress one passage into a memory file; returns a line about it."""
+    from compressor.demo import read_text
+
+    passage, codec = read_text(options.text), chosen_codec(options)
+    from compressor.codecs.artifact import compressor_name, signed
+    from compressor.model import Compressor
+
+    model = Compressor.from_pretrained(options.checkpoint, base=options.base, device=options.device)
+    memory = model.compress(passage, options.tokens, options.batch_size)
+    memory = signed(memory, model.base, compressor_name(model, options.checkpoint))
+    size = len(passage.encode())
+    memory.save(options.output, codec, size)
+    kept = memory.tokens if options.keep_tokens is None else options.keep_tokens * len(memory.segments)
+    return (
+        f"{memory.passage_tokens} tokens -> {kept} memory tokens in {len(memory.segments)} segment(s); "
+        f"{size:,} bytes of text -> {Path(options.output).stat().st_size:,} bytes: {options.output}"
+    )
+
+
+def compress_corpus(options: CompressOptions) -> str:
+    """Compress the records of a corpus into a collection, on all processes; returns lines about it."""
+    codec = chosen_codec(options)
+    if Path(options.output).is_file():
+        raise CompressorError(f"{options.output} is a file: a corpus becomes a folder, choose another --output")
+    import torch
+
+    from compressor.codecs.artifact import compressor_name, signed
+    from compressor.codecs.collection import Collection, CollectionWriter, missing
+    from compressor.codecs.inspection import describe
+    from compressor.data.records import load_texts
+    from compressor.model import Compressor
+    from compressor.processes import make_accelerator
+
+    accelerator = make_accelerator()
+    device: Any = options.device
+    if accelerator.num_processes > 1:
+        device = accelerator.device
+    with accelerator.main_process_first():
+        records = load_texts(options.text, field=options.text_field, limit=options.limit)
+    names, texts = list(records["id"]), list(records["text"])
+    model = Compressor.from_pretrained(options.checkpoint, base=options.base, device=device)
+    writer = CollectionWriter(options.output, codec, accelerator.process_index)
+    stamp = signed(model.compress(texts[0], options.tokens), model.base, compressor_name(model, options.checkpoint))
+    if accelerator.is_main_process:
+        writer.begin(stamp.to("cpu"))
+    accelerator.wait_for_everyone()
+    # Every process reads what is there before any of them adds to it.
+    todo = missing(Collection(options.output, codec.calibration), names, texts)
+    accelerator.wait_for_everyone()
+    mine = todo[accelerator.process_index :: accelerator.num_processes]
+    progress = Progress(len(mine), "passages", accelerator.is_main_process)
+    for start in range(0, len(mine), options.shard_size):
+        chosen = mine[start : start + options.shard_size]
+        memories = []
+        for first in range(0, len(chosen), options.batch_size):
+            some = [texts[i] for i in chosen[first : first + options.batch_size]]
+            for memory in model.compress(some, options.tokens, options.batch_size):
+                origin = {name: getattr(stamp, name) for name in ("compressor", "tokenizer", "base_name")}
+                memories.append(replace(memory.to("cpu", torch.float32), **origin))
+            progress.add(len(some))
+        writer.write([names[i] for i in chosen], [texts[i] for i in chosen], memories)
+    progress.close()
+    accelerator.wait_for_everyone()
+    if not accelerator.is_main_process:
+        return ""
+    done = f"compressed {len(todo):,} passages, {len(names) - len(todo):,} were there already\n"
+    return done + describe(options.output)
+
+
+def calibrate_codecs(options: CalibrateOptions) -> str:
+    """Fit a calibration and write it; returns lines about it."""
+    from compressor.codecs.artifact import compressor_name
+    from compressor.codecs.fitting import calibrate
+    from compressor.codecs.inspection import describe
+    from compressor.data.records import load_texts
+    from compressor.model import Compressor
+
+    records = load_texts(options.data, limit=options.limit)
+    model = Compressor.from_pretrained(options.checkpoint, base=options.base, device=options.device)
+    encoded = model.base.tokenizer(list(records["text"]), add_special_tokens=False, verbose=False)["input_ids"]
+    most = model.config.max_passage_tokens
+    lengths = [min(length, most) for length in options.lengths]
+    passages = [ids[: lengths[i % len(lengths)]] for i, ids in enumerate(encoded) if ids]
+    progress = Progress(len(passages), "passages")
+    fitted = calibrate(
+        model,
+        passages,
+        options.tokens,
+        options.rank,
+        options.sensitivity,
+        compressor_name(model, options.checkpoint),
+        progress.add,
+    )
+    progress.close()
+    fitted.save(options.output)
+    return describe(options.output)

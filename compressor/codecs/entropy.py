@@ -1,0 +1,264 @@
+"""Entropy coding of integers under fixed-point models that are the same on every machine.
+
+A model is a table of integer frequencies that sum to 2^24. There is one family of tables, made by correctly rounded
+decimal arithmetic from two shapes (Gaussian, Laplace) and a ladder of scales, four to an octave; a channel's model is
+one byte. constriction does the coding: an ANS coder, a range coder, or Huffman codes.
+"""
+
+from __future__ import annotations
+
+from decimal import ROUND_FLOOR, Decimal, localcontext
+from functools import lru_cache
+from types import ModuleType
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from compressor.errors import CompressorError
+
+Coder = Literal["none", "ans", "range", "huffman"]
+PRECISION = 24
+SCALES = 52
+"""Scales of a shape; number s has a standard deviation of 2^((s - 8) / 4) quantiser steps, .25 to 1,700."""
+UNIT_SCALE = 8
+SHAPES = 2
+_SHAPE = 64
+DROPPED = 255
+"""Model of a channel that is not coded: all its integers are 0."""
+MODELS = tuple(shape * _SHAPE + scale for shape in range(SHAPES) for scale in range(SCALES))
+Alphabet = tuple[int, int] | None
+"""First and last integer, for a mid-rise quantiser (symmetric about -1/2); None: every integer, symmetric about 0."""
+
+
+def _constriction() -> ModuleType:
+    try:
+        import constriction
+    except ImportError:
+        raise CompressorError(
+            "entropy coding needs constriction: pip install 'kv-compressor[codecs]'; codecs without a coder (bf16, "
+            "int8, int4, int3, int2) work without it"
+        ) from None
+    return constriction
+
+
+def reach(model: int) -> int:
+    """Largest magnitude that a model of unbounded integers codes itself; it stands for all beyond it too."""
+    shape, scale = divmod(model, _SHAPE)
+    return 2 + (9 if shape else 6) * (1 << max(0, -(-(scale - UNIT_SCALE) // 4)))
+
+
+@lru_cache(maxsize=4096)
+def table(model: int, alphabet: Alphabet = None) -> np.ndarray:
+    """Frequencies of a model's integers, int64, each at least 1, their sum 2^24.
+
+    Args:
+        model: a member of `MODELS`.
+        alphabet: see `Alphabet`; None covers -reach..reach.
+    """
+    shape, scale = divmod(model, _SHAPE)
+    if not (0 <= shape < SHAPES and 0 <= scale < SCALES):
+        raise CompressorError(f"there is no entropy model {model}: the data are damaged, or of a newer version")
+    low, high = alphabet or (-reach(model), reach(model))
+    half = Decimal(0) if alphabet is None else Decimal("0.5")
+    with localcontext() as context:
+        context.prec = 28  # exp and sqrt of the decimal module are correctly rounded, on any machine
+        variance = Decimal(2) ** ((scale - UNIT_SCALE) // 2)
+        if (scale - UNIT_SCALE) % 2:
+            variance *= Decimal(2).sqrt()
+        rate = (2 / variance).sqrt()
+        by_distance: dict[Decimal, int] = {}
+        for value in range(low, high + 1):
+            distance = abs(value + half)
+            if distance not in by_distance:
+                exponent = -distance * rate if shape else -distance * distance / (2 * variance)
+                weight = exponent.exp() * (1 << 40)
+                by_distance[distance] = int(weight.to_integral_value(ROUND_FLOOR))
+    weights = [by_distance[abs(value + half)] for value in range(low, high + 1)]
+    spare = (1 << PRECISION) - len(weights)
+    total = sum(weights)
+    frequencies = [weight * spare // total for weight in weights]
+    frequencies[-low] += spare - sum(frequencies)
+    return np.array(frequencies, dtype=np.int64) + 1
+
+
+@lru_cache(maxsize=64)
+def costs(alphabet: tuple[int, int]) -> np.ndarray:
+    """Bits of every integer of an alphabet under every model, float64 `[models, integers]`; for choosing only."""
+    return np.stack([PRECISION - np.log2(table(model, alphabet)) for model in MODELS])
+
+
+def choose_models(symbols: np.ndarray, alphabet: tuple[int, int]) -> np.ndarray:
+    """The model of each channel that codes its integers in the fewest bits.
+
+    Args:
+        symbols: integers within the alphabet, `[samples, channels]`.
+
+    Returns:
+        uint8 `[channels]`.
+    """
+    low, high = alphabet
+    size, channels = high - low + 1, symbols.shape[1]
+    places = (symbols - low) + size * np.arange(channels)
+    counts = np.bincount(places.reshape(-1), minlength=size * channels).reshape(channels, size)
+    return np.array(MODELS, dtype=np.uint8)[np.argmin(counts @ costs(alphabet).T, axis=1)]
+
+
+def encode(symbols: np.ndarray, models: np.ndarray, coder: Coder, alphabet: Alphabet = None) -> bytes:
+    """Code integers, each under its own model.
+
+    Args:
+        symbols: int64 `[count]`.
+        models: uint8 `[count]`; integers of model `DROPPED` are not coded and come back as 0.
+        alphabet: see `Alphabet`. Integers beyond a model's reach are escaped, so any integer can be coded.
+
+    Raises:
+        CompressorError: constriction is not installed.
+    """
+    words = _Writer(coder)
+    escaped: list[int] = []
+    runs = []
+    for model in np.unique(models[models != DROPPED]).tolist():
+        values = symbols[models == model]
+        low, high = alphabet or (-reach(model), reach(model))
+        if alphabet is None:
+            outside = np.abs(values) >= high
+            escaped += (np.abs(values[outside]) - high).tolist()
+        runs.append(((np.clip(values, low, high) - low).astype(np.int32), model))
+    words.write(runs, alphabet)
+    return (b"" if alphabet else _varints([len(escaped), *escaped])) + words.finish()
+
+
+def decode(data: bytes, models: np.ndarray, coder: Coder, alphabet: Alphabet = None) -> np.ndarray:
+    """The integers that `encode` was given, int64 `[count]`.
+
+    Raises:
+        CompressorError: the data do not fit the models, or constriction is not installed.
+    """
+    escaped, start = ([], 0) if alphabet else _read_varints(data, len(models))
+    words = data[start:]
+    if len(words) % 4:
+        raise CompressorError(f"damaged coded data: {len(words)} bytes are no whole number of 32-bit words")
+    symbols = np.zeros(len(models), dtype=np.int64)
+    reader = _Reader(np.frombuffer(words, dtype="<u4").astype(np.uint32), coder)
+    left = iter(escaped)
+    for model in np.unique(models[models != DROPPED]).tolist():
+        here = models == model
+        low = alphabet[0] if alphabet else -reach(model)
+        values = reader.read(table(model, alphabet), int(here.sum())).astype(np.int64) + low
+        if alphabet is None:
+            for place in np.flatnonzero(np.abs(values) == -low).tolist():
+                values[place] += np.sign(values[place]) * next(left, 0)
+        symbols[here] = values
+    reader.finish()
+    return symbols
+
+
+class _Writer:
+    def __init__(self, coder: Coder):
+        self.coder = coder
+        constriction = _constriction()
+        self.model = constriction.stream.model.Categorical
+        if coder == "ans":
+            self.stream: Any = constriction.stream.stack.AnsCoder()
+        elif coder == "range":
+            self.stream = constriction.stream.queue.RangeEncoder()
+        else:
+            self.stream = constriction.symbol.QueueEncoder()
+            self.tree = constriction.symbol.huffman.EncoderHuffmanTree
+
+    def write(self, runs: list[tuple[np.ndarray, int]], alphabet: Alphabet) -> None:
+        # ANS is a stack: what is decoded first is encoded last.
+        for symbols, model in reversed(runs) if self.coder == "ans" else runs:
+            frequencies = table(model, alphabet)
+            if self.coder == "huffman":
+                tree = self.tree(frequencies.astype(np.float64))
+                for symbol in symbols.tolist():
+                    self.stream.encode_symbol(symbol, tree)
+            elif self.coder == "ans":
+                self.stream.encode_reverse(symbols, self.model(_leaky(frequencies), perfect=False))
+            else:
+                self.stream.encode(symbols, self.model(_leaky(frequencies), perfect=False))
+
+    def finish(self) -> bytes:
+        words = self.stream.get_compressed()
+        return np.asarray(words[0] if isinstance(words, tuple) else words).astype("<u4").tobytes()
+
+
+class _Reader:
+    def __init__(self, words: np.ndarray, coder: Coder):
+        self.coder = coder
+        constriction = _constriction()
+        self.model = constriction.stream.model.Categorical
+        try:
+            if coder == "ans":
+                self.stream: Any = constriction.stream.stack.AnsCoder(words)
+            elif coder == "range":
+                self.stream = constriction.stream.queue.RangeDecoder(words)
+            else:
+                self.stream = constriction.symbol.QueueDecoder(words)
+                self.tree = constriction.symbol.huffman.DecoderHuffmanTree
+        except Exception as error:
+            raise CompressorError(f"damaged coded data: {error}") from None
+
+    def read(self, frequencies: np.ndarray, count: int) -> np.ndarray:
+        try:
+            if self.coder == "huffman":
+                tree = self.tree(frequencies.astype(np.float64))
+                return np.array([self.stream.decode_symbol(tree) for _ in range(count)])
+            return self.stream.decode(self.model(_leaky(frequencies), perfect=False), count)
+        except Exception as error:
+            raise CompressorError(f"damaged coded data: {error}") from None
+
+    def finish(self) -> None:
+        if self.coder == "ans" and not self.stream.is_empty():
+            raise CompressorError("damaged coded data: some are left over")
+        if self.coder == "range" and not self.stream.maybe_exhausted():
+            raise CompressorError("damaged coded data: some are left over")
+
+
+def _leaky(frequencies: np.ndarray) -> np.ndarray:
+    """What makes constriction use exactly these frequencies.
+
+    It gives every symbol 1 and spreads 2^24 - n over n symbols in proportion to floats. These integers sum to
+    2^24 - n, so that proportion is 1, every sum is exact, and nothing is ever rounded.
+    """
+    return (frequencies - 1).astype(np.float64)
+
+
+def _varints(values: list[int]) -> bytes:
+    written = bytearray()
+    for value in values:
+        while value >= 128:
+            written.append(value & 127 | 128)
+            value >>= 7
+        written.append(value)
+    return bytes(written)
+
+
+def _read_varints(data: bytes, most: int) -> tuple[list[int], int]:
+    """Values after their count, and where they end."""
+    values: list[int] = []
+    count, place = 1, 0
+    while len(values) < count:
+        value = shift = 0
+        while True:
+            if place >= len(data) or shift > 35:
+                raise CompressorError("damaged coded data: they end within a number, or the number is too large")
+            byte = data[place]
+            place += 1
+            value |= (byte & 127) << shift
+            shift += 7
+            if byte < 128:
+                break
+        if not values:
+            count = value + 1
+            if value > most:
+                raise CompressorError(f"damaged coded data: {value} escapes among {most} integers")
+        values.append(value)
+    return values[1:], place
+
+
+def check_coder(coder: str) -> None:
+    """Raise a `CompressorError` if there is no such coder."""
+    if coder not in get_args(Coder):
+        raise CompressorError(f"there is no coder {coder!r}: choose one of {', '.join(get_args(Coder))}")
