@@ -1,0 +1,214 @@
+"""`compressor pack` and `compressor unpack`: files to packed files and back, used as gzip is.
+
+What gzip does is done: FILE becomes FILE.cz and is removed, `-k` keeps it, `-c` writes to standard output and `-o` to a
+named file (both keep it), `-` or no file means standard input, `-d` unpacks, `-t` tests, `-f` replaces what exists. The
+status is 0, 1 after an error, 2 if the worst was a file that was left alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import stat
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from compressor.errors import CompressorError
+from compressor.files import atomic_path
+
+SUFFIX = ".cz"
+_ERROR, _LEFT_ALONE = 1, 2
+
+
+class _LeftAlone(Exception):
+    """A file that was not touched, for a reason that is a warning."""
+
+
+def _parser(unpack: bool) -> argparse.ArgumentParser:
+    name = "unpack" if unpack else "pack"
+    what = "unpack what `compressor pack` packed" if unpack else "pack files without loss; text best"
+    parser = argparse.ArgumentParser(prog=f"compressor {name}", description=what)
+    parser.add_argument("files", nargs="*", metavar="FILE", help="- or none: standard input to standard output")
+    parser.add_argument("-o", "--output", metavar="FILE", help="write here (one input), and keep the input")
+    parser.add_argument("-c", "--stdout", action="store_true", help="write to standard output, and keep the input")
+    parser.add_argument("-d", "--decompress", action="store_true", default=unpack, help="unpack")
+    parser.add_argument("-t", "--test", action="store_true", help="unpack without writing anything")
+    parser.add_argument("-k", "--keep", action="store_true", help="keep the input")
+    parser.add_argument("-f", "--force", action="store_true", help="replace output files; write to a terminal")
+    parser.add_argument("-q", "--quiet", action="store_true", help="no progress, no warnings")
+    parser.add_argument("-v", "--verbose", action="store_true", help="say what each file came to")
+    parser.add_argument("--base", default="models/arxiv-mini/base", help="folder or hub id of the model that predicts")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, help="threads of the processor; any number gives the same bytes")
+    parser.add_argument(
+        "--batch", type=int, default=32, help="lanes decoded at a time; any number gives the same bytes"
+    )
+    parser.add_argument(
+        "--lane-tokens", type=int, default=1024, help="packing: tokens decoded one after the other; more pack better"
+    )
+    return parser
+
+
+def main(argv: Sequence[str], unpack: bool) -> int:
+    """Run the command; returns the exit status."""
+    parser = _parser(unpack)
+    try:
+        options = parser.parse_args(list(argv))
+    except SystemExit as stop:
+        return _ERROR if stop.code else 0
+    options.decompress |= options.test
+    files = options.files or ["-"]
+    if options.output and (len(files) > 1 or options.stdout or options.test):
+        return _complain("-o takes one input, and neither -c nor -t")
+    if min(options.batch, options.threads or 1) < 1:
+        return _complain("--batch and --threads must be at least 1")
+    load = _loader(options)
+    status = 0
+    for name in files:
+        try:
+            _one(name, options, load)
+        except _LeftAlone as reason:
+            if not options.quiet:
+                print(f"compressor: {reason}", file=sys.stderr)
+            status = status or _LEFT_ALONE
+        except BrokenPipeError:
+            raise
+        except (CompressorError, OSError) as error:
+            what = error.strerror or error if isinstance(error, OSError) else error
+            status = _complain(f"{'standard input' if name == '-' else name}: {what}")
+    return status
+
+
+def _complain(reason: Any) -> int:
+    print(f"compressor: {reason}", file=sys.stderr)
+    return _ERROR
+
+
+def _loader(options: argparse.Namespace) -> Callable[[], Any]:
+    """Loads the base when it is first needed."""
+    loaded: list[Any] = []
+
+    def load() -> Any:
+        if not loaded:
+            import torch
+            from transformers.utils import logging
+
+            from compressor.base import load_base
+            from compressor.codecs.exact import ExactBase
+            from compressor.config import BaseConfig
+
+            logging.disable_progress_bar()
+            if options.threads:
+                torch.set_num_threads(options.threads)
+            loaded.append(ExactBase(load_base(BaseConfig(path=options.base), options.device)))
+        return loaded[0]
+
+    return load
+
+
+def _one(name: str, options: argparse.Namespace, load: Callable[[], Any]) -> None:
+    """Pack or unpack one input."""
+    source = None if name == "-" else Path(name)
+    target = _target(source, options)
+    if source is None and sys.stdin.isatty() and not options.force:
+        raise CompressorError("nothing is read from a terminal; name a file, or use -f to force it")
+    if target is None and not options.test and not options.decompress and sys.stdout.isatty() and not options.force:
+        raise CompressorError("packed data is not written to a terminal; use -f to force it")
+    if target is not None:
+        _may_write(target, options)
+    data = sys.stdin.buffer.read() if source is None else source.read_bytes()
+    from compressor.codecs.lossless import pack_bytes, unpack_bytes
+
+    with _Progress(name, options.quiet) as progress:
+        if options.decompress:
+            result = unpack_bytes(data, load, options.batch, progress=progress)
+        else:
+            result = pack_bytes(data, load(), options.lane_tokens, options.batch, progress)
+    if target is not None:
+        with atomic_path(target) as temporary:
+            temporary.write_bytes(result)
+            if source is not None:
+                shutil.copystat(source, temporary)
+        if source is not None and not (options.keep or options.output):
+            source.unlink()
+    elif not options.test:
+        sys.stdout.buffer.write(result)
+        sys.stdout.buffer.flush()
+    if options.verbose:
+        large, small = (len(result), len(data)) if options.decompress else (len(data), len(result))
+        bits = f", {8 * small / large:.3f} bits a byte" if large else ""
+        print(f"{name}: {len(data):,} -> {len(result):,} bytes{bits}", file=sys.stderr)
+
+
+def _target(source: Path | None, options: argparse.Namespace) -> Path | None:
+    """The file to write; None for standard output, or when testing.
+
+    Raises:
+        _LeftAlone: gzip would leave this input alone.
+    """
+    if source is not None:
+        mode = source.lstat().st_mode
+        if stat.S_ISDIR(mode):
+            raise _LeftAlone(f"{source} is a directory -- ignored")
+        plain = options.stdout or options.test or options.output or options.force
+        if not stat.S_ISREG(mode) and not plain:
+            raise _LeftAlone(f"{source} is not a regular file -- ignored; use -f to force it")
+    if options.output and options.output != "-":
+        return Path(options.output)
+    if source is None or options.stdout or options.test or options.output:
+        return None
+    if not options.decompress:
+        if source.suffix == SUFFIX and not options.force:
+            raise _LeftAlone(f"{source} already has {SUFFIX} suffix -- unchanged")
+        return source.with_name(source.name + SUFFIX)
+    if source.suffix != SUFFIX or source.name == SUFFIX:
+        raise _LeftAlone(f"{source}: unknown suffix -- ignored; use -c or -o, or rename it to end with {SUFFIX}")
+    return source.with_suffix("")
+
+
+def _may_write(target: Path, options: argparse.Namespace) -> None:
+    """Raise unless `target` may be written: before the work, not after it."""
+    if target.is_dir():
+        raise CompressorError(f"{target} is a directory")
+    if os.path.lexists(target) and not options.force:
+        raise _LeftAlone(f"{target} already exists; not overwritten: use -f to replace it")
+    if not target.parent.is_dir():
+        raise CompressorError(f"there is no folder {target.parent}")
+
+
+class _Progress:
+    """A bar on a terminal; elsewhere a line at each tenth, for work that takes more than a few seconds."""
+
+    def __init__(self, name: str, quiet: bool):
+        self.name, self.quiet = "standard input" if name == "-" else name, quiet
+        self.stage, self.tenth, self.started = "", 0, 0.0
+        self.bar: Any = None
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        """Show that `done` of `total` bytes have gone through this stage."""
+        import time
+
+        if self.quiet:
+            return
+        if stage != self.stage:
+            self.stage, self.tenth, self.started = stage, 0, time.monotonic()
+            self.__exit__()
+            if sys.stderr.isatty():
+                from tqdm import tqdm
+
+                self.bar = tqdm(total=total, desc=f"{stage} {self.name}", unit="B", unit_scale=True, leave=False)
+        if self.bar is not None:
+            self.bar.update(max(0, done - self.bar.n))
+        elif total and 10 * done // total > self.tenth and time.monotonic() - self.started > 5:
+            self.tenth = 10 * done // total
+            print(f"{stage} {self.name}: {done / total:.0%}", file=sys.stderr)
