@@ -8,6 +8,8 @@ Any JSONL, Parquet, CSV or text file with a `text` or `abstract` field works as 
 `metrics.json`, `predictions.jsonl`, `config.yaml`, `table.md` and `regeneration.png` are written to the output folder,
 which is never replaced without `--overwrite`. `--split_date 2020-01-01` reports records before and from that day apart.
 Figures do not depend on the number of processes.
+
+`--task utilisation` studies what each memory token and layer is used for, `--task efficiency` what a memory saves.
 """
 
 import sys

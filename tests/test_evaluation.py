@@ -26,8 +26,8 @@ from compressor.evaluation.report import (
     regeneration_plot,
     text_table,
 )
-from compressor.evaluation.runner import make_batches
 from compressor.evaluation.tasks import Item, Regeneration
+from compressor.evaluation.tasks.interface import make_batches
 from compressor.files import sha256
 from compressor.methods.interface import MemoryMethod
 from compressor.objectives import target_loss

@@ -25,7 +25,9 @@ class EvaluationConfig:
     base: str | None = None
     """Folder or hub id of the frozen base; by default the one the checkpoint names."""
     task: str = "regeneration"
-    """What is measured."""
+    """What is measured: regeneration, qa, continuation (of what follows a passage), summarise, classify, paraphrase,
+    retrieve (a passage from a query); or a study: utilisation (what each memory token and layer is used for),
+    efficiency (what a memory saves)."""
     data: list[str] = field(default_factory=list)
     """Data sets, each reported in rows of its own: JSONL, Parquet, CSV or text files, folders, shipped names or hub
     ids; by default the shipped ones of the task."""
@@ -43,6 +45,9 @@ class EvaluationConfig:
     """Lengths in tokens: passages at least that long are cut to it. By default passages are taken whole."""
     limit: int | None = None
     """Most passages for each length (the first ones long enough)."""
+    segment_tokens: int | None = None
+    """Compress passages in segments of at most so many tokens, each to `tokens` memory tokens; by default segments are
+    as long as the compressor takes."""
     question_template: str | None = None
     """Prompt of a question, with `{question}` in it, or `chat`; by default the checkpoint's."""
     summariser: str | None = None
@@ -53,6 +58,12 @@ class EvaluationConfig:
     """Token classifier (folder or hub id) of the method llmlingua2."""
     optimise_steps: int = 200
     """Gradient steps for each passage of the method optimise."""
+    candidates: int = 16
+    """Most passages that a query is to be found among in the task retrieve."""
+    new_tokens: list[int] = field(default_factory=lambda: [100, 200, 300, 400])
+    """Numbers of new tokens that the study efficiency reports on."""
+    repeats: int = 5
+    """Timed runs of each variant in the study efficiency, of which medians are reported."""
     split_date: str | None = None
     """Report records dated before this day (yyyy-mm-dd) and from it on apart."""
     output: str = "outputs/evaluation"
@@ -69,11 +80,17 @@ class EvaluationConfig:
     """Show the figures of the 500xCompressor paper (an 8B base) beside these: second table, dashed lines."""
 
     def __post_init__(self) -> None:
+        require(
+            self.segment_tokens is None or self.segment_tokens >= 1, "segment_tokens", self.segment_tokens, "at least 1"
+        )
         require(self.optimise_steps >= 1, "optimise_steps", self.optimise_steps, "at least 1")
         for name in ("data", "methods"):
             values = getattr(self, name)
             require(len(set(values)) == len(values), name, values, "names that differ from each other")
-        for name in ("tokens", "lengths"):
+        require(self.candidates >= 2, "candidates", self.candidates, "at least 2")
+        require(self.repeats >= 1, "repeats", self.repeats, "at least 1")
+        require(bool(self.new_tokens), "new_tokens", self.new_tokens, "at least one number")
+        for name in ("tokens", "lengths", "new_tokens"):
             values = getattr(self, name)
             require(all(value >= 1 for value in values), name, values, "numbers of at least 1")
             require(len(set(values)) == len(values), name, values, "numbers that differ from each other")
@@ -107,7 +124,7 @@ def evaluate_main(argv: list[str] | None = None) -> int:
     accelerator = make_accelerator()
     metrics = evaluate(config, accelerator, overwrite=flags.overwrite, command=command_line(argv, accelerator))
     if metrics is not None:
-        print(text_table(metrics["rows"], metrics["figures"]))
+        print(text_table(metrics["rows"], metrics["figures"], keys=metrics.get("keys")))
         for note in metrics["notes"]:
             print(note)
         if config.published:

@@ -60,6 +60,29 @@ FIGURES = {
     "normalised_f1": Figure("(F1 - none) / (full - none)", 1, 3),
     "answer_nats": Figure("nats/answer", -1, 2),
     "normalised_nats": Figure("(nats - none) / (full - none)", 1, 3),
+    "perplexity": Figure("perplexity", -1, 1),
+    "rouge_1": Figure("ROUGE-1", 1, 3),
+    "rouge_2": Figure("ROUGE-2", 1, 3),
+    "retention_rouge_l": Figure("ROUGE-L / full", 1, 3),
+    "accuracy": Figure("accuracy", 1, 1),
+    "majority": Figure("majority", 0, 1, interval=False),
+    "accuracy_difference": Figure("accuracy - full", 1, 1),
+    "retention_accuracy": Figure("accuracy / full", 1, 3),
+    "mrr": Figure("MRR", 1, 3),
+    "hit_1": Figure("hit@1", 1, 3),
+    "chance_mrr": Figure("chance", 0, 3, interval=False),
+    "candidates": Figure("candidates", 0, 1, interval=False),
+    "loss": Figure("loss (nats)", -1, 3),
+    "loss_increase": Figure("loss + nats", 0, 3),
+    "attention_mass": Figure("attention", 0, 4),
+    "flops_saved": Figure("FLOPs saved (%)", 1, 1, interval=False),
+    "kv_saved": Figure("KV saved (%)", 1, 1, interval=False),
+    "activations_saved": Figure("activations saved (%)", 1, 1, interval=False),
+    "first_token_speedup": Figure("first token, x faster", 1, 2, interval=False),
+    "time_saved": Figure("time saved (%)", 1, 1, interval=False),
+    "tokens_per_second": Figure("tokens/s", 1, 1, interval=False),
+    "full_tokens_per_second": Figure("tokens/s, full", 0, 1, interval=False),
+    "peak_saved": Figure("peak memory saved (%)", 1, 1, interval=False),
 }
 """Every figure a task can report. A new one is a line here and a function of sums in its task."""
 
@@ -184,9 +207,9 @@ def _sentence_bleu() -> BLEU:
     return BLEU(effective_order=True)
 
 
-@lru_cache(maxsize=1)
-def _rouge() -> RougeScorer:
-    return RougeScorer(["rougeL"], use_stemmer=False)
+@lru_cache
+def _rouge(*kinds: str) -> RougeScorer:
+    return RougeScorer(list(kinds), use_stemmer=False)
 
 
 def bleu_statistics(written: str, wanted: str) -> dict[str, int]:
@@ -201,7 +224,14 @@ def rouge_l(written: str, wanted: str) -> float:
 
     Words are runs of ASCII letters and digits in lower case: only an exact copy of a text without any scores above 0.
     """
-    return 1.0 if written == wanted else float(_rouge().score(wanted, written)["rougeL"].fmeasure)
+    return 1.0 if written == wanted else float(_rouge("rougeL").score(wanted, written)["rougeL"].fmeasure)
+
+
+def rouge_scores(written: str, references: Sequence[str]) -> dict[str, float]:
+    """F-measures of ROUGE-1, ROUGE-2 and ROUGE-L, 0 to 1, each the best over the references."""
+    names = {"rouge_1": "rouge1", "rouge_2": "rouge2", "rouge_l": "rougeL"}
+    found = [_rouge(*names.values()).score(reference, written) for reference in references]
+    return {name: max(float(scores[theirs].fmeasure) for scores in found) for name, theirs in names.items()}
 
 
 def exact_match(written: str, wanted: str) -> bool:

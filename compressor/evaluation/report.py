@@ -20,17 +20,27 @@ from compressor.files import read_json
 Row = Mapping[str, Any]
 
 PUBLISHED = PROJECT / "results" / "published.json"
-KEYS = {"method": "method", "part": "part", "tokens": "tokens", "length": "length", "n": "n"}
+KEYS = {"method": "method", "dataset": "data", "part": "part", "tokens": "tokens", "length": "length", "n": "n"}
 ARROWS = {1: " ↑", -1: " ↓", 0: ""}
 
 
-def _cells(rows: Sequence[Row], figures: Sequence[str], intervals: bool) -> list[list[str]]:
-    """Heading and one list of cells a row; columns that say nothing (one method, no parts) are left out."""
-    several = len({row.get("method") for row in rows}) > 1
-    keys = [key for key in KEYS if any(key in row for row in rows) and (key != "method" or several)]
-    table = [[KEYS[key] for key in keys] + [FIGURES[f].label + ARROWS[FIGURES[f].direction] for f in figures]]
+def _cells(
+    rows: Sequence[Row], figures: Sequence[str], intervals: bool, keys: Sequence[str] | None = None
+) -> list[list[str]]:
+    """Heading and one list of cells a row; columns that say nothing (one method, no parts) are left out.
+
+    Args:
+        keys: columns that tell rows apart, by default those of a task.
+    """
+    if keys is None:
+        several = {key for key in ("method", "dataset") if len({row.get(key) for row in rows}) > 1}
+        found = {key for key in KEYS if any(key in row for row in rows)} - {"method", "dataset"}
+        keys = [key for key in KEYS if key in found | several]
+    headings = [key.replace("_", " ") for key in keys]
+    table = [headings + [FIGURES[f].label + ARROWS[FIGURES[f].direction] for f in figures]]
     for row in rows:
-        cells = ["whole" if key == "length" and row[key] is None else str(row.get(key, "")) for key in keys]
+        empty = {"length": "whole"}
+        cells = [empty.get(key, "") if row.get(key) is None else str(row[key]) for key in keys]
         for name in figures:
             value, decimals = row.get(name), FIGURES[name].decimals
             cell = "-" if value is None else f"{value:.{decimals}f}"
@@ -53,14 +63,18 @@ def _markdown(cells: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
-def text_table(rows: Sequence[Row], figures: Sequence[str], intervals: bool = True) -> str:
+def text_table(
+    rows: Sequence[Row], figures: Sequence[str], intervals: bool = True, keys: Sequence[str] | None = None
+) -> str:
     """Rows of `metrics.json` as aligned text; arrows say which way is better."""
-    return _aligned(_cells(rows, figures, intervals))
+    return _aligned(_cells(rows, figures, intervals, keys))
 
 
-def markdown_table(rows: Sequence[Row], figures: Sequence[str], intervals: bool = True) -> str:
+def markdown_table(
+    rows: Sequence[Row], figures: Sequence[str], intervals: bool = True, keys: Sequence[str] | None = None
+) -> str:
     """The same as a Markdown table."""
-    return _markdown(_cells(rows, figures, intervals))
+    return _markdown(_cells(rows, figures, intervals, keys))
 
 
 def load_published(path: str | os.PathLike[str] = PUBLISHED) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from tqdm import tqdm
 from compressor.base import Base, load_base
 from compressor.base import resolve as resolve_path
 from compressor.config import BaseConfig
+from compressor.data.questions import HUB_NAMES
 from compressor.data.sources import resolve as resolve_data
 from compressor.data.sources import stem_of
 from compressor.errors import CompressorError
@@ -29,6 +31,7 @@ from compressor.evaluation.command import EvaluationConfig
 from compressor.evaluation.metrics import LEVEL, bleu_signature
 from compressor.evaluation.report import load_published, markdown_table, regeneration_plot
 from compressor.evaluation.rows import MACRO, Results, make_rows, quality_flags, row_key
+from compressor.evaluation.studies import STUDIES, load_study
 from compressor.evaluation.tasks import TASKS, Item, Result, Task
 from compressor.files import atomic_path, sha256
 from compressor.methods.interface import MemoryMethod, Method, check_tokens
@@ -66,10 +69,14 @@ def evaluate(
     accelerator = accelerator or Accelerator()
     output = Path(config.output)
     check_output(output, overwrite)
+    if config.task in STUDIES:
+        return run_study(config, accelerator, command, started)
     task = make_task(config.task)
     published = load_published() if config.published else None
     specs = [split_spec(spec) for spec in config.methods]
     sources = list(config.data) or list(task.default_data)
+    if not sources:
+        raise CompressorError(f"the task {config.task} comes without data. {task.needs}")
     with accelerator.main_process_first():
         records = {source: task.load(source, config) for source in sources}
     names = data_names(sources)
@@ -115,21 +122,9 @@ def evaluate(
         "checkpoint": methods.checkpoint_record(),
         "base": methods.base_record(),
         "data": [describe_data(source, config, records[source]) for source in sources],
-        "seed": config.seed,
-        "command": command,
-        "versions": versions(),
-        "device": torch.cuda.get_device_name(accelerator.device)
-        if accelerator.device.type == "cuda"
-        else accelerator.device.type,
-        "processes": accelerator.num_processes,
-        "seconds": round(time.monotonic() - started, 2),
+        **run_entries(config, accelerator, command, started),
     }
-    with atomic_path(output) as path:
-        path.mkdir()
-        (path / "metrics.json").write_text(json.dumps(metrics, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        (path / "config.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False), encoding="utf-8")
-        table = markdown_table(rows, metrics["figures"]) + "\n\n" + "\n\n".join(metrics["notes"]) + "\n"
-        (path / "table.md").write_text(table, encoding="utf-8")
+    with output_folder(config, metrics) as path:
         with (path / "predictions.jsonl").open("w", encoding="utf-8") as file:
             for name, sizes in results.items():
                 for count, of_size in sizes.items():
@@ -139,6 +134,46 @@ def evaluate(
         if config.task == "regeneration":
             regeneration_plot([row for row in rows if row["dataset"] != MACRO], path / "regeneration.png", published)
     return metrics
+
+
+def run_study(
+    config: EvaluationConfig, accelerator: Accelerator, command: str | None, started: float
+) -> dict[str, Any] | None:
+    """Run a study and write the output folder; see `evaluate`."""
+    findings = load_study(config.task)(config, accelerator)
+    if findings is None:
+        return None
+    metrics = {"task": config.task, **findings.metrics, **run_entries(config, accelerator, command, started)}
+    with output_folder(config, metrics) as path:
+        findings.draw(path)
+    return metrics
+
+
+def run_entries(
+    config: EvaluationConfig, accelerator: Accelerator, command: str | None, started: float
+) -> dict[str, Any]:
+    """What every `metrics.json` says of the run itself."""
+    on_gpu = accelerator.device.type == "cuda"
+    return {
+        "seed": config.seed,
+        "command": command,
+        "versions": versions(),
+        "device": torch.cuda.get_device_name(accelerator.device) if on_gpu else accelerator.device.type,
+        "processes": accelerator.num_processes,
+        "seconds": round(time.monotonic() - started, 2),
+    }
+
+
+@contextmanager
+def output_folder(config: EvaluationConfig, metrics: dict[str, Any]) -> Iterator[Path]:
+    """The output folder, complete when the block ends: metrics, settings and table, and what the block writes."""
+    with atomic_path(config.output) as path:
+        path.mkdir()
+        (path / "metrics.json").write_text(json.dumps(metrics, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        (path / "config.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False), encoding="utf-8")
+        table = markdown_table(metrics["rows"], metrics["figures"], keys=metrics.get("keys"))
+        (path / "table.md").write_text("\n\n".join([table, *metrics["notes"]]) + "\n", encoding="utf-8")
+        yield path
 
 
 class Methods:
@@ -185,12 +220,10 @@ class Methods:
                 )
                 if model.config.method != name:
                     raise CompressorError(f"{place} holds the method {model.config.method}, not {name}")
-                check_tokens(self.tokens, model.config.memory_tokens, place)
                 self._fingerprints[name] = checkpoint_fingerprint(model)
-                method: Method = MemoryMethod(model, config.batch_size)
+                method: Method = MemoryMethod(model, config.batch_size, config.segment_tokens)
             else:
                 settings = MethodSettings(
-                    config.checkpoint,
                     config.summariser,
                     config.keyword_language,
                     config.llmlingua,
@@ -260,16 +293,11 @@ def check_output(output: Path, overwrite: bool) -> None:
 def make_task(name: str) -> Task:
     """The task of that name; an unknown one is a `CompressorError` that names the nearest."""
     if name not in TASKS:
-        near = difflib.get_close_matches(name, TASKS, n=1, cutoff=0.0)
+        known = [*TASKS, *STUDIES]
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
         hint = f"did you mean {near[0]}? " if near else ""
-        raise CompressorError(f"there is no task {name!r}; {hint}There are: {', '.join(TASKS)}")
+        raise CompressorError(f"there is no task {name!r}; {hint}There are: {', '.join(known)}")
     return TASKS[name]()
-
-
-def make_batches(items: Sequence[Item], batch_size: int) -> list[list[int]]:
-    """Indices of the items in batches of similar length, the longest first so that too little memory shows at once."""
-    order = sorted(range(len(items)), key=lambda i: -len(items[i].passage))
-    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
 @torch.no_grad()
@@ -282,7 +310,7 @@ def run_batches(
     accelerator: Accelerator,
 ) -> list[list[Result]] | None:
     """Results for each size and item on the main process, None on the others."""
-    batches = make_batches(items, batch_size)
+    batches = task.batches(items, batch_size)
     mine = batches[accelerator.process_index :: accelerator.num_processes]
     done: list[tuple[int, int, Result]] = []
     progress = Progress(len(mine), accelerator.is_main_process, method.name)
@@ -353,7 +381,8 @@ def checkpoint_fingerprint(model: Compressor) -> str:
 
 def describe_data(source: str, config: EvaluationConfig, records: Any) -> dict[str, Any]:
     """Source and SHA-256 of the data: of the file if there is one, else of all records."""
-    places = resolve_data(source, split=config.split)
+    named = source if Path(source).exists() else HUB_NAMES.get(source, source)
+    places = resolve_data(named, split=config.split)
     described = {"source": source, "split": config.split, "records": len(records)}
     if len(places) == 1 and isinstance(places[0], Path):
         return described | {"sha256": sha256(places[0]), "sha256_of": "file"}

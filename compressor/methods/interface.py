@@ -70,12 +70,13 @@ class MemoryMethod:
     Args:
         compressor: in evaluation mode.
         batch_size: segments encoded together.
+        segment_tokens: most tokens of a segment; by default the compressor's own.
     """
 
     sized = True
 
-    def __init__(self, compressor: Compressor, batch_size: int = 16):
-        self.compressor, self.batch_size = compressor, batch_size
+    def __init__(self, compressor: Compressor, batch_size: int = 16, segment_tokens: int | None = None):
+        self.compressor, self.batch_size, self.segment_tokens = compressor, batch_size, segment_tokens
         self.name: str = compressor.config.method
         self.base = compressor.base
         self.most: int | None = compressor.config.memory_tokens
@@ -86,13 +87,16 @@ class MemoryMethod:
     def compress(self, passages: Sequence[list[int]], tokens: Sequence[int]) -> list[list[list[Piece]]]:
         """Each passage is encoded once and cut to the smaller sizes, if the method allows it."""
         if self.compressor.encoder.truncatable:
-            largest = self.compressor.compress_ids(passages, max(tokens), self.batch_size)
+            largest = self._memories(passages, max(tokens))
             sizes = [[memory.truncate(count) for memory in largest] for count in tokens]
         else:
-            sizes = [self.compressor.compress_ids(passages, count, self.batch_size) for count in tokens]
+            sizes = [self._memories(passages, count) for count in tokens]
         return [
             [self._pieces(ids, memory) for ids, memory in zip(passages, memories, strict=True)] for memories in sizes
         ]
+
+    def _memories(self, passages: Sequence[list[int]], tokens: int) -> list[Memory]:
+        return self.compressor.compress_ids(passages, tokens, self.batch_size, self.segment_tokens)
 
     def _pieces(self, ids: list[int], memory: Memory) -> list[Piece]:
         pieces, start = [], 0

@@ -68,8 +68,10 @@ class Optimise:
         """Optimised memories of passages of at most 500 tokens, layout `spread`."""
         base, batch = self.base, len(passages)
         generator = torch.Generator().manual_seed(self.seed)
-        shape = (base.layers, batch, base.kv_heads, tokens, base.head_size)
-        keys, values = (nn.Parameter((torch.randn(shape, generator=generator) * 0.1).to(base.device)) for _ in range(2))
+        shape = (2, base.layers, 1, base.kv_heads, tokens, base.head_size)
+        # One start for all: what a passage ends at must not depend on its place in a batch.
+        start = (torch.randn(shape, generator=generator) * 0.1).expand(-1, -1, batch, -1, -1, -1).to(base.device)
+        keys, values = (nn.Parameter(one.clone()) for one in start)
         lengths = torch.tensor([len(ids) for ids in passages], device=base.device)
         stacked = stack_pairs([regeneration_pair(base.bos, base.eos, ids) for ids in passages])
         inputs, labels = stacked["inputs"].to(base.device), stacked["labels"].to(base.device)

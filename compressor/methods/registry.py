@@ -43,8 +43,6 @@ UNTRAINED: dict[str, str] = {
 class MethodSettings:
     """What methods without a checkpoint can be told."""
 
-    checkpoint: str | None = None
-    """Compressor whose memories `optimise` starts from."""
     summariser: str | None = None
     """Folder or hub id of a seq2seq summariser; by default sentences are extracted."""
     keyword_language: str = "en"

@@ -56,18 +56,31 @@ class SentenceEmbeddingEncoder(Encoder):
             allowed = encoder_attention(lengths, width, 0, bidirectional=False)
             with model.adapters(on=False):
                 states = base.hidden_states(base.embeddings(passages), positions, allowed)
-            real = positions < lengths[:, None]
-        else:
-            encoder, tokenizer = self._frozen
-            texts = [
-                base.tokenizer.decode(ids[:length], skip_special_tokens=True)
-                for ids, length in zip(passages, lengths.tolist(), strict=True)
-            ]
-            inputs = tokenizer(texts, return_tensors="pt", padding=True, truncation=True).to(passages.device)
-            states = encoder.to(passages.device)(**inputs).last_hidden_state
-            real = inputs["attention_mask"].bool()
-        weights = real[..., None].float()
-        return (states.float() * weights).sum(1) / weights.sum(1)
+            weights = (positions < lengths[:, None])[..., None].float()
+            return (states.float() * weights).sum(1) / weights.sum(1)
+        encoder, tokenizer = self._frozen
+        texts = [
+            base.tokenizer.decode(ids[:length], skip_special_tokens=True)
+            for ids, length in zip(passages, lengths.tolist(), strict=True)
+        ]
+        # Texts of more tokens than the encoder takes are embedded in windows: nothing is left out.
+        inputs = tokenizer(
+            texts,
+            return_tensors="pt",
+            padding=True,
+            truncation=True,
+            max_length=min(tokenizer.model_max_length, encoder.config.max_position_embeddings),
+            return_overflowing_tokens=True,
+        ).to(passages.device)
+        mask = inputs["attention_mask"]
+        found = encoder.to(passages.device)(input_ids=inputs["input_ids"], attention_mask=mask).last_hidden_state
+        weights = mask[..., None].float()
+        owners = inputs["overflow_to_sample_mapping"]
+        total, count = (
+            torch.zeros(len(texts), part.shape[-1], device=part.device).index_add_(0, owners, part)
+            for part in ((found.float() * weights).sum(1), weights.sum(1))
+        )
+        return total / count
 
     def encode(self, model: AdaptedBase, passages: Tensor, lengths: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
         """See `Encoder.encode`."""

@@ -43,6 +43,8 @@ class Task:
     under these methods; figures that need them are left out where the method was not run."""
     default_data: Sequence[str]
     """Data sets that are measured where none is named."""
+    needs: str = ""
+    """What to name with `--data`, of a task without such."""
 
     def load(self, source: str, config: EvaluationConfig) -> Any:
         """The records of a data set, in their order."""
@@ -55,6 +57,10 @@ class Task:
     def groups(self, config: EvaluationConfig) -> list[tuple[str | None, int | None]]:
         """Parts and lengths that rows are reported for, apart for each data set."""
         return [(None, None)]
+
+    def batches(self, items: Sequence[Item], batch_size: int) -> list[list[int]]:
+        """Indices of the items that are run together."""
+        return make_batches(items, batch_size)
 
     def run(self, method: Method, items: Sequence[Item], contexts: Sequence[list[Piece]]) -> list[Result]:
         """Results of a batch at one size; `contexts` holds the pieces of each item's passage."""
@@ -71,6 +77,12 @@ class Task:
     def note(self) -> str:
         """What a reader of the table must know about its figures."""
         return ""
+
+
+def make_batches(items: Sequence[Item], batch_size: int) -> list[list[int]]:
+    """Indices of the items in batches of similar length, the longest first so that too little memory shows at once."""
+    order = sorted(range(len(items)), key=lambda i: -len(items[i].passage))
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
 def tokenised(

@@ -9,15 +9,12 @@ from compressor.data.questions import Question, load_questions
 from compressor.evaluation.metrics import FigureOf, answer_scores, difference, ratio, retained
 from compressor.evaluation.tasks.interface import Item, Result, Task, tokenised
 from compressor.evaluation.tasks.quality import passage_nats
-from compressor.generation import generate, score
-from compressor.methods.interface import Method, Piece, after
+from compressor.generation import ANSWER_TOKENS, after, generate, score
+from compressor.methods.interface import Method, Piece
 from compressor.prompts import QUESTION, answer_text, question_ids
 
 if TYPE_CHECKING:
     from compressor.evaluation.command import EvaluationConfig
-
-ANSWER_TOKENS = 48
-"""Most tokens of a written answer."""
 
 
 class QuestionAnswering(Task):

@@ -19,8 +19,8 @@ from compressor.evaluation.metrics import (
     rouge_l,
 )
 from compressor.evaluation.tasks.interface import Item, Result, Task, tokenised
-from compressor.generation import generate, regeneration_limit, score
-from compressor.methods.interface import Method, Piece, after
+from compressor.generation import after, generate, regeneration_limit, score
+from compressor.methods.interface import Method, Piece
 
 if TYPE_CHECKING:
     from compressor.evaluation.command import EvaluationConfig

@@ -1,0 +1,191 @@
+"""What a forward pass of a Llama-like decoder costs: multiplications, keys and values, activations, by formula.
+
+For a base of L layers, hidden size h, a heads and b key-value heads of size d, MLP size i in m matrices (3 with a gate)
+and a vocabulary of V, a pass over s tokens after c cached ones that asks for logits at t of them takes
+
+    linear      2 s L (h d (a + 2 b) + a d h + m h i)
+    attention   4 s (c + s) L a d                       scores and their product with the values
+    logits      2 t h V
+
+floating-point operations; a multiplication and its addition are two (Kaplan et al. 2020, arXiv 2001.08361, 2.1).
+Attention is counted as it is computed with a mask, over all s (c + s) pairs, seen or not, as `torch.utils.flop_counter`
+counts it. Left out are what grows with s alone without a matrix (norms, activations, softmax) and RoPE's angles. LoRA
+adapters of P parameters that are not merged add 2 s P (Hu et al. 2021, arXiv 2106.09685).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of a Llama-like decoder."""
+
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    intermediate: int
+    vocabulary: int
+    mlp_matrices: int = 3
+
+    @staticmethod
+    def of(config: Any, mlp_matrices: int = 3) -> Shape:
+        """The sizes that a transformers configuration names."""
+        heads = config.num_attention_heads
+        return Shape(
+            layers=config.num_hidden_layers,
+            hidden=config.hidden_size,
+            heads=heads,
+            kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+            head_size=getattr(config, "head_dim", None) or config.hidden_size // heads,
+            intermediate=config.intermediate_size,
+            vocabulary=config.vocab_size,
+            mlp_matrices=mlp_matrices,
+        )
+
+    @property
+    def query_size(self) -> int:
+        return self.heads * self.head_size
+
+    @property
+    def kv_size(self) -> int:
+        return self.kv_heads * self.head_size
+
+    @property
+    def layer_weights(self) -> int:
+        """Weights of the linear layers of one decoder layer."""
+        attention = 2 * self.hidden * self.query_size + 2 * self.hidden * self.kv_size
+        return attention + self.mlp_matrices * self.hidden * self.intermediate
+
+    def lora_parameters(self, rank: int) -> int:
+        """Parameters of LoRA on every linear layer but those of the last layer that no memory depends on
+        (`compressor/lora.py`): its queries, its output and its MLP."""
+        key_value = 2 * (self.hidden + self.kv_size)
+        rest = 2 * (self.hidden + self.query_size) + self.mlp_matrices * (self.hidden + self.intermediate)
+        return rank * (self.layers * key_value + (self.layers - 1) * rest)
+
+    def kv_bytes(self, positions: int, value_bytes: int) -> int:
+        """Bytes of the keys and values of so many positions."""
+        return 2 * self.layers * self.kv_size * positions * value_bytes
+
+    def forward_flops(self, tokens: int, context: int = 0, logits: int = 0, adapters: int = 0) -> int:
+        """Floating-point operations of a pass over `tokens` after `context` cached positions.
+
+        Args:
+            logits: positions whose logits are computed.
+            adapters: LoRA parameters that are switched on.
+        """
+        linear = 2 * tokens * self.layers * self.layer_weights
+        attention = 4 * tokens * (context + tokens) * self.layers * self.query_size
+        return linear + attention + 2 * logits * self.hidden * self.vocabulary + 2 * tokens * adapters
+
+    def activation_bytes(
+        self, tokens: int, context: int = 0, logits: int = 0, value_bytes: int = 2, scores: bool = False
+    ) -> int:
+        """Bytes of the largest set of activations that are needed at once, without a backward pass.
+
+        The largest of: a layer's input, its normed input, queries, keys and values (and, where they are kept, the
+        attention scores of every head); input, normed input, gate, up and product of its MLP; the last hidden states
+        and the logits.
+
+        Args:
+            scores: whether attention writes its scores down (`eager`) or not (`sdpa`, in tiles).
+        """
+        attention = tokens * (2 * self.hidden + self.query_size + 2 * self.kv_size)
+        if scores:
+            attention += self.heads * tokens * (context + tokens)
+        mlp = tokens * (2 * self.hidden + self.mlp_matrices * self.intermediate)
+        head = tokens * self.hidden + logits * (self.hidden + self.vocabulary)
+        return value_bytes * max(attention, mlp, head)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a run of the model costs."""
+
+    flops: int
+    pairs: int
+    """Pairs of a query and a key that it may see: what the attention of one head and layer computes at least."""
+    kv_bytes: int
+    """Keys and values held when the last token is written."""
+    kv_peak_bytes: int
+    """The most keys and values held at any time."""
+    activation_bytes: int
+    """The largest set of activations needed at once."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is run: a passage, a prompt after it and new tokens."""
+
+    shape: Shape
+    passage: int
+    """Tokens of the passage."""
+    new_tokens: int
+    prompt: int = 1
+    """Tokens read after the passage or its memory before the first new one."""
+    value_bytes: int = 2
+    scores: bool = False
+    """See `Shape.activation_bytes`."""
+
+    def full(self, new: bool) -> Cost:
+        """The passage itself, after a BOS.
+
+        Args:
+            new: whether the passage must be read first; else its keys and values are there already.
+        """
+        context = self.passage + 1
+        reading = self._pass(context, causal_pairs(context)) if new else None
+        return self._generate(context, reading)
+
+    def memory(self, tokens: int, new: bool, adapters: int, bidirectional: bool) -> Cost:
+        """A memory of `tokens` memory tokens.
+
+        Args:
+            new: whether the passage must be compressed first; else the memory is there already.
+            adapters: LoRA parameters of the encoder.
+            bidirectional: whether passage tokens see later ones while compressing.
+        """
+        reading = None
+        if new:
+            seen = self.passage**2 if bidirectional else causal_pairs(self.passage)
+            pairs = seen + tokens * self.passage + causal_pairs(tokens)
+            reading = self._pass(self.passage + tokens, pairs, adapters)
+        return self._generate(tokens, reading)
+
+    def _pass(self, tokens: int, pairs: int, adapters: int = 0) -> Cost:
+        kept = self.shape.kv_bytes(tokens, self.value_bytes)
+        activations = self.shape.activation_bytes(tokens, 0, 0, self.value_bytes, self.scores)
+        return Cost(self.shape.forward_flops(tokens, 0, 0, adapters), pairs, kept, kept, activations)
+
+    def _generate(self, context: int, reading: Cost | None) -> Cost:
+        """Read the prompt after `context` positions and write the new tokens; the last one is not read again."""
+        shape = self.shape
+        end = context + self.prompt + self.new_tokens - 1
+        steps = range(context + self.prompt, end)
+        flops = shape.forward_flops(self.prompt, context, 1)
+        flops += sum(shape.forward_flops(1, place, 1) for place in steps)
+        pairs = causal_pairs(end) - causal_pairs(context)
+        kept = shape.kv_bytes(end, self.value_bytes)
+        activations = max(
+            shape.activation_bytes(self.prompt, context, 1, self.value_bytes, self.scores),
+            shape.activation_bytes(1, end - 1, 1, self.value_bytes, self.scores),
+        )
+        if reading is None:
+            return Cost(flops, pairs, kept, kept, activations)
+        return Cost(
+            reading.flops + flops,
+            reading.pairs + pairs,
+            kept,
+            max(reading.kv_peak_bytes, kept),
+            max(reading.activation_bytes, activations),
+        )
+
+
+def causal_pairs(tokens: int) -> int:
+    """Pairs of a token and itself or an earlier one."""
+    return tokens * (tokens + 1) // 2

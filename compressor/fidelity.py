@@ -1,0 +1,123 @@
+"""How much of a passage its memory keeps, known at compression time, and the fewest memory tokens that keep enough.
+
+Fidelity is the share of the passage's tokens, EOS included, that the decoder puts first when it has read the memory
+and the passage's tokens before (teacher-forced token accuracy). No generation is needed: one forward pass tells.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from compressor.base import Base
+from compressor.errors import CompressorError
+from compressor.generation import score
+from compressor.memory import Memory, Prefix, memory_prefix
+
+if TYPE_CHECKING:
+    from compressor.model import Compressor
+
+
+def passage_scores(base: Base, prefix: Prefix, passages: Sequence[Sequence[int]]) -> list[Tensor]:
+    """Scores (`generation.score`) of each passage and its EOS after a prefix, as a regeneration begins: with BOS."""
+    return score(base, prefix, [[base.bos]] * len(passages), [[*ids, base.eos] for ids in passages])
+
+
+def fidelities(
+    model: Compressor, memories: Sequence[Memory], passages: Sequence[Sequence[int]], batch_size: int = 16
+) -> list[float]:
+    """Fidelity of each memory, 0 to 1; of one with several segments that of all their tokens, each with its EOS.
+
+    Args:
+        passages: token ids that the memories were compressed from.
+    """
+    pieces: list[tuple[int, Memory, Sequence[int]]] = []
+    for owner, (memory, ids) in enumerate(zip(memories, passages, strict=True)):
+        start = 0
+        for part in memory.split():
+            pieces.append((owner, part, ids[start : start + part.passage_tokens]))
+            start += part.passage_tokens
+    right, total = [0.0] * len(memories), [0] * len(memories)
+    order = sorted(range(len(pieces)), key=lambda i: len(pieces[i][2]))
+    with model.adapters(on=False):
+        for start in range(0, len(order), batch_size):
+            chosen = [pieces[i] for i in order[start : start + batch_size]]
+            prefix = memory_prefix(model.base, [memory for _, memory, _ in chosen])
+            scored = passage_scores(model.base, prefix, [ids for _, _, ids in chosen])
+            for (owner, _, _), one in zip(chosen, scored, strict=True):
+                right[owner] += float(one[:, 1].sum())
+                total[owner] += len(one)
+    return [one / count for one, count in zip(right, total, strict=True)]
+
+
+def sizes_to_try(model: Compressor, tokens: int | None = None) -> list[int]:
+    """Powers of two below `tokens` (by default all the compressor has), then `tokens`, that it is trained for.
+
+    Raises:
+        CompressorError: the compressor does not have so many memory tokens.
+    """
+    most = model.config.memory_tokens if tokens is None else tokens
+    if not 1 <= most <= model.config.memory_tokens:
+        raise CompressorError(
+            f"cannot compress to {most} memory tokens: this compressor has 1 to {model.config.memory_tokens}"
+        )
+    sizes = [1 << power for power in range(most.bit_length()) if 1 << power < most]
+    return [size for size in sizes if model.encoder.trained_for(size)] + [most]
+
+
+def compress_to_fidelity(
+    model: Compressor,
+    passages: Sequence[Sequence[int]],
+    target: float,
+    tokens: int | None = None,
+    batch_size: int = 16,
+) -> list[Memory]:
+    """For each passage the memory of the fewest tokens whose fidelity reaches `target`.
+
+    Sizes are tried from the smallest on: fidelity need not grow with every one. A passage is encoded once where
+    memories can be truncated, else once for each size that is tried. All segments of a passage get the same size.
+
+    Args:
+        passages: token ids.
+        target: fidelity, above 0 and at most 1.
+        tokens: most memory tokens for a segment; by default all the compressor has.
+
+    Returns:
+        Memories in the order of the passages: of those that no size suffices for, the largest, with a warning that
+        states the fidelity reached.
+
+    Raises:
+        CompressorError: a target out of range, an empty passage, or more memory tokens than the compressor has.
+    """
+    if not 0 < target <= 1:
+        raise CompressorError(f"target_fidelity = {target!r} is out of range: it must be above 0 and at most 1")
+    sizes = sizes_to_try(model, tokens)
+    truncatable = model.encoder.truncatable
+    largest = model.compress_ids(passages, sizes[-1], batch_size) if truncatable else []
+    found: dict[int, Memory] = {}
+    left = list(range(len(passages)))
+    short: list[tuple[int, float]] = []
+    for size in sizes:
+        texts = [passages[i] for i in left]
+        if truncatable:
+            memories = [largest[i].truncate(size) for i in left]
+        else:
+            memories = model.compress_ids(texts, size, batch_size)
+        reached = fidelities(model, memories, texts, batch_size)
+        enough = {i: value >= target for i, value in zip(left, reached, strict=True)}
+        found |= {i: memory for i, memory in zip(left, memories, strict=True) if enough[i] or size == sizes[-1]}
+        short = [(i, value) for i, value in zip(left, reached, strict=True) if not enough[i]]
+        left = [i for i in left if not enough[i]]
+        if not left:
+            break
+    if short:
+        worst = min(value for _, value in short)
+        which = "" if len(passages) == 1 else f" for {len(short)} of {len(passages)} passages, at worst"
+        warnings.warn(
+            f"{sizes[-1]} memory tokens reach a fidelity of {worst:.3f}{which}, less than the {target:g} asked for",
+            stacklevel=3,
+        )
+    return [found[i] for i in range(len(passages))]
