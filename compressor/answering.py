@@ -33,7 +33,8 @@ class AnswerStage(CompressionStage):
 
         def load(sources: Sequence[str], split: str) -> list[Asked]:
             questions = load_questions(sources, split=split, limit=data.limit, columns=data.question_columns or None)
-            return ask(questions, model.base.tokenizer, model.config.question_template, model.segment)
+            template = model.config.question_template
+            return ask(questions, model.base.tokenizer, template, lambda ids: model.segment(ids, data.question_tokens))
 
         with accelerator.main_process_first():
             asked = load(data.questions, "train")

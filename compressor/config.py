@@ -206,6 +206,9 @@ class DataConfig:
     """Names of the questions' columns where they are not the usual ones, for instance `{context: abstract}`."""
     question_share: float = 0.5
     """Share of the micro-batches that hold questions; the others hold passages (stage `answer`)."""
+    question_tokens: int | None = None
+    """Contexts of questions are segmented to at most so many tokens, and a question goes to the segment that holds its
+    answer; by default to as many as the compressor takes."""
     validation_questions: list[str] = field(default_factory=list)
     """Questions to validate on; by default those of the last `validation_limit` contexts of `questions`, which are then
     not trained on."""
@@ -218,6 +221,12 @@ class DataConfig:
         require(bool(self.lengths), "data.lengths", self.lengths, "a non-empty list")
         require(self.curriculum_passages >= 0, "data.curriculum_passages", self.curriculum_passages, "at least 0")
         require(0 < self.question_share <= 1, "data.question_share", self.question_share, "above 0, up to 1")
+        require(
+            self.question_tokens is None or self.question_tokens >= 1,
+            "data.question_tokens",
+            self.question_tokens,
+            "at least 1",
+        )
         require(0 <= self.random_start <= 1, "data.random_start", self.random_start, "in [0, 1]")
         require(self.limit is None or self.limit >= 1, "data.limit", self.limit, "at least 1")
         require(self.validation_limit >= 1, "data.validation_limit", self.validation_limit, "at least 1")
@@ -295,6 +304,13 @@ class ObjectiveConfig:
     teacher_answers: float = 0.0
     """Share of the micro-batches of questions whose targets are the answers that the base itself gives from the whole
     passage (PISCO, arXiv 2501.16075) instead of the right ones."""
+    codec: str | None = None
+    """Train with memories as they come back from this codec of memory files, for instance int3 or lowrank:0.1
+    (quantisation-aware: gradients pass as if nothing had been rounded)."""
+    codec_noise: bool = False
+    """Add uniform noise of a step's width instead of rounding."""
+    calibration: str | None = None
+    """File of `compressor calibrate` that the codec needs or may use."""
 
     def __post_init__(self) -> None:
         require(bool(self.tokens), "objective.tokens", self.tokens, "a non-empty list")

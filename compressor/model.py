@@ -21,11 +21,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from compressor.base import Base
+from compressor.codecs.codec import Codec
 from compressor.config import CompressorConfig
 from compressor.errors import CompressorError
 from compressor.layouts import decoder_start, memory_positions
 from compressor.lora import lora_config
-from compressor.memory import Memory, Prefix, Segment
+from compressor.memory import Memory, Prefix, Segment, memory_prefix
 from compressor.methods.encoder import pad
 from compressor.methods.registry import encoder_class
 from compressor.pretrained import find_base, load_weights, read_settings, save_checkpoint
@@ -57,6 +58,9 @@ class Compressor(nn.Module):
             self.encoder = chosen(base, config)
         self._lora_layers = [module for module in base.model.modules() if isinstance(module, BaseTunerLayer)]
         self.activation_checkpointing = False
+        self.trained_codec: Codec | None = None
+        """Codec whose rounding the memories are trained to bear."""
+        self.codec_noise = False
         self.to(base.device)
 
     @contextmanager
@@ -128,22 +132,52 @@ class Compressor(nn.Module):
 
     # -- the API for people ------------------------------------------------------------------------------------------
 
-    def segment(self, ids: Sequence[int]) -> list[list[int]]:
-        """Cut token ids into the fewest segments of at most `max_passage_tokens`, as equal as can be."""
+    def segment(self, ids: Sequence[int], most: int | None = None) -> list[list[int]]:
+        """Cut token ids into the fewest segments of at most `most` tokens, as equal as can be.
+
+        Args:
+            most: at most, and by default, `max_passage_tokens`.
+        """
         if not ids:
             raise CompressorError("cannot compress an empty passage: give at least one token of text")
-        count = -(-len(ids) // self.config.max_passage_tokens)
+        most = min(most or self.config.max_passage_tokens, self.config.max_passage_tokens)
+        count = -(-len(ids) // most)
         edges = [len(ids) * i // count for i in range(count + 1)]
         return [list(ids[a:b]) for a, b in pairwise(edges)]
 
     # A str is a Sequence[str] too: the first overload comes first on purpose.
     @overload
-    def compress(self, passages: str, tokens: int | None = None, batch_size: int = 16) -> Memory: ...  # type: ignore[overload-overlap]
+    def compress(  # type: ignore[overload-overlap]
+        self,
+        passages: str,
+        tokens: int | None = None,
+        batch_size: int = 16,
+        *,
+        target_fidelity: float | None = None,
+        exact: bool = False,
+        codec: str | Codec | None = None,
+    ) -> Memory: ...
     @overload
-    def compress(self, passages: Sequence[str], tokens: int | None = None, batch_size: int = 16) -> list[Memory]: ...
+    def compress(
+        self,
+        passages: Sequence[str],
+        tokens: int | None = None,
+        batch_size: int = 16,
+        *,
+        target_fidelity: float | None = None,
+        exact: bool = False,
+        codec: str | Codec | None = None,
+    ) -> list[Memory]: ...
 
     def compress(
-        self, passages: str | Sequence[str], tokens: int | None = None, batch_size: int = 16
+        self,
+        passages: str | Sequence[str],
+        tokens: int | None = None,
+        batch_size: int = 16,
+        *,
+        target_fidelity: float | None = None,
+        exact: bool = False,
+        codec: str | Codec | None = None,
     ) -> Memory | list[Memory]:
         """Compress one passage, or several in batches.
 
@@ -151,23 +185,52 @@ class Compressor(nn.Module):
             passages: text or texts. Those over `max_passage_tokens` are compressed in segments.
             tokens: memory tokens for each segment; by default all the compressor has.
             batch_size: segments encoded together.
+            target_fidelity: take for each passage the fewest memory tokens (a power of two, at most `tokens`) with
+                which this share of its tokens comes back (`compressor/fidelity.py`); where none do, all, and a warning.
+            exact: add to each memory what makes `regenerate` give its passage byte for byte (`codecs/residual.py`);
+                needs the extra `codecs`. The memory is then rounded as its file will have it.
+            codec: of `exact`, by which the memory will be saved, by default `bf16`.
 
         Returns:
             A memory, or a list of them.
 
         Raises:
-            CompressorError: an empty text, or more memory tokens than the compressor has.
+            CompressorError: an empty text, more memory tokens than the compressor has, or a fidelity out of range.
         """
         texts = [passages] if isinstance(passages, str) else list(passages)
+        if exact:
+            from compressor.codecs.residual import check_texts
+
+            check_texts(texts)
         ids = self.base.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
-        memories = self.compress_ids(ids, tokens, batch_size)
+        if target_fidelity is None:
+            memories = self.compress_ids(ids, tokens, batch_size)
+        else:
+            from compressor.fidelity import compress_to_fidelity
+
+            memories = compress_to_fidelity(self, ids, target_fidelity, tokens, batch_size)
+        if exact:
+            from compressor.codecs.residual import make_exact
+
+            memories = make_exact(self, texts, memories, codec)
+        elif codec is not None:
+            raise CompressorError("compress takes a codec with exact=True only: otherwise give it to Memory.save")
         return memories[0] if isinstance(passages, str) else memories
 
     @torch.no_grad()
     def compress_ids(
-        self, passages: Sequence[Sequence[int]], tokens: int | None = None, batch_size: int = 16
+        self,
+        passages: Sequence[Sequence[int]],
+        tokens: int | None = None,
+        batch_size: int = 16,
+        segment_tokens: int | None = None,
     ) -> list[Memory]:
-        """`compress` for passages that are tokenised already."""
+        """`compress` for passages that are tokenised already.
+
+        Args:
+            segment_tokens: compress passages in segments of at most so many tokens: more memory tokens in all, each of
+                which holds less; by default segments are as long as the compressor takes.
+        """
         tokens = self.config.memory_tokens if tokens is None else tokens
         if not 1 <= tokens <= self.config.memory_tokens:
             raise CompressorError(
@@ -175,7 +238,7 @@ class Compressor(nn.Module):
             )
         owners, segments = [], []
         for owner, ids in enumerate(passages):
-            for segment in self.segment(ids):
+            for segment in self.segment(ids, segment_tokens):
                 owners.append(owner)
                 segments.append(segment)
         parts: list[Memory | None] = [None] * len(segments)
@@ -215,6 +278,33 @@ class Compressor(nn.Module):
         with self.adapters(on=False):
             texts = generation.regenerate(self.base, [memories] if single else memories, **options)  # type: ignore[list-item,arg-type]
         return texts[0] if single else texts
+
+    @overload
+    def answer(self, memories: Memory, questions: str, **options: Any) -> str: ...
+    @overload
+    def answer(self, memories: Sequence[Memory], questions: Sequence[str], **options: Any) -> list[str]: ...
+
+    def answer(
+        self, memories: Memory | Sequence[Memory], questions: str | Sequence[str], **options: Any
+    ) -> str | list[str]:
+        """Answer a question about each memory, adapters off; see `generation.answer` for options and log-probabilities.
+
+        Args:
+            memories, questions: one of each, or as many questions as memories.
+        """
+        from compressor import generation
+
+        single = isinstance(memories, Memory)
+        asked = [questions] if isinstance(questions, str) else list(questions)
+        chosen = [memories] if isinstance(memories, Memory) else list(memories)
+        if len(asked) != len(chosen):
+            raise CompressorError(f"got {len(chosen)} memories and {len(asked)} questions: give one question for each")
+        if not chosen:
+            return []
+        options = {"template": self.config.question_template} | options
+        with self.adapters(on=False):
+            answers = generation.answer(self.base, memory_prefix(self.base, chosen), asked, **options)
+        return answers[0].text if single else [one.text for one in answers]
 
     # -- checkpoints -------------------------------------------------------------------------------------------------
 

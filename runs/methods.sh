@@ -26,7 +26,10 @@ answer() { # NAME, then settings of its own
   run "$name-answer" --stage answer --init "$output/$name-regenerate/final" --data.questions "[$questions]" \
     --training.steps 100 --training.decay_steps 60 --training.warmup_steps 10 --training.learning_rate 1.5e-3 \
     --training.validate_every 100 "$@"
-  python -m compressor.cli export-compressor --checkpoint "$output/$name-answer/final" --output "$output/$name" --overwrite
+  python -m compressor.cli export-compressor --checkpoint "$output/$name-answer/final" \
+    --output "models/arxiv-mini/methods/$name" --overwrite
+  mkdir -p results/methods
+  for stage in regenerate answer; do cp "$output/$name-$stage/log.jsonl" "results/methods/$name-$stage.jsonl"; done
 }
 
 method kv --compressor.layout nested

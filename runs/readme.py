@@ -100,12 +100,89 @@ def snippet() -> str:
     return "```\n" + (ROOT / "results" / "snippet.txt").read_text().rstrip() + "\n```"
 
 
+DATA = {"squad-dev": "SQuAD dev", "arxivqa-test": "ArxivQA cloze"}
+"""Names of the data sets of question answering."""
+LABELS = {
+    "full": "whole passage",
+    "none": "no passage",
+    "truncate": "first k tokens",
+    "keywords": "keywords (YAKE)",
+    "summary": "extractive summary",
+    "kv": "**memory tokens (ours)**",
+    "reference-500x": "published 500x recipe",
+    "icae": "ICAE",
+    "anchor": "anchor tokens (SAC)",
+    "mean-pool": "mean pooling",
+    "sentence-embedding": "sentence embedding (xRAG)",
+}
+
+
+def _interval(row: dict[str, Any], figure: str, decimals: int) -> str:
+    value, low, high = (row[figure + end] for end in ("", "_low", "_high"))
+    return f"{value:.{decimals}f} [{low:.{decimals}f}, {high:.{decimals}f}]"
+
+
+def _answered(rows: list[dict[str, Any]]) -> list[str]:
+    """F1 and nats of one method at one size, for each data set."""
+    by = {row["dataset"]: row for row in rows}
+    return [cell for name in DATA for cell in (_interval(by[name], "f1", 1), f"{by[name]['answer_nats']:.2f}")]
+
+
+def qa() -> str:
+    """Question answering from the bundled model's memories, beside the bounds and hard prompts."""
+    data = results("qa.json")
+    rows = data["rows"]
+    keys = list(dict.fromkeys((row["method"], row["tokens"]) for row in rows))
+    header = ["what the base reads", "k", *(f"{name} {figure}" for name in DATA.values() for figure in ("F1", "nats"))]
+    header += ["F1 / full", "(F1 - none) / (full - none)"]
+    body = []
+    for method, tokens in keys:
+        mine = [row for row in rows if (row["method"], row["tokens"]) == (method, tokens)]
+        macro = next(row for row in mine if row["dataset"] == "macro")
+        shares = [f"{macro['retention_f1']:.2f}", f"{macro['normalised_f1']:.2f}"]
+        body.append([LABELS.get(method, method), "-" if tokens is None else str(tokens), *_answered(mine), *shares])
+    n = {row["dataset"]: row["n"] for row in rows}
+    counts = ", ".join(f"{n[name]} questions of {label}" for name, label in DATA.items())
+    return (
+        table(header, body)
+        + f"\n\n{counts}; F1 with 95% bootstrap intervals; nats: negative log-likelihood of the first "
+        "right answer (lower is better); the last\ntwo columns are means over the data sets."
+    )
+
+
+def compared() -> str:
+    """Every trained method after the same training."""
+    written, answered = results("methods-regeneration.json")["rows"], results("methods-qa.json")["rows"]
+    header = ["method", "k", "passages", "minutes", "ROUGE-L 48", "ROUGE-L 96", "nats/token 96"]
+    header += [f"{name} {figure}" for name in DATA.values() for figure in ("F1", "nats")]
+    body = []
+    for method, tokens in dict.fromkeys((row["method"], row["tokens"]) for row in written):
+        by = {row["length"]: row for row in written if (row["method"], row["tokens"]) == (method, tokens)}
+        mine = [row for row in answered if (row["method"], row["tokens"]) == (method, tokens)]
+        ends = [
+            [row for row in log_rows(f"methods/{method}-{stage}.jsonl") if "passages" in row][-1]
+            for stage in ("regenerate", "answer")
+        ]
+        cells = [f"{sum(end['passages'] for end in ends):,}", f"{sum(end['seconds'] for end in ends) / 60:.0f}"]
+        cells += [_interval(by[length], "rouge_l", 3) for length in (48, 96)]
+        body.append(
+            [LABELS.get(method, method), str(tokens), *cells, f"{by[96]['nll_per_token']:.2f}", *_answered(mine)]
+        )
+    n = {row["dataset"]: row["n"] for row in answered}
+    return table(header, body) + (
+        f"\n\nRegeneration of {written[0]['n']} unseen abstracts cut to 48 and 96 tokens; {n['squad-dev']} and "
+        f"{n['arxivqa-test']} questions; 95% bootstrap intervals."
+    )
+
+
 PARTS: dict[str, Callable[[], str]] = {
     "headline": headline,
     "snippet": snippet,
     "base": base,
     "mini": mini,
     "details": details,
+    "qa": qa,
+    "methods": compared,
 }
 
 
@@ -119,10 +196,15 @@ def snippet_code() -> str:
 
 def card() -> str:
     """README.md of the bundled models."""
-    log = [row for row in log_rows("regenerate-log.jsonl") if "passages" in row][-1]
-    record = results("regenerate-run.json")[-1]
+    stages = ("regenerate", "continue", "answer")
+    ends = [[row for row in log_rows(f"{stage}-log.jsonl") if "passages" in row][-1] for stage in stages]
+    record = results("answer-run.json")[-1]
     recipe = yaml.safe_load((ROOT / "configs" / "arxiv-mini" / "regenerate.yaml").read_text())
-    settings, training = recipe["compressor"], recipe["training"]
+    settings = recipe["compressor"]
+    stages_done = "; ".join(
+        f"`{stage}` {end['step']:,} steps, {end['passages']:,} passages, {end['seconds'] / 60:.0f} minutes"
+        for stage, end in zip(stages, ends, strict=True)
+    )
     return f"""---
 license: apache-2.0
 library_name: peft
@@ -134,12 +216,13 @@ Generated by `runs/readme.py` from `results/` and `configs/arxiv-mini/`.
 
 - **Base** (`base/`): {base()} Recipe: `configs/arxiv-mini/base.yaml`, `runs/base.sh`.
 - **Compressor** (`compressor/`): {settings["memory_tokens"]} memory tokens, layout `{settings["layout"]}`,
-  {settings["passage_attention"]} passage attention, LoRA rank {settings["lora_rank"]}, learning rate
-  {training["learning_rate"]}; {log["step"]:,} steps, {log["passages"]:,} passages,
-  {log["seconds"] / 60:.0f} minutes on one to two CPU cores. Recipe: `configs/arxiv-mini/regenerate.yaml`,
-  `runs/regenerate.sh`. Package version {record["versions"]["compressor"]}, commit {record["commit"]}.
+  {settings["passage_attention"]} passage attention, LoRA rank {settings["lora_rank"]}. Stages, on one to two CPU cores:
+  {stages_done}. Recipes: `configs/arxiv-mini/`, `runs/regenerate.sh`, `runs/answer.sh`. Package version
+  {record["versions"]["compressor"]}, commit {record["commit"]}.
+- **Rivals** (`methods/`): the methods of `configs/arxiv-mini/methods.yaml`, after the same short training.
 - **Data**: arXiv abstracts dated before 2026 (CC0), and SQuAD v1.1 training questions (CC BY-SA 4.0) in the base's
-  mixture. Nothing dated 2026 was trained on.
+  mixture and in the last stage, which also asks questions made from abstracts by rules.
+  Nothing dated 2026 was trained on.
 
 Regeneration of unseen abstracts (February to April 2026), greedy:
 
@@ -178,9 +261,15 @@ def main() -> int:
     path.write_text(wanted)
     CARD.write_text(card())
     loss_curve(
-        [ROOT / "results" / "train-mini-log.jsonl", ROOT / "results" / "regenerate-log.jsonl"],
-        ["short run (16-48 tokens)", "bundled model (16-500 tokens)"],
+        [ROOT / "results" / f"{name}-log.jsonl" for name in ("train-mini", "regenerate", "continue", "answer")],
+        ["short run (16-48 tokens)", "bundled model (16-500 tokens)", "trained on", "with questions"],
         ROOT / "results" / "loss.png",
+    )
+    names = [name for name in LABELS if (ROOT / "results" / "methods" / f"{name}-regenerate.jsonl").exists()]
+    loss_curve(
+        [ROOT / "results" / "methods" / f"{name}-regenerate.jsonl" for name in names],
+        names,
+        ROOT / "results" / "methods-loss.png",
     )
     return 0
 
