@@ -18,12 +18,12 @@ MEMORY_TOKEN_LAYOUTS: tuple[Layout, ...] = ("restart", "after", "front", "spread
 METHOD_LAYOUTS: dict[TrainedMethod, tuple[Layout, ...]] = {
     "kv": MEMORY_TOKEN_LAYOUTS,
     "reference-500x": ("published",),
-    "icae": MEMORY_TOKEN_LAYOUTS,
+    "icae": ("restart", "after", "front", "nested"),
     "mean-pool": ("spread",),
     "anchor": ("spread", "overlay"),
     "sentence-embedding": ("front",),
 }
-"""Layouts that a method can work with."""
+"""Layouts that a method can work with; those of icae let its memories, which stand in `front`, be truncated."""
 PassageAttention = Literal["causal", "bidirectional"]
 
 

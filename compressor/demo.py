@@ -34,6 +34,9 @@ class DemoConfig:
     length: int | None = None
     """Use the first so many tokens of the passage; by default 96 of the shipped abstract, all of your own text and all
     of what a question is about."""
+    segment_tokens: int | None = None
+    """Compress in segments of at most so many tokens, each to `tokens` memory tokens; by default of as many as the
+    compressor takes."""
     question: str | None = None
     """Answer this question about the passage instead of regenerating it."""
     example: int = 0
@@ -46,12 +49,15 @@ class DemoConfig:
 
     def __post_init__(self) -> None:
         require(self.tokens is None or self.tokens >= 1, "tokens", self.tokens, "at least 1")
+        require(
+            self.segment_tokens is None or self.segment_tokens >= 1, "segment_tokens", self.segment_tokens, "at least 1"
+        )
         require(self.length is None or self.length >= 1, "length", self.length, "at least 1")
         require(self.example >= 0, "example", self.example, "at least 0")
 
 
-def read_text(path: str) -> str:
-    """A text file, or standard input for "-", without the white space around it.
+def read_text(path: str, stripped: bool = True) -> str:
+    """A text file, or standard input for "-", without the white space around it unless not `stripped`.
 
     Raises:
         CompressorError: the file is missing, empty or not text.
@@ -67,7 +73,7 @@ def read_text(path: str) -> str:
         raise CompressorError(f"{name} holds NUL bytes, so it is not text: only text can be compressed")
     if not text.strip():
         raise CompressorError(f"{name} is empty: give a passage of at least one word")
-    return text.strip()
+    return text.strip() if stripped else text
 
 
 def read_passage(config: DemoConfig) -> tuple[str, str]:
@@ -126,7 +132,7 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
     whole = config.text is not None or config.question is not None
     length = config.length or (len(ids) if whole else EXAMPLE_TOKENS)
     cut = ids[:length]
-    memory = model.compress_ids([cut], config.tokens)[0]
+    memory = model.compress_ids([cut], config.tokens, segment_tokens=config.segment_tokens)[0]
     compressed = time.perf_counter()
     passage = tokenizer.decode(cut, skip_special_tokens=True)
     if config.question is None:

@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Measures the memory codecs: bits a value and bytes a passage against ROUGE-L. Fits the calibration on the shipped
-# training excerpt, measures on unseen abstracts. Needs the codecs extra. About half an hour on one core.
+# training excerpt, measures on unseen abstracts. Needs the codecs extra. About a quarter of an hour on
+# one core.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 mkdir -p outputs
 python -m compressor.cli calibrate arxiv-train -o outputs/calibration.safetensors --limit 600 --overwrite
 python benchmarks/codecs.py --calibration outputs/calibration.safetensors --data arxiv-test \
-  --lengths 96 192 --tokens 16 4 --limit 100 --output results/codecs.json
+  --lengths 96 --tokens 16 4 --limit "${1:-60}" --output results/codecs.json

@@ -175,6 +175,53 @@ def compared() -> str:
     )
 
 
+def lossless() -> str:
+    """Lossless packing against general-purpose tools."""
+    data = results("lossless.json")
+    header = ["text", "n", "bytes", "pack (bits/byte)", "zstd -19", "best other", "smaller than the best other"]
+    header += ["pack, unpack (kB/s)"]
+    body = []
+    for name, found in data["sets"].items():
+        packers = found["packers"]
+        ours = packers["compressor pack"]
+        best = ours["best_other"]
+        body.append(
+            [
+                name,
+                str(found["n"]),
+                f"{found['bytes']:,}",
+                f"{ours['bits_per_byte']:.2f}",
+                f"{packers['zstd -19']['bits_per_byte']:.2f}",
+                f"{packers[best]['bits_per_byte']:.2f} ({best})",
+                f"{ours['smaller_than_best_other']:.0%}",
+                f"{ours['kilobytes_per_second']:.1f}, {ours['unpack_kilobytes_per_second']:.1f}",
+            ]
+        )
+    return table(header, body) + f"\n\nThe model's {data['model_bytes'] / 1e6:.0f} MB are not counted."
+
+
+def codecs() -> str:
+    """Memory codecs: rate against ROUGE-L."""
+    data = results("codecs.json")
+    header = ["codec", "bits/value", "bytes of file", "bytes/byte of text", "ROUGE-L", "loss relative to float32"]
+    rows = [row for row in data["rows"] if (row["length"], row["tokens"]) == (96, 16)]
+    body = [
+        [
+            row["codec"],
+            f"{row['bits_per_value']:.2f}",
+            f"{row['bytes']:,.0f}",
+            f"{row['bytes_per_passage_byte']:.1f}",
+            f"{row['rouge_l']:.3f}",
+            f"{row['relative_loss']:.1%} [{row['relative_loss_low']:.1%}, {row['relative_loss_high']:.1%}]",
+        ]
+        for row in rows
+    ]
+    return table(header, body) + (
+        f"\n\n{rows[0]['n']} unseen passages of 96 tokens in 16 memory tokens; 95% bootstrap intervals; 4 "
+        "memory tokens in `results/codecs.json`."
+    )
+
+
 PARTS: dict[str, Callable[[], str]] = {
     "headline": headline,
     "snippet": snippet,
@@ -183,6 +230,8 @@ PARTS: dict[str, Callable[[], str]] = {
     "details": details,
     "qa": qa,
     "methods": compared,
+    "lossless": lossless,
+    "codecs": codecs,
 }
 
 

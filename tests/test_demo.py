@@ -63,6 +63,8 @@ def test_a_question_is_answered_from_memory_passage_and_nothing(capsys: pytest.C
     shown = demo(capsys, "--question", asked, "--length", "40")
     for label in ("from 16 memory tokens", "from the whole passage", "from no passage", "log-probability"):
         assert label in shown
+    parts = json.loads(demo(capsys, "--json", "--question", asked, "--tokens", "4", "--segment_tokens", "96"))
+    assert (parts["segments"], parts["tokens"]) == (4, 16)
     assert demo_main(["--question", " "]) == 2
     assert "a question is empty" in capsys.readouterr().err
 

@@ -249,7 +249,7 @@ def test_encodes_once_where_the_layout_allows(make_tiny_compressor: Callable[...
     model = make_tiny_compressor(layout=layout)
     calls = []
     encode = model.compress_ids
-    model.compress_ids = lambda passages, tokens, size: calls.append(tokens) or encode(passages, tokens, size)
+    model.compress_ids = lambda ids, tokens, *rest: calls.append(tokens) or encode(ids, tokens, *rest)
     sizes = MemoryMethod(model).compress([list(range(10, 40))], [8, 4, 1])
     assert calls == ([8] if layout == "nested" else [8, 4, 1])
     assert [pieces[0][0].tokens for pieces in sizes] == [8, 4, 1]

@@ -35,6 +35,8 @@ def _cells(
     if keys is None:
         several = {key for key in ("method", "dataset") if len({row.get(key) for row in rows}) > 1}
         found = {key for key in KEYS if any(key in row for row in rows)} - {"method", "dataset"}
+        if len(rows) > 1 and all(row.get("length") is None for row in rows):
+            found -= {"length"}
         keys = [key for key in KEYS if key in found | several]
     headings = [key.replace("_", " ") for key in keys]
     table = [headings + [FIGURES[f].label + ARROWS[FIGURES[f].direction] for f in figures]]

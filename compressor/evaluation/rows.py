@@ -86,7 +86,7 @@ def _resampled(
 def _row(task: Task, key: dict[str, Any], count: int, found: Mapping[str, np.ndarray]) -> dict[str, Any]:
     row = {**key, "n": count}
     for name in task.figures:
-        bounds = interval(found[name]) if name in found else None
+        bounds = interval(found[name] + 0.0) if name in found else None  # + 0.0: no -0.0
         row[name] = bounds and bounds.value
         row[f"{name}_low"], row[f"{name}_high"] = bounds and bounds.low, bounds and bounds.high
     return row
