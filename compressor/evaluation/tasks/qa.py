@@ -39,7 +39,7 @@ class QuestionAnswering(Task):
 
     def load(self, source: str, config: EvaluationConfig) -> list[Question]:
         """The first `limit` questions of a data set."""
-        return load_questions(source, split=config.split, limit=config.limit)
+        return load_questions(source, split=config.split, limit=config.limit, columns=config.question_columns or None)
 
     def items(self, records: Sequence[Question], tokenizer: Any, config: EvaluationConfig) -> list[Item]:
         """One item for each question; questions about one context share its token ids."""

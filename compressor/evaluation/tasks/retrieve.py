@@ -161,5 +161,5 @@ def _hub_name(source: str) -> bool:
 def _questions(source: str, config: EvaluationConfig) -> list[dict[str, str]]:
     return [
         {"id": record.id, "text": record.context, "query": record.question, "starts": QUESTION_STARTS}
-        for record in load_questions(source, split=config.split)
+        for record in load_questions(source, split=config.split, columns=config.question_columns or None)
     ]

@@ -1,0 +1,173 @@
+"""Task `qa`: scores as SQuAD's official script has them, retention, paired differences, macro average."""
+
+from __future__ import annotations
+
+import collections
+import json
+import re
+import string
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from compressor.evaluation.command import evaluate_main
+from compressor.evaluation.metrics import answer_scores, difference, ratio, resampled_figures, retained, spearman
+from compressor.prompts import question_ids
+
+CASES = [
+    ("The cat", ["cat"]),
+    ("a cat, sat!", ["The cat sat", "dog"]),
+    ("cat cat", ["cat"]),
+    ("in 1990 AD", ["1990", "the year 1990"]),
+    ("", ["something"]),
+    ("10,000", ["10000"]),
+    ("New-York", ["new york"]),
+    ("Ångström", ["ångström"]),
+    ("red blue", ["green"]),
+]
+
+
+def official(written: str, answers: list[str]) -> tuple[float, float]:
+    """Exact match and F1 as evaluate-v1.1.py computes them."""
+
+    def normalised(text: str) -> str:
+        text = "".join(c for c in text.lower() if c not in string.punctuation)
+        return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+    def f1(answer: str) -> float:
+        ours, right = normalised(written).split(), normalised(answer).split()
+        shared = sum((collections.Counter(ours) & collections.Counter(right)).values())
+        if shared == 0:
+            return 0.0
+        precision, recall = shared / len(ours), shared / len(right)
+        return 2 * precision * recall / (precision + recall)
+
+    return float(max(normalised(written) == normalised(a) for a in answers)), max(map(f1, answers))
+
+
+@pytest.mark.parametrize(("written", "answers"), CASES)
+def test_scores_are_those_of_the_official_script(written: str, answers: list[str]) -> None:
+    assert answer_scores(written, answers) == pytest.approx(official(written, answers))
+
+
+def test_retention_and_differences_are_of_sums() -> None:
+    columns = {"m": [1.0, 0.0, 1.0], "full": [1.0, 1.0, 1.0], "none": [0.0, 0.0, 1.0], "n": [1.0] * 3}
+    figures = {
+        "share": ratio("m", "full"),
+        "kept": retained("m", "none", "full"),
+        "lost": difference("m", "full", "n", 100),
+    }
+    found = {name: values[0] for name, values in resampled_figures(columns, figures, 20).items()}
+    assert found == pytest.approx({"share": 2 / 3, "kept": 1 / 2, "lost": -100 / 3})
+
+
+def test_rank_correlation_handles_ties_and_constants() -> None:
+    assert spearman([1, 2, 3, 4], [10, 20, 30, 40]) == pytest.approx(1)
+    assert spearman([1, 2, 3, 4], [4, 3, 2, 1]) == pytest.approx(-1)
+    assert spearman([1, 2, 2, 3], [1, 2, 3, 4]) == pytest.approx(
+        float(np.corrcoef([1, 2.5, 2.5, 4], [1, 2, 3, 4])[0, 1])
+    )
+    assert spearman([1, 1, 1], [1, 2, 3]) is None
+
+
+@pytest.fixture
+def questions(tmp_path: Path, texts: list[str]) -> list[str]:
+    """Two files of questions; the first has two questions about each context, the second contexts over the limit."""
+    paths = []
+    for number, (count, size) in enumerate(((3, 90), (2, 400))):
+        path = tmp_path / f"set{number}.jsonl"
+        with path.open("w") as file:
+            for row, text in enumerate(texts[number * 5 : number * 5 + count]):
+                context = text[:size]
+                for place in range(2):
+                    word = context.split()[place]
+                    record = {"id": f"{number}-{row}-{place}", "passage": context, "question": f"Word {place}?"}
+                    file.write(json.dumps(record | {"answers": [word, word.upper()], "dataset": "d"}) + "\n")
+        paths.append(str(path))
+    return paths
+
+
+@pytest.fixture
+def argv(tiny_compressor: Any, questions: list[str], tmp_path: Path) -> list[str]:
+    tiny_compressor.save_pretrained(tmp_path / "checkpoint")
+    argv = ["--checkpoint", str(tmp_path / "checkpoint"), "--task", "qa", "--data", *questions, "--tokens", "8", "2"]
+    return [*argv, "--question_columns", '{"context": "passage"}', "--resamples", "40"]
+
+
+def test_rows_for_methods_data_sets_and_their_average(
+    argv: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    methods = ["kv", "full", "none", "truncate"]
+    assert evaluate_main([*argv, "--methods", *methods, "--output", str(tmp_path / "out")]) == 0
+    assert "F1 / full" in capsys.readouterr().out
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    rows = {(row["method"], row["tokens"], row["dataset"]): row for row in metrics["rows"]}
+    sizes = [("kv", 8), ("kv", 2), ("full", None), ("none", None), ("truncate", 8), ("truncate", 2)]
+    assert set(rows) == {(*size, data) for size in sizes for data in ("set0", "set1", "macro")}
+    assert [rows["kv", 8, data]["n"] for data in ("set0", "set1", "macro")] == [6, 4, 10]
+    lines = [json.loads(line) for line in (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()]
+    for (method, tokens, data), row in rows.items():
+        mine = [
+            one
+            for one in lines
+            if (one["method"], one["tokens"]) == (method, tokens) and data in (one["dataset"], "macro")
+        ]
+        if data == "macro":
+            parts = [rows[method, tokens, name] for name in ("set0", "set1")]
+            assert row["answer_nats"] == pytest.approx(sum(part["answer_nats"] for part in parts) / 2)
+            continue
+        assert row["answer_nats"] == pytest.approx(sum(one["answer_nats"] for one in mine) / len(mine))
+        nats = {name: rows[name, None, data]["answer_nats"] for name in ("full", "none")}
+        kept = (row["answer_nats"] - nats["none"]) / (nats["full"] - nats["none"])
+        assert row["normalised_nats"] == pytest.approx(kept)
+    # A context over the limit is compressed in segments: all their memory tokens count.
+    long = [one for one in lines if one["method"] == "kv" and one["tokens"] == 8 and one["dataset"] == "set1"]
+    assert all(one["memory_tokens"] == 8 * -(-one["passage_tokens"] // 64) > 8 for one in long)
+    assert all(one["memory_tokens"] == 0 for one in lines if one["method"] == "none")
+    flags = {(row["method"], row["tokens"], row["flag"]) for row in metrics["quality"]}
+    assert ("kv", 8, "passage_nats_per_token") in flags
+    assert ("full", None, "prediction_logprob") in flags
+
+
+def test_without_bounds_there_is_no_retention(argv: list[str], tmp_path: Path) -> None:
+    assert evaluate_main([*argv, "--limit", "2", "--segment_tokens", "16", "--output", str(tmp_path / "out")]) == 0
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert "retention_f1" not in metrics["figures"]
+    assert all(row["retention_f1"] is None for row in metrics["rows"])
+    first = json.loads((tmp_path / "out" / "predictions.jsonl").read_text().splitlines()[0])
+    assert first["memory_tokens"] == 8 * -(-first["passage_tokens"] // 16)
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--methods", "kw"], "did you mean kv"),
+        (["--methods", "icae"], "no compressor checkpoint"),
+        (["--methods", "icae=CHECKPOINT"], "holds the method kv, not icae"),
+        (["--question_template", "Answer!"], "no {question} in it"),
+        (["--question_template", "chat"], "no chat template"),
+        (["--question_columns", '{"context": "text"}'], "text"),
+    ],
+)
+def test_bad_settings_end_with_a_message(
+    argv: list[str], extra: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    extra = [one.replace("CHECKPOINT", str(tmp_path / "checkpoint")) for one in extra]
+    assert evaluate_main([*argv, *extra, "--output", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_chat_template_is_used_with_its_special_tokens(tiny_base: Any) -> None:
+    tokenizer = tiny_base.tokenizer
+    tokenizer.chat_template = (
+        "{% for m in messages %}<bos>{{ m.content }}<eos>{% endfor %}{% if add_generation_prompt %}<bos>{% endif %}"
+    )
+    (ids,) = question_ids(tokenizer, ["Why?"], "chat")
+    assert (ids[0], ids[-2], ids[-1]) == (tiny_base.bos, tiny_base.eos, tiny_base.bos)
+    assert tokenizer.decode(ids[1:-2]) == "Why?"
+    assert tokenizer("<eos>", add_special_tokens=False)["input_ids"] != [tiny_base.eos]  # elsewhere it is text
