@@ -262,9 +262,15 @@ def test_batches_do_not_depend_on_processes_and_start_with_the_longest() -> None
     assert make_batches(items, 2) == [[1, 3], [4, 0], [2]]
 
 
-def test_two_processes_give_the_same_figures(checkpoint: str, data: str, tmp_path: Path, project: Path) -> None:
-    argv = ["--checkpoint", checkpoint, "--data", data, "--tokens", "8", "1", "--lengths", "12", "40"]
-    argv += ["--batch_size", "2", "--output"]
+@pytest.mark.parametrize("task", ["regeneration", "qa"])
+def test_two_processes_give_the_same_figures(
+    task: str, checkpoint: str, data: str, tmp_path: Path, project: Path
+) -> None:
+    argv = ["--checkpoint", checkpoint, "--task", task, "--tokens", "8", "1", "--batch_size", "2"]
+    if task == "regeneration":
+        argv += ["--data", data, "--lengths", "12", "40", "--output"]
+    else:
+        argv += ["--data", "squad-dev", "arxivqa-test", "--limit", "5", "--methods", "kv", "full", "none", "--output"]
     assert evaluate_main([*argv, str(tmp_path / "one")]) == 0
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/cpu.yaml"]
     # As a person does it: nothing but the configuration file says that there are two processes on a CPU.
