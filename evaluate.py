@@ -9,7 +9,8 @@ Any JSONL, Parquet, CSV or text file with a `text` or `abstract` field works as 
 which is never replaced without `--overwrite`. `--split_date 2020-01-01` reports records before and from that day apart.
 Figures do not depend on the number of processes.
 
-`--task utilisation` studies what each memory token and layer is used for, `--task efficiency` what a memory saves.
+`--task utilisation` studies what each memory token and layer is used for, `--task efficiency` what a memory saves,
+`--task rate-distortion` bytes of every codec against what comes back.
 """
 
 import sys

@@ -169,7 +169,13 @@ def regenerate(argv: list[str]) -> int:
 
     memory, base = _memory_and_base(options)
     sampling = generation.Sampling(temperature=options.temperature, seed=options.seed)
-    print(generation.regenerate(base, [memory], sampling)[0])
+    text = generation.regenerate(base, [memory], sampling)[0]
+    if memory.residual is not None and options.temperature == 0:
+        sys.stdout.flush()
+        sys.stdout.buffer.write(text.encode())  # the same bytes, without a line end of our own
+        sys.stdout.buffer.flush()
+    else:
+        print(text)
     return 0
 
 
@@ -274,7 +280,7 @@ def evaluate_base(argv: list[str]) -> int:
 
 
 def pack(argv: list[str]) -> int:
-    """pack files without loss, text under the base's predictions, as gzip is used"""
+    """pack files, used as gzip is: without loss under the base's predictions, or by a text codec (--codec)"""
     from compressor.codecs.pack_command import main as pack_main
 
     return pack_main(argv, unpack=False)

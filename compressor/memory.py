@@ -52,6 +52,8 @@ class Memory:
     """Fingerprint of the base's tokenizer; empty where not recorded."""
     base_name: str = ""
     """Folder or hub id of the base; empty where not recorded."""
+    residual: bytes | None = None
+    """What makes regeneration exact (`codecs/residual.py`), if the passage was compressed so."""
 
     def __post_init__(self) -> None:
         if self.keys.dim() != 4 or self.keys.shape != self.values.shape or self.keys.shape[2] != self.tokens:
@@ -99,16 +101,19 @@ class Memory:
         return load_memory(path, calibration)
 
     def split(self) -> list[Memory]:
-        """One memory for each segment."""
+        """One memory for each segment; a residual is of all segments together, and is left out if there are several."""
+        if len(self.segments) == 1:
+            return [self]
         sizes = [segment.tokens for segment in self.segments]
         parts = zip(self.segments, self.keys.split(sizes, dim=2), self.values.split(sizes, dim=2), strict=True)
-        return [replace(self, keys=k, values=v, segments=(segment,)) for segment, k, v in parts]
+        return [replace(self, keys=k, values=v, segments=(segment,), residual=None) for segment, k, v in parts]
 
     def truncate(self, tokens: int) -> Memory:
         """The first `tokens` memory tokens of each segment: the memory that compressing to `tokens` gives.
 
         Raises:
-            CompressorError: the layout puts tokens elsewhere when there are fewer, or there are not so many.
+            CompressorError: the layout puts tokens elsewhere when there are fewer, there are not so many, or the memory
+                has a residual, which fits all of its tokens.
         """
         fewest = min(segment.tokens for segment in self.segments)
         if not 1 <= tokens <= fewest:
@@ -117,6 +122,14 @@ class Memory:
             raise CompressorError(
                 f"memories of layout {self.layout} cannot be truncated, because its positions depend on the number of "
                 f"tokens: compress again with {tokens}, or train with one of {', '.join(TRUNCATABLE)}"
+            )
+        if all(segment.tokens == tokens for segment in self.segments):
+            return self
+        if self.residual is not None:
+            raise CompressorError(
+                f"cannot truncate to {tokens} memory tokens: the memory is exact, and its residual fits all of them; "
+                f"compress with {tokens} tokens and exact=True (--tokens {tokens} --exact), or drop the residual: "
+                "dataclasses.replace(memory, residual=None)"
             )
         parts = self.split()
         return replace(
@@ -131,11 +144,18 @@ class Memory:
         """The memories one after the other, as if their passages followed each other.
 
         Raises:
-            CompressorError: none given, or they are of different bases, layouts or sizes.
+            CompressorError: none given, they are of different bases, layouts or sizes, or one has a residual.
         """
         if not memories:
             raise CompressorError("cannot concatenate an empty list of memories")
         first = memories[0]
+        if len(memories) == 1:
+            return first
+        if any(memory.residual is not None for memory in memories):
+            raise CompressorError(
+                "cannot concatenate exact memories: a residual is of one passage; compress the joined text with "
+                "exact=True, or drop the residuals first: dataclasses.replace(memory, residual=None)"
+            )
         for other in memories[1:]:
             for name in ("base", "layout", "most"):
                 if getattr(other, name) != getattr(first, name):

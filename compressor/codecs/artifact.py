@@ -43,6 +43,8 @@ MOST_LAYERS = 1 << 12
 MOST_EXPANSION = 1 << 11
 """Most values for a byte of a file; a small file that claims to be a vast memory is refused before it is decoded."""
 WHAT = "a memory file"
+RESIDUAL = "residual"
+"""Name of the tensor that holds a memory's residual (`codecs/residual.py`)."""
 _PROBE = "The 3 quick brown foxes—naïve, 𝛼≤β—jump over\n\n\t12,345.67 lazy dogs; can't they?  $x_{i}^2$ <s></s>"
 
 
@@ -160,6 +162,10 @@ def encode(memory: Memory, codec: Codec) -> tuple[dict[str, Tensor], dict[str, A
         CompressorError: the memory is larger than files may be, or the codec leaves next to nothing of it.
     """
     tensors, details = codec.encode(memory)
+    if memory.residual is not None:
+        from compressor.codecs.residual import check_stored
+
+        check_stored(memory, codec)
     values, stored = 2 * memory.keys.numel(), sum(tensor.nbytes for tensor in tensors.values())
     if memory.most > MOST_TOKENS or values > MOST_VALUES:
         raise CompressorError(f"a memory of {values:,} values, {memory.most} tokens a segment, is too large for a file")
@@ -167,6 +173,8 @@ def encode(memory: Memory, codec: Codec) -> tuple[dict[str, Tensor], dict[str, A
         raise CompressorError(
             f"this codec leaves {stored:,} bytes of {values:,} values, which is next to nothing: choose a higher rate"
         )
+    if memory.residual is not None:
+        tensors = {**tensors, RESIDUAL: torch.frombuffer(bytearray(memory.residual), dtype=torch.uint8)}
     return tensors, details
 
 
@@ -200,6 +208,10 @@ def restore(
     from compressor.memory import Memory, Segment
 
     try:
+        residual = tensors.get(RESIDUAL)
+        if residual is not None and (residual.dtype != torch.uint8 or residual.dim() != 1 or not len(residual)):
+            raise CompressorError(f"{path} is damaged: its residual is {residual.dtype} {tuple(residual.shape)}")
+        tensors = {name: tensor for name, tensor in tensors.items() if name != RESIDUAL}
         layout, most = settings["layout"], whole(settings["most"], 1, MOST_TOKENS)
         if layout not in get_args(Layout):
             raise CompressorError(f"{path} has layout {str(layout)[:20]!r}, which this version does not know")
@@ -219,7 +231,8 @@ def restore(
         texts = (settings["base"]["weights"], settings["compressor"], settings["tokenizer"], settings["base"]["name"])
         if not all(isinstance(text, str) for text in texts):
             raise TypeError("a name is no text")
-        return Memory(keys, values_, parts, layout, most, *texts)
+        exact = None if residual is None else residual.numpy().tobytes()
+        return Memory(keys, values_, parts, layout, most, *texts, residual=exact)
     except CompressorError as error:
         text = str(error)
         raise CompressorError(text if str(path) in text else f"{path}: {text}") from None

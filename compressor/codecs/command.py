@@ -41,6 +41,8 @@ class CompressOptions:
     """Layers that are not stored."""
     keep_tokens: int | None = None
     """Store only the first so many memory tokens of each segment."""
+    exact: bool = False
+    """Store also what the memory lacks, so that `regenerate` gives back the same bytes."""
     device: str = "cpu"
     batch_size: int = 16
     """Segments compressed together."""
@@ -132,23 +134,29 @@ def chosen_codec(options: CompressOptions) -> Any:
     return Codec.parse(name, options.calibration, options.drop_layers, options.keep_tokens)
 
 
+def exactness(options: CompressOptions, codec: Any) -> dict[str, Any]:
+    """Arguments of `Compressor.compress` that make memories exact, if the options ask for it."""
+    return {"exact": True, "codec": codec} if options.exact else {}
+
+
 def compress_text(options: CompressOptions) -> str:
     """Compress one passage into a memory file; returns a line about it."""
     from compressor.demo import read_text
 
-    passage, codec = read_text(options.text), chosen_codec(options)
+    passage, codec = read_text(options.text, stripped=not options.exact), chosen_codec(options)
     from compressor.codecs.artifact import compressor_name, signed
     from compressor.model import Compressor
 
     model = Compressor.from_pretrained(options.checkpoint, base=options.base, device=options.device)
-    memory = model.compress(passage, options.tokens, options.batch_size)
+    memory = model.compress(passage, options.tokens, options.batch_size, **exactness(options, codec))
     memory = signed(memory, model.base, compressor_name(model, options.checkpoint))
     size = len(passage.encode())
     memory.save(options.output, codec, size)
     kept = memory.tokens if options.keep_tokens is None else options.keep_tokens * len(memory.segments)
+    residual = "" if memory.residual is None else f" (of which {len(memory.residual):,} make it exact)"
     return (
         f"{memory.passage_tokens} tokens -> {kept} memory tokens in {len(memory.segments)} segment(s); "
-        f"{size:,} bytes of text -> {Path(options.output).stat().st_size:,} bytes: {options.output}"
+        f"{size:,} bytes of text -> {Path(options.output).stat().st_size:,} bytes{residual}: {options.output}"
     )
 
 
@@ -189,7 +197,7 @@ def compress_corpus(options: CompressOptions) -> str:
         memories = []
         for first in range(0, len(chosen), options.batch_size):
             some = [texts[i] for i in chosen[first : first + options.batch_size]]
-            for memory in model.compress(some, options.tokens, options.batch_size):
+            for memory in model.compress(some, options.tokens, options.batch_size, **exactness(options, codec)):
                 origin = {name: getattr(stamp, name) for name in ("compressor", "tokenizer", "base_name")}
                 memories.append(replace(memory.to("cpu", torch.float32), **origin))
             progress.add(len(some))

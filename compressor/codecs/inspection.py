@@ -37,17 +37,22 @@ def byte_ledger(path: str | Path) -> dict[str, int]:
     ledger = {"header": content.header_bytes}
     try:
         record, layers = content.settings["codec"], content.settings["shape"][0]
+        residual = content.tensors.get(artifact.RESIDUAL)
+        exact = {} if residual is None else {artifact.RESIDUAL: residual.nbytes}
         kept = [
             layer
             for layer in range(artifact.whole(layers, 1, artifact.MOST_LAYERS))
             if layer not in record["drop_layers"]
         ]
         if record["name"] == "lowrank":
-            return ledger | {"all layers": content.total_bytes - content.header_bytes}
+            coded = content.total_bytes - content.header_bytes - sum(exact.values())
+            return ledger | {"all layers": coded} | exact
         sizes = record.get("sizes", [0] * len(kept))
-        shared = sum(t.nbytes // len(kept) for name, t in content.tensors.items() if name != "payload")
+        own = ("payload", artifact.RESIDUAL)
+        shared = sum(t.nbytes // len(kept) for name, t in content.tensors.items() if name not in own)
         for place, layer in enumerate(kept):
             ledger[f"layer {layer}"] = shared + int(sizes[place])
+        ledger |= exact
     except (KeyError, TypeError, IndexError, ValueError, ZeroDivisionError) as error:
         raise CompressorError(f"{path} is damaged: its header does not describe a memory ({error!r})") from None
     return ledger

@@ -2,7 +2,8 @@
 
 What gzip does is done: FILE becomes FILE.cz and is removed, `-k` keeps it, `-c` writes to standard output and `-o` to a
 named file (both keep it), `-` or no file means standard input, `-d` unpacks, `-t` tests, `-f` replaces what exists. The
-status is 0, 1 after an error, 2 if the worst was a file that was left alone.
+status is 0, 1 after an error, 2 if the worst was a file that was left alone. `--codec NAME` packs a text by a lossy
+codec (`text_command.py`) and keeps the input.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class _LeftAlone(Exception):
 
 def _parser(unpack: bool) -> argparse.ArgumentParser:
     name = "unpack" if unpack else "pack"
-    what = "unpack what `compressor pack` packed" if unpack else "pack files without loss; text best"
+    what = "unpack what `compressor pack` packed" if unpack else "pack files, text best; without loss unless --codec"
     parser = argparse.ArgumentParser(prog=f"compressor {name}", description=what)
     parser.add_argument("files", nargs="*", metavar="FILE", help="- or none: standard input to standard output")
     parser.add_argument("-o", "--output", metavar="FILE", help="write here (one input), and keep the input")
@@ -49,6 +50,9 @@ def _parser(unpack: bool) -> argparse.ArgumentParser:
     parser.add_argument(
         "--lane-tokens", type=int, default=1024, help="packing: tokens decoded one after the other; more pack better"
     )
+    from compressor.codecs.text_command import add_options
+
+    add_options(parser)
     return parser
 
 
@@ -120,10 +124,16 @@ def _one(name: str, options: argparse.Namespace, load: Callable[[], Any]) -> Non
     if target is not None:
         _may_write(target, options)
     data = sys.stdin.buffer.read() if source is None else source.read_bytes()
+    from compressor.codecs import text_command
     from compressor.codecs.lossless import pack_bytes, unpack_bytes
+    from compressor.codecs.text import is_text_file
 
     with _Progress(name, options.quiet) as progress:
-        if options.decompress:
+        if options.decompress and is_text_file(data):
+            result = text_command.unpack(data, options, load)
+        elif not options.decompress and options.codec != "lossless":
+            result = text_command.pack(data, options, load)
+        elif options.decompress:
             result = unpack_bytes(data, load, options.batch, progress=progress)
         else:
             result = pack_bytes(data, load(), options.lane_tokens, options.batch, progress)
@@ -132,7 +142,8 @@ def _one(name: str, options: argparse.Namespace, load: Callable[[], Any]) -> Non
             temporary.write_bytes(result)
             if source is not None:
                 shutil.copystat(source, temporary)
-        if source is not None and not (options.keep or options.output):
+        lossy = not options.decompress and options.codec not in text_command.LOSSLESS
+        if source is not None and not (options.keep or options.output or lossy):
             source.unlink()
     elif not options.test:
         sys.stdout.buffer.write(result)

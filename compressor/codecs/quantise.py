@@ -55,10 +55,11 @@ def fit_steps(values: Tensor, bits: int) -> Tensor:
     """Step codes with the least squared error for each channel, int8 `[..., head_size]`."""
     values = values.detach().float()
     largest = values.abs().amax(dim=-2) / (1 << (bits - 1))
-    top = torch.ceil(4 * torch.log2(largest.clamp(min=2.0**-30))).clamp(CODES[0] + _TRIED, CODES[1]).to(torch.int64)
+    top = torch.ceil(4 * torch.log2(largest.clamp(min=2.0**-30))).clamp(CODES[0] + _TRIED, CODES[1] - 1).to(torch.int64)
     best = torch.full_like(largest, torch.inf)
     chosen = top.clone()
-    for lower in range(_TRIED):
+    # From one step above: values that were quantised before then come back as they are.
+    for lower in range(-1, _TRIED):
         steps = step_of(top - lower)
         error = (dequantise(symbols(values, steps, bits), steps) - values).square().sum(dim=-2)
         chosen = torch.where(error < best, top - lower, chosen)

@@ -55,11 +55,11 @@ FIGURES = {
     "em": Figure("EM", 1, 1),
     "f1": Figure("F1", 1, 1),
     "f1_difference": Figure("F1 - full", 1, 1),
-    "retention_em": Figure("EM / full", 1, 3),
-    "retention_f1": Figure("F1 / full", 1, 3),
-    "normalised_f1": Figure("(F1 - none) / (full - none)", 1, 3),
+    "retention_em": Figure("EM / full", 1, 3, interval=False),
+    "retention_f1": Figure("F1 / full", 1, 3, interval=False),
+    "normalised_f1": Figure("(F1 - none) / (full - none)", 1, 3, interval=False),
     "answer_nats": Figure("nats/answer", -1, 2),
-    "normalised_nats": Figure("(nats - none) / (full - none)", 1, 3),
+    "normalised_nats": Figure("(nats - none) / (full - none)", 1, 3, interval=False),
     "perplexity": Figure("perplexity", -1, 1),
     "rouge_1": Figure("ROUGE-1", 1, 3),
     "rouge_2": Figure("ROUGE-2", 1, 3),
@@ -83,6 +83,8 @@ FIGURES = {
     "tokens_per_second": Figure("tokens/s", 1, 1, interval=False),
     "full_tokens_per_second": Figure("tokens/s, full", 0, 1, interval=False),
     "peak_saved": Figure("peak memory saved (%)", 1, 1, interval=False),
+    "bytes_per_byte": Figure("bytes / byte", -1, 4, interval=False),
+    "decoder_ratio": Figure("decoder tokens / token", -1, 4, interval=False),
 }
 """Every figure a task can report. A new one is a line here and a function of sums in its task."""
 
@@ -122,8 +124,12 @@ def bootstrap(
 
 
 def interval(values: np.ndarray, level: float = LEVEL) -> Interval:
-    """A figure with its bounds, from its value on all items followed by those on each resample."""
-    low, high = np.quantile(values[1:], [(1 - level) / 2, (1 + level) / 2]) if len(values) > 1 else values[[0, 0]]
+    """A figure with its bounds, from its value on all items followed by those on each resample.
+
+    Resamples in which it is undefined (NaN: a share of nothing) do not count.
+    """
+    defined = values[1:][~np.isnan(values[1:])]
+    low, high = np.quantile(defined, [(1 - level) / 2, (1 + level) / 2]) if len(defined) else values[[0, 0]]
     return Interval(float(values[0]), float(low), float(high))
 
 
@@ -159,7 +165,7 @@ class FigureOf:
 
 
 def ratio(above: str, below: str, scale: float = 1.0) -> FigureOf:
-    """The figure that divides the sum of one column by the sum of another; 0 where there is nothing to divide by."""
+    """The figure that divides the sum of one column by the sum of another; NaN where there is nothing to divide by."""
     return FigureOf((above, below), lambda sums: scale * _divided(sums[above], sums[below]))
 
 
@@ -169,14 +175,24 @@ def difference(first: str, second: str, count: str, scale: float = 1.0) -> Figur
     return FigureOf(needs, lambda sums: scale * _divided(sums[first] - sums[second], sums[count]))
 
 
-def retained(score: str, least: str, most: str) -> FigureOf:
-    """(M - Mnone) / (Mfull - Mnone): the share kept of what the passage adds (arXiv 2510.20797)."""
-    needs = (score, least, most)
-    return FigureOf(needs, lambda sums: _divided(sums[score] - sums[least], sums[most] - sums[least]))
+def retained(score: str, least: str, most: str, direction: int = 1) -> FigureOf:
+    """(M - Mnone) / (Mfull - Mnone): the share kept of what the passage adds (arXiv 2510.20797).
+
+    NaN where the passage adds nothing: a share of a loss would look like a gain.
+
+    Args:
+        direction: 1 where higher scores are better, -1 where lower ones are.
+    """
+
+    def share(sums: Sums) -> np.ndarray:
+        gain = np.maximum(direction * (sums[most] - sums[least]), 0)
+        return _divided(direction * (sums[score] - sums[least]), gain)
+
+    return FigureOf((score, least, most), share)
 
 
 def _divided(above: np.ndarray, below: np.ndarray) -> np.ndarray:
-    return np.divide(above, below, out=np.zeros_like(above), where=below != 0)
+    return np.divide(above, below, out=np.full_like(above, np.nan), where=below != 0)
 
 
 def bleu(sums: Sums) -> np.ndarray:

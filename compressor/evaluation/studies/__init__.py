@@ -16,7 +16,11 @@ if TYPE_CHECKING:
 
     from compressor.evaluation.command import EvaluationConfig
 
-STUDIES: dict[str, str] = {"utilisation": "utilisation:utilisation", "efficiency": "efficiency:efficiency"}
+STUDIES: dict[str, str] = {
+    "utilisation": "utilisation:utilisation",
+    "efficiency": "efficiency:efficiency",
+    "rate-distortion": "rate_distortion:rate_distortion",
+}
 """Where each study is; loaded when it is asked for, because studies use the runner."""
 
 

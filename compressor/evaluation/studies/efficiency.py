@@ -20,7 +20,8 @@ from compressor.config import CompressorConfig
 from compressor.errors import CompressorError
 from compressor.evaluation.command import EvaluationConfig
 from compressor.evaluation.flops import Cost, Setting, Shape
-from compressor.evaluation.runner import Progress, checkpoint_fingerprint
+from compressor.evaluation.methods import checkpoint_fingerprint
+from compressor.evaluation.runner import Progress
 from compressor.evaluation.studies import Findings
 from compressor.evaluation.studies.plots import efficiency_plot
 from compressor.evaluation.studies.timing import (
@@ -137,9 +138,10 @@ def efficiency(config: EvaluationConfig, accelerator: Accelerator) -> Findings |
 
 def check_settings(config: EvaluationConfig) -> None:
     """Raise a `CompressorError` for settings that this study cannot follow."""
-    for name in ("data", "methods", "split_date", "published"):
+    why_not = {"data": "costs do not depend on the text", "segment_tokens": "it is of one segment"}
+    for name in ("data", "methods", "split_date", "published", "segment_tokens"):
         if getattr(config, name):
-            why = "costs do not depend on the text" if name == "data" else "only the checkpoint and full are compared"
+            why = why_not.get(name, "only the checkpoint and full are compared")
             raise CompressorError(f"{name} cannot be used with --task efficiency ({why}): leave it out")
     if min(config.new_tokens) < 2:
         raise CompressorError(f"new_tokens = {config.new_tokens}: a rate needs at least 2 new tokens")

@@ -17,8 +17,9 @@ from accelerate import Accelerator
 
 from compressor.errors import CompressorError
 from compressor.evaluation.command import EvaluationConfig
+from compressor.evaluation.methods import checkpoint_fingerprint
 from compressor.evaluation.metrics import LEVEL, bootstrap, ratio, spearman
-from compressor.evaluation.runner import checkpoint_fingerprint, data_names, describe_data, run_batches
+from compressor.evaluation.runner import data_names, describe_data, run_batches
 from compressor.evaluation.studies import Findings
 from compressor.evaluation.studies.changes import AnswerProbe, RegenerationProbe, all_changes
 from compressor.evaluation.studies.equal_use import ALPHA, CLAIM, PERMUTATIONS, added, statement, verdict
@@ -54,7 +55,7 @@ def utilisation(config: EvaluationConfig, accelerator: Accelerator) -> Findings 
     if not model.encoder.trained_for(tokens):
         raise CompressorError(f"{config.checkpoint} is not meant to compress to {tokens} tokens: leave tokens out")
     config.question_template = config.question_template or model.config.question_template or QUESTION
-    method = MemoryMethod(model, config.batch_size)
+    method = MemoryMethod(model, config.batch_size, config.segment_tokens)
     measured: dict[str, tuple[str, list[Result] | None]] = {}
     for source, (task, records) in loaded.items():
         items = with_donors(task.items(records, method.base.tokenizer, config), source)
