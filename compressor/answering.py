@@ -41,12 +41,15 @@ class AnswerStage(CompressionStage):
             if data.validation_questions:
                 held_out = load(data.validation_questions, "validation")[: data.validation_limit]
             else:
-                # Questions of one context stay on one side.
+                # Questions of one context stay on one side, whatever segments they went to.
                 count = min(data.validation_limit, len(asked) // 4)
-                asked, held_out = asked[: len(asked) - count], asked[len(asked) - count :]
-        if not held_out:
+                last = {one.context for one in asked[len(asked) - count :]}
+                held_out = [one for one in asked if one.context in last]
+                asked = [one for one in asked if one.context not in last]
+        if not held_out or not asked:
+            count = len({one.context for one in [*asked, *held_out]})
             raise CompressorError(
-                f"data.questions has {len(asked)} contexts, too few to hold some out: name data.validation_questions"
+                f"data.questions has {count} contexts, too few to hold some out: name data.validation_questions"
             )
         self.asked, self.held_out_questions = asked, held_out
         settings = config.training
@@ -86,6 +89,7 @@ class AnswerStage(CompressionStage):
             "ids": [one.id for one in chosen],
             "targets": stacked["targets"],
             "passages": len(chosen),
+            "answer_passages": [one.ids for one in chosen],
             "answer_inputs": stacked["inputs"],
             "answer_labels": stacked["labels"],
             "answer_owners": torch.tensor([owner for owner, _ in rows]),

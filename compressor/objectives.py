@@ -72,8 +72,9 @@ def answer_loss(model: Compressor, prefix: Prefix, batch: dict[str, Any]) -> Ten
     """Loss of answers after memory and question: likelihood of the answer, and divergence from the full passage.
 
     The batch holds `answer_inputs` and `answer_labels` (int64 `[questions, width]`), `answer_owners` (the passage of
-    each question, int64 `[questions]`), `answer_prompts` (token ids of each question), `answer_weight`,
-    `distillation_weight` and `teacher_answers` (whether the base's own answers are the targets).
+    each question, int64 `[questions]`), `answer_prompts` (token ids of each question), `answer_passages` (token ids of
+    each passage, without what a method extends it by), `answer_weight`, `distillation_weight` and `teacher_answers`
+    (whether the base's own answers are the targets).
 
     Returns:
         Summed over the answers' tokens, EOS included. The divergence is KL(teacher || student) at the same places,
@@ -85,9 +86,8 @@ def answer_loss(model: Compressor, prefix: Prefix, batch: dict[str, Any]) -> Ten
     base, targets = model.base, int((labels != IGNORED).sum())
     full: Prefix | None = None
     if batch["distillation_weight"] or batch["teacher_answers"]:
-        rows = [ids[:n].tolist() for ids, n in zip(batch["input_ids"], batch["lengths"].tolist(), strict=True)]
         with model.adapters(on=False):
-            full = token_prefix(base, rows).select(owners)
+            full = token_prefix(base, batch["answer_passages"]).select(owners)
     if batch["teacher_answers"]:
         assert full is not None
         inputs, labels = _teacher_pairs(model, full, batch["answer_prompts"])
@@ -107,10 +107,13 @@ def answer_loss(model: Compressor, prefix: Prefix, batch: dict[str, Any]) -> Ten
 
 @torch.no_grad()
 def _teacher_pairs(model: Compressor, full: Prefix, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Inputs and labels of the answers that the base gives from the whole passage."""
+    """Inputs and labels of the answers that the base gives from the whole passage; of one that was cut off, no EOS."""
     base = model.base
     with model.adapters(on=False):
         written = generate(base, full, prompts, [TEACHER_TOKENS] * len(prompts))
-    pairs = [answer_pair(prompt, one.ids, base.eos) for prompt, one in zip(prompts, written, strict=True)]
+    pairs = []
+    for prompt, one in zip(prompts, written, strict=True):
+        inputs, labels = answer_pair(prompt, one.ids, base.eos)
+        pairs.append((inputs, labels) if one.finished else (inputs[:-1], labels[:-1]))
     stacked = stack_pairs(pairs)
     return stacked["inputs"].to(base.device), stacked["labels"].to(base.device)

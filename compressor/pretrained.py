@@ -129,12 +129,12 @@ def find_base(
     base: Base | str | None,
     device: str | torch.device,
     dtype: str,
-    revision: str | None,
-    attention: str,
-    quantisation: str | None,
+    revision: str | None = None,
+    attention: str = "sdpa",
+    quantisation: str | None = None,
 ) -> tuple[Path, Base]:
     """A checkpoint's folder and the base it was trained on, loaded; arguments as for `Compressor.from_pretrained`."""
-    folder = _fetch(str(path), revision)
+    folder = fetch_checkpoint(str(path), revision)
     trained_on = read_settings(folder)["base"]
     if not isinstance(base, Base):
         name = base or trained_on["path"]
@@ -192,7 +192,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
     return settings
 
 
-def _fetch(path: str, revision: str | None) -> Path:
+def fetch_checkpoint(path: str, revision: str | None = None) -> Path:
     """The folder of a checkpoint, downloaded if `path` is a hub id."""
     if Path(resolve(path)).is_dir():
         return Path(resolve(path))

@@ -26,12 +26,19 @@ CARD = ROOT / "models" / "arxiv-mini" / "README.md"
 
 def results(name: str) -> Any:
     """A file of results/."""
-    return json.loads((ROOT / "results" / name).read_text())
+    return json.loads(_kept(name))
 
 
 def log_rows(name: str) -> list[dict[str, Any]]:
     """Rows of a training log kept in results/."""
-    return [json.loads(line) for line in (ROOT / "results" / name).read_text().splitlines()]
+    return [json.loads(line) for line in _kept(name).splitlines()]
+
+
+def _kept(name: str) -> str:
+    path = ROOT / "results" / name
+    if not path.exists():
+        raise SystemExit(f"results/{name} is missing: run the script of runs/ that makes it")
+    return path.read_text()
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -139,7 +146,7 @@ def qa() -> str:
     for method, tokens in keys:
         mine = [row for row in rows if (row["method"], row["tokens"]) == (method, tokens)]
         macro = next(row for row in mine if row["dataset"] == "macro")
-        shares = [f"{macro['retention_f1']:.2f}", f"{macro['normalised_f1']:.2f}"]
+        shares = ["-" if macro[name] is None else f"{macro[name]:.2f}" for name in ("retention_f1", "normalised_f1")]
         body.append([LABELS.get(method, method), "-" if tokens is None else str(tokens), *_answered(mine), *shares])
     n = {row["dataset"]: row["n"] for row in rows}
     counts = ", ".join(f"{n[name]} questions of {label}" for name, label in DATA.items())

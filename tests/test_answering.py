@@ -100,6 +100,30 @@ def test_held_out_contexts_are_not_trained_on(make_stage: Callable[..., AnswerSt
     assert not trained & held_out
 
 
+def test_segments_of_a_held_out_context_are_not_trained_on(make_stage: Callable[..., AnswerStage]) -> None:
+    """Contexts of several segments lie on one side, too."""
+    stage = make_stage("--data.question_tokens=4")
+    trained, held_out = ({one.context for one in part} for part in (stage.asked, stage.held_out_questions))
+    assert len(stage.asked) + len(stage.held_out_questions) > len(trained | held_out) == 12
+    assert held_out
+    assert not trained & held_out
+
+
+def test_the_teacher_does_not_read_a_methods_padding(make_stage: Callable[..., AnswerStage]) -> None:
+    """`reference-500x` extends passages with EOS; the base that it learns from reads them as they are."""
+    method = ("--compressor.method=reference-500x", "--compressor.layout=published", "--compressor.memory_tokens=4")
+    stage = make_stage(*method, '--objective.tokens=[{"tokens": 4}]', "--objective.distillation=1")
+    batch = _question_batch(stage)
+    assert batch["lengths"].tolist() == [500] * len(batch["answer_passages"])
+    assert all(0 < len(ids) <= 64 for ids in batch["answer_passages"])
+    model = stage.module
+    with torch.no_grad():
+        prefix = model.prefix(*model.encode(batch["input_ids"], batch["lengths"], 4), batch["lengths"])
+        found = float(answer_loss(model, prefix, batch))
+        padded = float(answer_loss(model, prefix, batch | {"answer_passages": batch["input_ids"].tolist()}))
+    assert found != pytest.approx(padded, rel=1e-6)
+
+
 def test_a_long_context_goes_to_the_segment_with_the_answer(tiny_base: Base) -> None:
     context = "The start names Ada. " + "Nothing happens here for a while. " * 6 + "The end names Bob."
     asked = [Question(f"q{i}", context, "Who?", (name,), "d") for i, name in enumerate(("Ada", "Bob", "Zoe"))]
@@ -165,7 +189,9 @@ def test_the_teachers_own_answers_can_be_the_targets(make_stage: Callable[..., A
                 ids = torch.tensor([[*prompt, *one.ids]])
                 owner = batch["answer_owners"][row : row + 1]
                 logits = decode(base, prefix.select(owner), ids)[0, len(prompt) - 1 :]
-                targets = torch.tensor([*one.ids, base.eos])
+                # An answer that was cut off does not end where it was cut.
+                targets = torch.tensor([*one.ids, base.eos] if one.finished else one.ids)
+                logits = logits[: len(targets)]
                 total += float(nn.functional.cross_entropy(logits, targets, reduction="sum"))
                 count += len(targets)
     assert found == pytest.approx(total / count * batch["targets"], rel=1e-4)

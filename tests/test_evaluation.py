@@ -16,7 +16,6 @@ import torch
 import yaml
 
 from compressor.errors import CompressorError
-from compressor.evaluation.tasks import regeneration as tasks_module
 from compressor.evaluation.command import EvaluationConfig, evaluate_main
 from compressor.evaluation.report import (
     load_published,
@@ -27,6 +26,7 @@ from compressor.evaluation.report import (
     text_table,
 )
 from compressor.evaluation.tasks import Item, Regeneration
+from compressor.evaluation.tasks import regeneration as tasks_module
 from compressor.evaluation.tasks.interface import make_batches
 from compressor.files import sha256
 from compressor.methods.interface import MemoryMethod
@@ -186,6 +186,51 @@ def test_failure_leaves_no_output(checkpoint: str, data: str, tmp_path: Path, mo
     with pytest.raises(RuntimeError, match="out of memory"):
         evaluate_main(["--checkpoint", checkpoint, "--data", data, "--limit", "1", "--output", str(tmp_path / "o")])
     assert set(tmp_path.iterdir()) == before
+
+
+def test_methods_are_checked_before_any_is_run(
+    make_tiny_compressor: Callable[..., Any],
+    checkpoint: str,
+    data: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    other = make_tiny_compressor(method="icae", layout="after")
+    other.base.fingerprint = "0" * 64
+    other.save_pretrained(tmp_path / "icae")
+    monkeypatch.setattr(MemoryMethod, "compress", lambda *_: pytest.fail("a method was run"))
+    argv = ["--checkpoint", checkpoint, "--data", data, "--output", str(tmp_path / "out"), "--methods", "kv"]
+    assert evaluate_main([*argv, "anchor"]) == 2
+    assert "there is no checkpoint of the method anchor" in capsys.readouterr().err
+    assert evaluate_main([*argv, f"icae={tmp_path / 'icae'}"]) == 2
+    assert "methods are compared on one base" in capsys.readouterr().err
+
+
+def test_sizes_that_a_method_does_not_have_are_named(
+    make_tiny_compressor: Callable[..., Any], data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = make_tiny_compressor(method="reference-500x", layout="published")
+    model.save_pretrained(tmp_path / "published")
+    argv = ["--checkpoint", str(tmp_path / "published"), "--data", data, "--lengths", "12", "--limit", "1"]
+    assert evaluate_main([*argv, "--tokens", "8", "2", "--output", str(tmp_path / "out")]) == 0
+    metrics = _metrics(tmp_path / "out")
+    assert [row["tokens"] for row in metrics["rows"]] == [8]
+    assert "reference-500x cannot compress to 2 tokens." in metrics["notes"]
+    capsys.readouterr()
+    assert evaluate_main([*argv, "--tokens", "2", "1", "--output", str(tmp_path / "none")]) == 2
+    assert "Nothing is left to measure" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+
+
+def test_quality_flags_are_of_one_row_each(checkpoint: str, data: str, tmp_path: Path) -> None:
+    """Lengths differ in likelihood and in score: together they would correlate whatever the flag says."""
+    argv = ["--checkpoint", checkpoint, "--data", data, "--lengths", "12", "40", "--output", str(tmp_path / "out")]
+    assert evaluate_main(argv) == 0
+    metrics = _metrics(tmp_path / "out")
+    counts = {row["length"]: row["n"] for row in metrics["rows"]}
+    assert {flag["length"]: flag["n"] for flag in metrics["quality"]} == counts
+    assert len(metrics["quality"]) == 2
 
 
 def test_dates_split_rows(checkpoint: str, data: str, tmp_path: Path) -> None:

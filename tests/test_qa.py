@@ -144,7 +144,10 @@ def test_without_bounds_there_is_no_retention(argv: list[str], tmp_path: Path) -
     ("extra", "message"),
     [
         (["--methods", "kw"], "did you mean kv"),
-        (["--methods", "icae"], "no compressor checkpoint"),
+        (["--methods", "icae"], "there is no checkpoint of the method icae"),
+        (["--methods", "kv", "full", "kv=CHECKPOINT"], "names kv more than once"),
+        (["--methods", "full=CHECKPOINT"], "the method full has no checkpoint"),
+        (["--lengths", "96"], "lengths means nothing to --task qa"),
         (["--methods", "icae=CHECKPOINT"], "holds the method kv, not icae"),
         (["--question_template", "Answer!"], "no {question} in it"),
         (["--question_template", "chat"], "no chat template"),

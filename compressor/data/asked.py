@@ -28,6 +28,8 @@ class Asked:
     """Tokens of the question prompts."""
     answers: list[list[int]]
     """Tokens of the first right answers."""
+    context: int
+    """Number of the context that it is a segment of."""
 
     @property
     def length(self) -> int:
@@ -58,6 +60,7 @@ def ask(
     prompts = question_ids(tokenizer, [question.question for question in usable], template)
     texts = [answer_text(question.answers[0]) for question in usable]
     answers = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    numbers = {context: number for number, context in enumerate(contexts)}
     grouped: dict[tuple[str, int], tuple[list[list[int]], list[list[int]], str]] = {}
     for question, prompt, answer in zip(usable, prompts, answers, strict=True):
         parts = segments[question.context]
@@ -69,7 +72,7 @@ def ask(
         rows[0].append(prompt)
         rows[1].append(answer)
     return [
-        Asked(name, segments[context][place], asked, answered)
+        Asked(name, segments[context][place], asked, answered, numbers[context])
         for (context, place), (asked, answered, name) in grouped.items()
     ]
 

@@ -86,21 +86,29 @@ def _resampled(
 def _row(task: Task, key: dict[str, Any], count: int, found: Mapping[str, np.ndarray]) -> dict[str, Any]:
     row = {**key, "n": count}
     for name in task.figures:
-        bounds = interval(found[name] + 0.0) if name in found else None  # + 0.0: no -0.0
+        # A share of nothing (of the F1 of a full passage that answers nothing, say) is null, as what was not run is.
+        defined = name in found and not np.isnan(found[name][0])
+        bounds = interval(found[name] + 0.0) if defined else None  # + 0.0: no -0.0
         row[name] = bounds and bounds.value
         row[f"{name}_low"], row[f"{name}_high"] = bounds and bounds.low, bounds and bounds.high
     return row
 
 
-def quality_flags(task: Task, results: Mapping[str, Results]) -> list[dict[str, Any]]:
-    """How well flags known at compression time predict scores: Spearman's rank correlation for each method and size."""
+def quality_flags(task: Task, items: Sequence[Item], results: Mapping[str, Results]) -> list[dict[str, Any]]:
+    """How well flags known at compression time predict scores: Spearman's rank correlation.
+
+    Over the items of one row of the table, because data sets and lengths differ in both, which is no prediction.
+    """
+    groups: dict[tuple[str, str | None, int | None], list[int]] = {}
+    for place, item in enumerate(items):
+        groups.setdefault((item.dataset, item.part, item.length), []).append(place)
     rows = []
     for method, sizes in results.items():
         for count, of_size in sizes.items():
-            for name, (flag, wanted) in task.quality(of_size).items():
-                first, _, second = name.partition("~")
-                value = spearman(flag, wanted)
-                shown = None if value is None else round(value, 4)
-                key = {"method": method, "tokens": count, "flag": first, "score": second}
-                rows.append({**key, "n": len(flag), "spearman": shown})
+            for (dataset, part, length), places in groups.items():
+                for name, (flag, wanted) in task.quality([of_size[i] for i in places]).items():
+                    first, _, second = name.partition("~")
+                    value = spearman(flag, wanted)
+                    key = {**row_key(method, dataset, part, count, length), "flag": first, "score": second}
+                    rows.append({**key, "n": len(flag), "spearman": None if value is None else round(value, 4)})
     return rows

@@ -20,28 +20,28 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from tqdm import tqdm
 
-from compressor.base import Base, load_base
-from compressor.base import resolve as resolve_path
-from compressor.config import BaseConfig
 from compressor.data.questions import HUB_NAMES
 from compressor.data.sources import resolve as resolve_data
 from compressor.data.sources import stem_of
 from compressor.errors import CompressorError
 from compressor.evaluation.command import EvaluationConfig
+from compressor.evaluation.methods import Methods
 from compressor.evaluation.metrics import LEVEL, bleu_signature
 from compressor.evaluation.report import load_published, markdown_table, regeneration_plot
 from compressor.evaluation.rows import MACRO, Results, make_rows, quality_flags, row_key
 from compressor.evaluation.studies import STUDIES, load_study
 from compressor.evaluation.tasks import TASKS, Item, Result, Task
 from compressor.files import atomic_path, sha256
-from compressor.methods.interface import MemoryMethod, Method, check_tokens
-from compressor.methods.registry import TRAINED, MethodSettings, split_spec, untrained_method
-from compressor.model import Compressor
-from compressor.pretrained import read_settings
+from compressor.methods.interface import Method
 from compressor.provenance import versions
 
 LINES = 10
 """Progress lines of a run without a terminal."""
+OWN_SETTINGS = (
+    *("lengths", "split_date", "text_field", "question_columns", "published"),
+    *("codecs", "calibration", "questions"),
+)
+"""Settings that only some tasks and studies read (`Task.settings`); elsewhere they would be ignored."""
 
 
 def evaluate(
@@ -72,19 +72,19 @@ def evaluate(
     if config.task in STUDIES:
         return run_study(config, accelerator, command, started)
     task = make_task(config.task)
+    check_settings(task, config)
     published = load_published() if config.published else None
-    specs = [split_spec(spec) for spec in config.methods]
     sources = list(config.data) or list(task.default_data)
     if not sources:
         raise CompressorError(f"the task {config.task} comes without data. {task.needs}")
+    methods = Methods(config, accelerator)
     with accelerator.main_process_first():
         records = {source: task.load(source, config) for source in sources}
     names = data_names(sources)
-    methods = Methods(config, specs, accelerator)
     config.question_template = config.question_template or methods.question_template()
     items: list[Item] = []
     results: dict[str, Results] = {}
-    described: dict[str, Any] = {}
+    left_out: list[str] = []
     for method in methods:
         if not items:
             for source in sources:
@@ -98,27 +98,31 @@ def evaluate(
                     f"{', '.join(sources)} has no passage of {wanted}: ask for smaller lengths or give other data"
                 )
         tokens = method.sizes(methods.tokens)
-        if not tokens and accelerator.is_main_process:
-            print(f"note: {method.name} cannot compress to {' or '.join(map(str, methods.tokens))} tokens: left out")
+        if method.sized and (without := [count for count in methods.tokens if count not in tokens]):
+            left_out.append(f"{method.name} cannot compress to {' or '.join(map(str, without))} tokens.")
         found = run_batches(task, method, items, tokens, config.batch_size, accelerator) if tokens else None
         if found is not None:
             shown: list[int | None] = list(tokens) if method.sized else [None]
             results[method.name] = dict(zip(shown, found, strict=True))
-        described[method.name] = methods.describe(method)
+        del method  # before the next one is loaded: each may hold a base of its own
     if not accelerator.is_main_process:
         return None
+    if not results:
+        raise CompressorError(f"{' '.join(left_out)} Nothing is left to measure: ask for other tokens")
 
+    order = [name for name, _ in methods.specs]
+    results = {name: results[name] for name in order if name in results}
     data = list(names.values())
     rows = make_rows(task, items, data, results, config)
     metrics = {
         "task": config.task,
         "figures": [name for name in task.figures if any(row.get(name) is not None for row in rows)],
         "rows": rows,
-        "quality": quality_flags(task, results),
+        "quality": quality_flags(task, items, results),
         "intervals": {"level": LEVEL, "resamples": config.resamples, "seed": config.seed, "over": "items"},
         "sacrebleu": bleu_signature(),
-        "notes": notes(task, config, rows),
-        "methods": described,
+        "notes": [*notes(task, config, rows), *left_out],
+        "methods": {name: methods.describe(name) for name in order},
         "checkpoint": methods.checkpoint_record(),
         "base": methods.base_record(),
         "data": [describe_data(source, config, records[source]) for source in sources],
@@ -176,99 +180,6 @@ def output_folder(config: EvaluationConfig, metrics: dict[str, Any]) -> Iterator
         yield path
 
 
-class Methods:
-    """The methods of an evaluation, loaded one after the other: each compressor puts adapters into a base of its own.
-
-    Args:
-        specs: names and checkpoints (`split_spec`); none means the checkpoint's own method.
-    """
-
-    def __init__(
-        self, config: EvaluationConfig, specs: Sequence[tuple[str, str | None]], accelerator: Accelerator
-    ) -> None:
-        self.config, self.accelerator = config, accelerator
-        self.folder = Path(resolve_path(config.checkpoint))
-        # Known without the weights: loading a large base takes minutes.
-        self.settings = read_settings(self.folder) if self.folder.is_dir() else None
-        own = self.settings["config"].get("method", "kv") if self.settings else "kv"
-        self.specs = [(name, place or self._place(name, own)) for name, place in specs] or [(own, config.checkpoint)]
-        if config.tokens and self.settings:
-            check_tokens(config.tokens, self.settings["config"]["memory_tokens"], config.checkpoint)
-        most = self.settings["config"]["memory_tokens"] if self.settings else 16
-        self.tokens = list(config.tokens) or [most]
-        self._plain: Base | None = None
-        self._fingerprints: dict[str, str] = {}
-        self._base: Base | None = None
-
-    def _place(self, name: str, own: str) -> str | None:
-        """Where a trained method's checkpoint is, if none is named."""
-        if name not in TRAINED:
-            return None
-        return self.config.checkpoint if name == own else str(Path(self.config.checkpoint).parent / "methods" / name)
-
-    def question_template(self) -> str | None:
-        """The checkpoint's prompt of a question."""
-        return self.settings["config"].get("question_template") if self.settings else None
-
-    def __iter__(self) -> Iterator[Method]:
-        config = self.config
-        for name, place in self.specs:
-            if name in TRAINED:
-                assert place is not None
-                model = Compressor.from_pretrained(
-                    place, base=config.base, device=self.accelerator.device, dtype=config.dtype
-                )
-                if model.config.method != name:
-                    raise CompressorError(f"{place} holds the method {model.config.method}, not {name}")
-                self._fingerprints[name] = checkpoint_fingerprint(model)
-                method: Method = MemoryMethod(model, config.batch_size, config.segment_tokens)
-            else:
-                settings = MethodSettings(
-                    config.summariser,
-                    config.keyword_language,
-                    config.llmlingua,
-                    config.optimise_steps,
-                    config.seed,
-                )
-                method = untrained_method(name, self._plain_base(), settings)
-            self._base = method.base
-            yield method
-
-    def _plain_base(self) -> Base:
-        """The base without adapters."""
-        if self._plain is None:
-            place = self.config.base or (self.settings["base"]["path"] if self.settings else None)
-            if place is not None and self.config.base is None and not Path(resolve_path(place)).exists():
-                beside = self.folder.parent / "base"
-                place = str(beside) if beside.exists() else place
-            if place is None:
-                raise CompressorError(f"the base of {self.config.checkpoint} is not known: name it with --base")
-            self._plain = load_base(BaseConfig(path=place, dtype=self.config.dtype), self.accelerator.device)
-            wanted = self.settings["base"]["fingerprint"] if self.settings else self._plain.fingerprint
-            if self._plain.fingerprint != wanted:
-                raise CompressorError(
-                    f"{place} has weights {self._plain.fingerprint[:12]}, but {self.config.checkpoint} was trained on "
-                    f"{wanted[:12]}: give the right base"
-                )
-        return self._plain
-
-    def describe(self, method: Method) -> dict[str, Any]:
-        """Checkpoint and its hash, of methods that have one."""
-        place = dict(self.specs)[method.name]
-        if method.name not in TRAINED:
-            return {}
-        return {"checkpoint": place, "fingerprint": self._fingerprints[method.name]}
-
-    def checkpoint_record(self) -> dict[str, Any]:
-        """The checkpoint that was named, whether or not its method was run."""
-        own = self.settings["config"].get("method", "kv") if self.settings else "kv"
-        return {"path": self.config.checkpoint, "fingerprint": self._fingerprints.get(own)}
-
-    def base_record(self) -> dict[str, Any]:
-        assert self._base is not None
-        return {"path": self._base.name, "fingerprint": self._base.fingerprint, "dtype": self.config.dtype}
-
-
 def data_names(sources: Sequence[str]) -> dict[str, str]:
     """A short name for each data set: the file's or folder's, or what was written where two would be the same."""
     short = {source: stem_of(Path(source)) if Path(source).exists() else source for source in sources}
@@ -298,6 +209,13 @@ def make_task(name: str) -> Task:
         hint = f"did you mean {near[0]}? " if near else ""
         raise CompressorError(f"there is no task {name!r}; {hint}There are: {', '.join(known)}")
     return TASKS[name]()
+
+
+def check_settings(task: Task, config: EvaluationConfig) -> None:
+    """Raise a `CompressorError` for a setting that is given and that the task does not read."""
+    for name in OWN_SETTINGS:
+        if getattr(config, name) and name not in task.settings:
+            raise CompressorError(f"{name} means nothing to --task {config.task}: leave it out")
 
 
 @torch.no_grad()
@@ -363,20 +281,11 @@ def notes(task: Task, config: EvaluationConfig, rows: Sequence[dict[str, Any]]) 
         "items score the same, which says little about others).",
         task.note(),
     ]
-    empty = sorted({row["length"] or 0 for row in rows if row["n"] == 0})
-    if empty:
-        sources = ", ".join(config.data or task.default_data)
-        lines.append(f"{sources} has no passages for some rows of length {', '.join(map(str, empty))}.")
+    for dataset in dict.fromkeys(row["dataset"] for row in rows if row["n"] == 0):
+        lengths = sorted({row["length"] or 0 for row in rows if row["n"] == 0 and row["dataset"] == dataset})
+        of_length = f" of length {', '.join(map(str, lengths))}" if any(lengths) else ""
+        lines.append(f"{dataset} has no passages for some rows{of_length}.")
     return [line for line in lines if line]
-
-
-def checkpoint_fingerprint(model: Compressor) -> str:
-    """SHA-256 over the settings and trained weights of a compressor."""
-    digest = hashlib.sha256(json.dumps(asdict(model.config), sort_keys=True).encode())
-    for name, tensor in sorted(model.trainable_state().items()):
-        digest.update(f"{name}{tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def describe_data(source: str, config: EvaluationConfig, records: Any) -> dict[str, Any]:

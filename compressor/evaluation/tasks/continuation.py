@@ -28,13 +28,14 @@ class Continuation(Regeneration):
     memory the decoder needs something to read; so it is for every method.
     """
 
+    settings = ("lengths", "split_date", "text_field")
     figures: Mapping[str, FigureOf] = {
         "nll_per_token": ratio("nats", "target_tokens"),
         "perplexity": FigureOf(
             ("nats", "target_tokens"), lambda sums: np.exp(sums["nats"] / np.maximum(sums["target_tokens"], 1))
         ),
         "token_accuracy": ratio("correct_tokens", "target_tokens"),
-        "normalised_nats": retained("nats", "none_nats", "full_nats"),
+        "normalised_nats": retained("nats", "none_nats", "full_nats", -1),
         "token_ratio": ratio("passage_tokens", "memory_tokens"),
     }
 

@@ -45,6 +45,8 @@ class Task:
     """Data sets that are measured where none is named."""
     needs: str = ""
     """What to name with `--data`, of a task without such."""
+    settings: tuple[str, ...] = ()
+    """Which of the settings that not every task reads (`OWN_SETTINGS` in the runner) it does."""
 
     def load(self, source: str, config: EvaluationConfig) -> Any:
         """The records of a data set, in their order."""

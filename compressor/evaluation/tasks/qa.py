@@ -25,6 +25,7 @@ class QuestionAnswering(Task):
     """
 
     default_data = ("squad-dev", "arxivqa-test")
+    settings = ("question_columns",)
     figures: Mapping[str, FigureOf] = {
         "em": ratio("em", "questions", 100),
         "f1": ratio("f1", "questions", 100),
@@ -33,7 +34,7 @@ class QuestionAnswering(Task):
         "retention_f1": ratio("f1", "full_f1"),
         "normalised_f1": retained("f1", "none_f1", "full_f1"),
         "answer_nats": ratio("answer_nats", "questions"),
-        "normalised_nats": retained("answer_nats", "none_answer_nats", "full_answer_nats"),
+        "normalised_nats": retained("answer_nats", "none_answer_nats", "full_answer_nats", -1),
         "token_ratio": ratio("passage_tokens", "memory_tokens"),
     }
 

@@ -59,6 +59,7 @@ class Regeneration(Task):
     """
 
     default_data = ("arxiv-test",)
+    settings: tuple[str, ...] = ("lengths", "split_date", "text_field", "published")
     figures: Mapping[str, FigureOf] = {
         "bleu": CORPUS_BLEU,
         "rouge_l": ratio("rouge_l", "passages"),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from compressor.data.questions import load_questions
+from compressor.data.questions import HUB_NAMES, load_questions
 from compressor.data.records import record_id, text_field, text_value
 from compressor.data.sources import Hub, read_rows, resolve
 from compressor.errors import CompressorError
@@ -37,6 +37,7 @@ class Retrieve(Task):
     """
 
     default_data = ("squad-dev", "arxiv-test")
+    settings = ("text_field", "question_columns")
     figures: Mapping[str, FigureOf] = {
         "mrr": ratio("reciprocal_rank", "items"),
         "hit_1": ratio("hit_1", "items"),
@@ -133,7 +134,8 @@ def reciprocal_rank(scores: Sequence[float], own: int) -> tuple[float, float]:
 
 def _titles(source: str, config: EvaluationConfig) -> list[dict[str, str]]:
     """Passages with their titles, if the source is files of passages with titles and without questions."""
-    places = resolve(source, split=config.split) if config.split or not _hub_name(source) else []
+    # Questions alone are known by short names.
+    places = [] if source in HUB_NAMES else resolve(source, split=config.split)
     if not places or any(isinstance(place, Hub) for place in places):
         return []
     found: list[dict[str, str]] = []
@@ -149,13 +151,6 @@ def _titles(source: str, config: EvaluationConfig) -> list[dict[str, str]]:
             if config.limit is not None and len(found) >= config.limit:
                 return found
     return found
-
-
-def _hub_name(source: str) -> bool:
-    """Whether this is a short name that only questions are known by."""
-    from compressor.data.questions import HUB_NAMES
-
-    return source in HUB_NAMES
 
 
 def _questions(source: str, config: EvaluationConfig) -> list[dict[str, str]]:

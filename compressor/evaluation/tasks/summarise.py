@@ -43,7 +43,7 @@ class Summarise(Task):
         "rouge_l": ratio("rouge_l", "items"),
         "retention_rouge_l": ratio("rouge_l", "full_rouge_l"),
         "nll_per_token": ratio("nats", "target_tokens"),
-        "normalised_nats": retained("nats", "none_nats", "full_nats"),
+        "normalised_nats": retained("nats", "none_nats", "full_nats", -1),
         "token_ratio": ratio("passage_tokens", "memory_tokens"),
     }
 

@@ -1,0 +1,159 @@
+"""The methods of one evaluation: which they are, where their checkpoints are, and loading them one after the other."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from compressor.base import Base, load_base
+from compressor.base import resolve as resolve_path
+from compressor.config import BaseConfig
+from compressor.errors import CompressorError
+from compressor.evaluation.command import EvaluationConfig
+from compressor.methods.interface import MemoryMethod, Method, check_tokens
+from compressor.methods.registry import TRAINED, MethodSettings, split_spec, untrained_method
+from compressor.model import Compressor
+from compressor.pretrained import fetch_checkpoint, find_base, read_settings
+
+
+class Methods:
+    """The methods of an evaluation, loaded one after the other: each compressor puts adapters into a base of its own.
+
+    Everything that can be known without weights is checked at once: names, checkpoints and their bases.
+
+    Raises:
+        CompressorError: an unknown method or one named twice, a checkpoint that is missing, damaged, of another method
+            or of another base than the others, or more memory tokens than the checkpoint has.
+    """
+
+    def __init__(self, config: EvaluationConfig, accelerator: Accelerator) -> None:
+        self.config, self.accelerator = config, accelerator
+        specs = [split_spec(spec) for spec in config.methods]
+        self._refuse_repeated([name for name, _ in specs])
+        needed = not specs or config.base is None or any(name in TRAINED for name, _ in specs)
+        self.settings: dict[str, Any] | None = None
+        if needed or Path(resolve_path(config.checkpoint)).is_dir():
+            self.settings = read_settings(fetch_checkpoint(config.checkpoint))
+        self.own: str = self.settings["config"].get("method", "kv") if self.settings else "kv"
+        self.specs = [(name, self._place(name, place)) for name, place in specs] or [(self.own, config.checkpoint)]
+        most = self.settings["config"]["memory_tokens"] if self.settings else 16
+        if config.tokens and self.settings:
+            check_tokens(config.tokens, most, config.checkpoint)
+        self.tokens = list(config.tokens) or [most]
+        self._fingerprints: dict[str, str] = {}
+        self._base: dict[str, Any] = {}
+
+    @staticmethod
+    def _refuse_repeated(names: list[str]) -> None:
+        for name in names:
+            if names.count(name) > 1:
+                raise CompressorError(
+                    f"methods names {name} more than once, and the rows of a table are told apart by the method: "
+                    "evaluate its checkpoints one after the other"
+                )
+
+    def _place(self, name: str, place: str | None) -> str | None:
+        """Where a trained method's checkpoint is, by name where none is given; checked. None for other methods."""
+        if name not in TRAINED:
+            if place is not None:
+                raise CompressorError(f"the method {name} has no checkpoint: write {name}, not {name}={place}")
+            return None
+        if place is None and name == self.own:
+            return self.config.checkpoint
+        assert self.settings is not None
+        if place is None:
+            place = str(Path(self.config.checkpoint).parent / "methods" / name)
+            if not Path(resolve_path(place)).is_dir():
+                raise CompressorError(
+                    f"there is no checkpoint of the method {name} at {place}: write {name}=CHECKPOINT, or train one "
+                    "(configs/arxiv-mini/methods.yaml)"
+                )
+        found = read_settings(fetch_checkpoint(place))
+        held = found["config"].get("method", "kv")
+        if held != name:
+            raise CompressorError(f"{place} holds the method {held}, not {name}: write {held}={place}")
+        ours, theirs = (one["base"] for one in (self.settings, found))
+        if ours["fingerprint"] != theirs["fingerprint"]:
+            raise CompressorError(
+                f"{place} was trained on the base {theirs['path']} (weights {theirs['fingerprint'][:12]}), but "
+                f"{self.config.checkpoint} on {ours['path']} (weights {ours['fingerprint'][:12]}): methods are "
+                "compared on one base, so evaluate it apart"
+            )
+        return place
+
+    def question_template(self) -> str | None:
+        """The checkpoint's prompt of a question."""
+        return self.settings["config"].get("question_template") if self.settings else None
+
+    def __iter__(self) -> Iterator[Method]:
+        """Those without a checkpoint first. They are all made before one is run, so that what one of them lacks shows
+        at once; and none is kept, so that a large base is held once at a time if the caller keeps none either."""
+        config = self.config
+        plain = [name for name, _ in self.specs if name not in TRAINED]
+        if plain:
+            settings = MethodSettings(
+                config.summariser, config.keyword_language, config.llmlingua, config.optimise_steps, config.seed
+            )
+            base = self._plain_base()
+            self._note_base(base)
+            made = [untrained_method(name, base, settings) for name in plain]
+            del base
+            while made:
+                yield made.pop(0)
+            gc.collect()
+        for name, place in self.specs:
+            if name not in TRAINED:
+                continue
+            assert place is not None
+            model = Compressor.from_pretrained(
+                place, base=config.base, device=self.accelerator.device, dtype=config.dtype
+            )
+            self._fingerprints[name] = checkpoint_fingerprint(model)
+            self._note_base(model.base)
+            method = MemoryMethod(model, config.batch_size, config.segment_tokens)
+            del model
+            yield method
+            del method
+            gc.collect()
+
+    def _plain_base(self) -> Base:
+        """The base without adapters, the one that the checkpoint was trained on if there is a checkpoint."""
+        config, device = self.config, self.accelerator.device
+        if self.settings is not None:
+            return find_base(config.checkpoint, config.base, device, config.dtype)[1]
+        assert config.base is not None
+        return load_base(BaseConfig(path=config.base, dtype=config.dtype), device)
+
+    def _note_base(self, base: Base) -> None:
+        self._base = {"path": base.name, "fingerprint": base.fingerprint, "dtype": self.config.dtype}
+
+    def describe(self, name: str) -> dict[str, Any]:
+        """Checkpoint and its hash, of a method that has one."""
+        if name not in TRAINED:
+            return {}
+        return {"checkpoint": dict(self.specs)[name], "fingerprint": self._fingerprints[name]}
+
+    def checkpoint_record(self) -> dict[str, Any]:
+        """The checkpoint that was named, whether or not its method was run."""
+        ours = dict(self.specs).get(self.own) == self.config.checkpoint
+        return {"path": self.config.checkpoint, "fingerprint": self._fingerprints.get(self.own) if ours else None}
+
+    def base_record(self) -> dict[str, Any]:
+        """The base of the method that was loaded last; all have the same."""
+        return self._base
+
+
+def checkpoint_fingerprint(model: Compressor) -> str:
+    """SHA-256 over the settings and trained weights of a compressor."""
+    digest = hashlib.sha256(json.dumps(asdict(model.config), sort_keys=True).encode())
+    for name, tensor in sorted(model.trainable_state().items()):
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
