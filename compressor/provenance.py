@@ -48,5 +48,6 @@ def run_record(step: int) -> dict[str, Any]:
 
     Absolute paths in the command are shortened to their last part, so that a record can be published.
     """
-    command = [re.sub(r"/(?:[^/\s,\[\]]+/)+", "", argument) for argument in sys.argv]
+    # A slash that follows anything but a separator is in the middle of a relative path.
+    command = [re.sub(r"(?<![^\s,\[\]='\"])/(?:[^/\s,\[\]]+/)+", "", argument) for argument in sys.argv]
     return {"from_step": step, "command": command, "commit": commit(), "versions": versions()}

@@ -5,7 +5,12 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-python evaluate.py --checkpoint models/arxiv-mini/compressor --task qa --data squad-dev arxivqa-test --limit "${1:-300}" \
+limit=${1:-150} checkpoint=models/arxiv-mini/compressor-qa
+python evaluate.py --checkpoint "$checkpoint" --task qa --data squad-dev arxivqa-test --limit "$limit" \
   --methods kv full none truncate keywords summary --tokens 16 4 1 --output "$work/qa"
-cp "$work/qa/metrics.json" results/qa.json
+python evaluate.py --checkpoint "$checkpoint" --task qa --data squad-dev arxivqa-test --limit "$limit" \
+  --methods kv full none --tokens 16 4 1 --segment_tokens 96 --output "$work/qa-segments"
+python evaluate.py --checkpoint "$checkpoint" --task regeneration --data arxiv-test --tokens 16 4 1 --lengths 96 192 --limit 60 \
+  --output "$work/regeneration-qa"
+for name in qa qa-segments regeneration-qa; do cp "$work/$name/metrics.json" "results/$name.json"; done
 python runs/readme.py

@@ -7,4 +7,5 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 abstracts=${1:-arxiv-test}
 shift || true
-python benchmarks/lossless.py --abstracts "$abstracts" --texts "$@" --output results/lossless.json
+python benchmarks/lossless.py --abstracts "$abstracts" --bytes 110000 --singles 40 --code-bytes 40000 --texts "$@" \
+  --output results/lossless.json

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Every way of storing a text on the same unseen passages, bytes against what comes back: results/rate-distortion.json and
-# .png. Needs the extras codecs and keywords. About half an hour on one core.
+# .png. Needs the extras codecs and keywords. About ten minutes on one core.
 #   runs/rate-distortion.sh [CALIBRATION]   a calibration of runs/codecs.sh; by default one is fitted on arxiv-train
 # A sentence-embedding checkpoint at models/arxiv-mini/methods/sentence-embedding (runs/methods.sh) is taken along.
 set -euo pipefail
@@ -8,7 +8,7 @@ cd "$(dirname "$0")/.."
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 python evaluate.py --checkpoint models/arxiv-mini/compressor --task rate-distortion --data arxiv-test --lengths 96 \
-  --tokens 16 4 1 --codecs bf16 int4+ans lowrank:0.3 lowrank:0.15 lowrank:0.07 --limit 50 \
+  --tokens 16 4 1 --codecs bf16 int4+ans lowrank:0.3 lowrank:0.15 lowrank:0.07 --limit "${2:-20}" \
   ${1:+--calibration "$1"} --output "$work/rate-distortion"
 mkdir -p results
 cp "$work/rate-distortion/metrics.json" results/rate-distortion.json

@@ -13,7 +13,15 @@ import numpy as np
 import pytest
 
 from compressor.evaluation.command import evaluate_main
-from compressor.evaluation.metrics import answer_scores, difference, ratio, resampled_figures, retained, spearman
+from compressor.evaluation.metrics import (
+    answer_scores,
+    difference,
+    interval,
+    ratio,
+    resampled_figures,
+    retained,
+    spearman,
+)
 from compressor.prompts import question_ids
 
 CASES = [
@@ -50,6 +58,23 @@ def official(written: str, answers: list[str]) -> tuple[float, float]:
 @pytest.mark.parametrize(("written", "answers"), CASES)
 def test_scores_are_those_of_the_official_script(written: str, answers: list[str]) -> None:
     assert answer_scores(written, answers) == pytest.approx(official(written, answers))
+
+
+def test_shares_of_nothing_are_undefined() -> None:
+    """Neither 0 nor, where the passage does harm, a share of the harm."""
+    columns = {"m": [3.0, 1.0], "full": [2.0, 0.0], "none": [1.0, 3.0], "zero": [0.0, 0.0]}
+    figures = {
+        "nothing": ratio("m", "zero"),
+        "harm": retained("m", "none", "full"),
+        "nats": retained("m", "none", "full", -1),
+    }
+    found = resampled_figures(columns, figures, resamples=20)
+    assert np.isnan(found["nothing"]).all()
+    assert np.isnan(found["harm"][0])
+    assert found["nats"][0] == 0
+    defined = found["nats"][~np.isnan(found["nats"])]
+    one = interval(found["nats"])
+    assert defined.min() <= one.low <= one.high <= defined.max()
 
 
 def test_retention_and_differences_are_of_sums() -> None:
