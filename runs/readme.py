@@ -148,7 +148,7 @@ def qa() -> str:
         mine = [row for name, row in rows if (name, row["tokens"]) == (label, tokens)]
         macro = next(row for row in mine if row["dataset"] == "macro")
         ratio = f"{macro['token_ratio']:.0f}x" if macro["token_ratio"] else "-"
-        shares = [f"{macro['retention_f1']:.2f}", f"{macro['normalised_nats']:.2f}"]
+        shares = ["-" if macro[name] is None else f"{macro[name]:.2f}" for name in ("retention_f1", "normalised_nats")]
         body.append([label, "-" if tokens is None else str(tokens), ratio, *_answered(mine), *shares])
     n = {row["dataset"]: row["n"] for _, row in rows}
     counts = ", ".join(f"{n[name]} questions of {label}" for name, label in DATA.items())
@@ -305,7 +305,11 @@ def fill(text: str) -> str:
         pattern = re.compile(rf"(<!-- begin: {name} -->\n).*?(<!-- end: {name} -->)", re.S)
         if not pattern.search(text):
             raise SystemExit(f"README.md has no part <!-- begin: {name} -->")
-        text = pattern.sub(lambda match, make=make: match.group(1) + make() + "\n" + match.group(2), text)
+        try:
+            made = make()
+        except FileNotFoundError as error:
+            made = f"Not measured yet: there is no `results/{Path(str(error.filename)).name}`."
+        text = pattern.sub(lambda match, made=made: match.group(1) + made + "\n" + match.group(2), text)
     return text
 
 
