@@ -10,7 +10,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, overload
 
@@ -27,7 +26,7 @@ from compressor.errors import CompressorError
 from compressor.layouts import decoder_start, memory_positions
 from compressor.lora import lora_config
 from compressor.memory import Memory, Prefix, Segment, memory_prefix
-from compressor.methods.encoder import pad
+from compressor.methods.encoder import equal_segments, pad
 from compressor.methods.registry import encoder_class
 from compressor.pretrained import find_base, load_weights, read_settings, save_checkpoint
 
@@ -141,9 +140,7 @@ class Compressor(nn.Module):
         if not ids:
             raise CompressorError("cannot compress an empty passage: give at least one token of text")
         most = min(most or self.config.max_passage_tokens, self.config.max_passage_tokens)
-        count = -(-len(ids) // most)
-        edges = [len(ids) * i // count for i in range(count + 1)]
-        return [list(ids[a:b]) for a, b in pairwise(edges)]
+        return equal_segments(ids, most)
 
     # A str is a Sequence[str] too: the first overload comes first on purpose.
     @overload

@@ -135,28 +135,32 @@ def _answered(rows: list[dict[str, Any]]) -> list[str]:
     return [cell for name in DATA for cell in (_interval(by[name], "f1", 1), f"{by[name]['answer_nats']:.2f}")]
 
 
-def qa() -> str:
-    """Question answering from memories, beside the bounds and hard prompts."""
-    rows = [(LABELS[row["method"]], row) for row in results("qa.json")["rows"]]
-    segments = [row for row in results("qa-segments.json")["rows"] if row["method"] == "kv"]
-    rows += [("memory tokens for every 96 tokens", row) for row in segments]
+def _questions(rows: list[dict[str, Any]]) -> str:
+    """Methods and sizes of an evaluation of question answering."""
     header = ["what the base reads", "k", "ratio"]
     header += [f"{name} {figure}" for name in DATA.values() for figure in ("F1", "nats")]
     header += ["F1 / full", "nats kept"]
     body = []
-    for label, tokens in dict.fromkeys((label, row["tokens"]) for label, row in rows):
-        mine = [row for name, row in rows if (name, row["tokens"]) == (label, tokens)]
+    for method, tokens in dict.fromkeys((row["method"], row["tokens"]) for row in rows):
+        mine = [row for row in rows if (row["method"], row["tokens"]) == (method, tokens)]
         macro = next(row for row in mine if row["dataset"] == "macro")
         ratio = f"{macro['token_ratio']:.0f}x" if macro["token_ratio"] else "-"
         shares = ["-" if macro[name] is None else f"{macro[name]:.2f}" for name in ("retention_f1", "normalised_nats")]
-        body.append([label, "-" if tokens is None else str(tokens), ratio, *_answered(mine), *shares])
-    n = {row["dataset"]: row["n"] for _, row in rows}
+        body.append([LABELS[method], "-" if tokens is None else str(tokens), ratio, *_answered(mine), *shares])
+    n = {row["dataset"]: row["n"] for row in rows}
     counts = ", ".join(f"{n[name]} questions of {label}" for name, label in DATA.items())
-    return (
-        table(header, body) + f"\n\n{counts}; F1 with 95% bootstrap intervals; nats: negative log-likelihood of the "
-        "first right answer\n(lower is better); nats kept: (nats - none) / (full - none), 1 is the whole passage; the "
-        "last two columns are means\nover the data sets."
-    )
+    return f"{table(header, body)}\n\n{counts}; 95% bootstrap intervals."
+
+
+def qa() -> str:
+    """Questions about windows of 96 tokens, from memories, beside the bounds and hard prompts."""
+    return _questions(results("qa-windows.json")["rows"])
+
+
+def qa_whole() -> str:
+    """Questions about whole contexts."""
+    rows = results("qa.json")["rows"]
+    return _questions([row for row in rows if row["method"] in ("kv", "full", "none") or row["tokens"] == 16])
 
 
 def answering_regenerates() -> str:
@@ -245,6 +249,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "mini": mini,
     "details": details,
     "qa": qa,
+    "qa-whole": qa_whole,
     "regeneration-qa": answering_regenerates,
     "methods": compared,
     "lossless": lossless,

@@ -63,11 +63,7 @@ def ask(
     numbers = {context: number for number, context in enumerate(contexts)}
     grouped: dict[tuple[str, int], tuple[list[list[int]], list[list[int]], str]] = {}
     for question, prompt, answer in zip(usable, prompts, answers, strict=True):
-        parts = segments[question.context]
-        place = 0
-        if len(parts) > 1:
-            decoded = [tokenizer.decode(part, skip_special_tokens=True) for part in parts]
-            place = next((i for i, text in enumerate(decoded) if question.answers[0] in text), 0)
+        place = answered_by(segments[question.context], tokenizer, question.answers[0])
         rows = grouped.setdefault((question.context, place), ([], [], question.id))
         rows[0].append(prompt)
         rows[1].append(answer)
@@ -75,6 +71,14 @@ def ask(
         Asked(name, segments[context][place], asked, answered, numbers[context])
         for (context, place), (asked, answered, name) in grouped.items()
     ]
+
+
+def answered_by(segments: Sequence[Sequence[int]], tokenizer: Any, answer: str) -> int:
+    """Which segment of a context holds the answer; the first where none does, because a cut goes through it."""
+    if len(segments) == 1:
+        return 0
+    texts = (tokenizer.decode(segment, skip_special_tokens=True) for segment in segments)
+    return next((place for place, text in enumerate(texts) if answer in text), 0)
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,8 @@ class EvaluationConfig:
     as long as the compressor takes."""
     question_columns: dict[str, str] = field(default_factory=dict)
     """Names of the questions' columns where they are not the usual ones, for instance `{context: abstract}`."""
+    question_tokens: int | None = None
+    """Ask about the segment of at most so many tokens that holds the answer, instead of about the whole context."""
     question_template: str | None = None
     """Prompt of a question, with `{question}` in it, or `chat`; by default the checkpoint's."""
     summariser: str | None = None
@@ -90,6 +92,12 @@ class EvaluationConfig:
     def __post_init__(self) -> None:
         require(
             self.segment_tokens is None or self.segment_tokens >= 1, "segment_tokens", self.segment_tokens, "at least 1"
+        )
+        require(
+            self.question_tokens is None or self.question_tokens >= 1,
+            "question_tokens",
+            self.question_tokens,
+            "at least 1",
         )
         require(self.optimise_steps >= 1, "optimise_steps", self.optimise_steps, "at least 1")
         for name in ("data", "methods"):

@@ -38,7 +38,7 @@ from compressor.provenance import versions
 LINES = 10
 """Progress lines of a run without a terminal."""
 OWN_SETTINGS = (
-    *("lengths", "split_date", "text_field", "question_columns", "published"),
+    *("lengths", "split_date", "text_field", "question_columns", "question_tokens", "published"),
     *("codecs", "calibration", "questions"),
 )
 """Settings that only some tasks and studies read (`Task.settings`); elsewhere they would be ignored."""

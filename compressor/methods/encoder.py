@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from itertools import pairwise
 from typing import ClassVar, Protocol
 
 import torch
@@ -146,6 +147,13 @@ def initial_memory(base: Base, config: CompressorConfig) -> Tensor:
     table = base.embeddings.weight.detach()
     sample = table[:: max(1, len(table) // 4096)].float().cpu()
     return sample.mean(0) + noise * sample.std(0)
+
+
+def equal_segments(ids: Sequence[int], most: int) -> list[list[int]]:
+    """Cut token ids into the fewest segments of at most `most` tokens, as equal as can be."""
+    count = -(-len(ids) // most)
+    edges = [len(ids) * i // count for i in range(count + 1)]
+    return [list(ids[a:b]) for a, b in pairwise(edges)]
 
 
 def pad(

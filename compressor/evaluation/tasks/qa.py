@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from compressor.data.asked import answered_by
 from compressor.data.questions import Question, load_questions
 from compressor.evaluation.metrics import FigureOf, answer_scores, difference, ratio, retained
 from compressor.evaluation.tasks.interface import Item, Result, Task, tokenised
 from compressor.evaluation.tasks.quality import passage_nats
 from compressor.generation import ANSWER_TOKENS, after, generate, score
+from compressor.methods.encoder import equal_segments
 from compressor.methods.interface import Method, Piece
 from compressor.prompts import QUESTION, answer_text, question_ids
 
@@ -25,7 +27,7 @@ class QuestionAnswering(Task):
     """
 
     default_data = ("squad-dev", "arxivqa-test")
-    settings = ("question_columns",)
+    settings = ("question_columns", "question_tokens")
     figures: Mapping[str, FigureOf] = {
         "em": ratio("em", "questions", 100),
         "f1": ratio("f1", "questions", 100),
@@ -43,14 +45,20 @@ class QuestionAnswering(Task):
         return load_questions(source, split=config.split, limit=config.limit, columns=config.question_columns or None)
 
     def items(self, records: Sequence[Question], tokenizer: Any, config: EvaluationConfig) -> list[Item]:
-        """One item for each question; questions about one context share its token ids."""
+        """One item for each question; questions about one context share its token ids.
+
+        With `question_tokens` a question is about the segment of its context that holds the answer.
+        """
         contexts = list(dict.fromkeys(record.context for record in records))
         ids = {contexts[place]: ids for place, ids in tokenised(contexts, tokenizer)}
+        parts = {context: [one] for context, one in ids.items()}
+        if config.question_tokens is not None:
+            parts = {context: equal_segments(one, config.question_tokens) for context, one in ids.items() if one}
         prompts = question_ids(tokenizer, [r.question for r in records], config.question_template or QUESTION)
         return [
             Item(
                 record.id,
-                ids[record.context],
+                parts[record.context][answered_by(parts[record.context], tokenizer, record.answers[0])],
                 asked={"question": record.question, "answers": list(record.answers), "prompt": prompt},
             )
             for record, prompt in zip(records, prompts, strict=True)
