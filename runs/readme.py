@@ -163,6 +163,14 @@ def qa_whole() -> str:
     return _questions([row for row in rows if row["method"] in ("kv", "full", "none") or row["tokens"] == 16])
 
 
+def studies() -> str:
+    """What the memory tokens do and what they save, in the words of the studies' notes."""
+    used = next(
+        note for note in results("utilisation.json")["notes"] if note.startswith("regeneration") and "claim" in note
+    )
+    return f"- Use: {used}\n- Savings: {results('efficiency.json')['notes'][2]}"
+
+
 def answering_regenerates() -> str:
     """What the answering checkpoint regenerates."""
     rows = [row for row in results("regeneration-qa.json")["rows"] if row["length"] == 96]
@@ -259,6 +267,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "qa-whole": qa_whole,
     "regeneration-qa": answering_regenerates,
     "methods": compared,
+    "studies": studies,
     "lossless": lossless,
     "codecs": codecs,
 }
@@ -353,6 +362,7 @@ def main() -> int:
         [ROOT / "results" / "methods" / f"{name}-regenerate.jsonl" for name in names],
         names,
         ROOT / "results" / "methods-loss.png",
+        top=5.5,
     )
     return 0
 

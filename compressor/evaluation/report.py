@@ -170,9 +170,15 @@ def read_log(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 def loss_curve(
-    log_jsonl_paths: Sequence[str | os.PathLike[str]], labels: Sequence[str], out_png: str | os.PathLike[str]
+    log_jsonl_paths: Sequence[str | os.PathLike[str]],
+    labels: Sequence[str],
+    out_png: str | os.PathLike[str],
+    top: float | None = None,
 ) -> None:
     """Draw training loss (thin) and validation loss (dots) in nats a token against passages seen, one colour a log.
+
+    Args:
+        top: largest loss that is shown.
 
     Raises:
         CompressorError: a log cannot be read or has no losses, or there is not one label for each.
@@ -204,5 +210,7 @@ def loss_curve(
                 *zip(*validated, strict=True), "o-", color=f"C{number}", markersize=3, label=f"{label}, validation"
             )
     axes.set(xlabel="passages seen", ylabel="loss (nats/token)")
+    if top is not None:
+        axes.set_ylim(top=top)
     axes.legend(fontsize="small", frameon=False)
     canvas.savefig(out_png)
