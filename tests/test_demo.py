@@ -127,7 +127,8 @@ def test_a_memory_file_regenerates_without_the_adapters(tmp_path: Path, capsys: 
     asked = "Which property is studied?"
     assert cli(["ask", "--memory", str(memory), "--question", asked]) == 0
     answer = capsys.readouterr().out.strip()
-    assert answer == json.loads(demo(capsys, "--text", str(text), "--json", "--question", asked))["answer"]
+    same = ["--checkpoint", "models/arxiv-mini/compressor", "--text", str(text), "--json", "--question", asked]
+    assert answer == json.loads(demo(capsys, *same))["answer"]
     assert cli(["ask", "--memory", str(memory)]) == 2
     assert "give a question" in capsys.readouterr().err
 
