@@ -14,7 +14,9 @@ LAYOUTS = get_args(Layout)
 N, K, M = 32, 4, 8
 EXPECTED = {
     "restart": ([32, 33, 34, 35], 4),
+    "published": ([500, 501, 502, 503], 4),
     "after": ([32, 33, 34, 35], 36),
+    "front": ([0, 1, 2, 3], 4),
     "spread": ([4, 12, 20, 28], 32),
     "overlay": ([4, 12, 20, 28], 0),
     "nested": ([2, 18, 10, 26], 0),  # middles of 8 parts are 2, 6, ... 30, taken in the order 0, 4, 2, 6

@@ -157,11 +157,11 @@ class _Lane:
     scale: int
     pending: list[int]
     """Tokens to feed before the next symbol is read."""
+    most: int
     documents: list[Document] = field(default_factory=lambda: [[]])
     context: int = 0
     symbols: int = 0
     offset: int = 0
-    most: int = LANE_SYMBOLS
 
 
 def decode_lanes(
@@ -183,11 +183,10 @@ def decode_lanes(
     """
     base: Base = exact.base
     lanes = []
-    for data in coded:
+    for row, data in enumerate(coded):
         coder = RangeDecoder(data)
-        lanes.append(_Lane(coder, coder.number(frequencies.SCALE_BITS), [base.bos]))
-    for lane, symbols in zip(lanes, most or (), strict=False):
-        lane.most = symbols
+        limit = LANE_SYMBOLS if most is None else most[row]
+        lanes.append(_Lane(coder, coder.number(frequencies.SCALE_BITS), [base.bos], limit))
     cache = Lockstep(exact, empty_prefix(base, len(lanes)) if prefix is None else prefix)
     alive = list(lanes)
     for tick in count():
