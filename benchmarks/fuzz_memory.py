@@ -1,6 +1,6 @@
 """Mutate memory files and see that none crashes, hangs, or is taken for a memory it is not.
 
-    python benchmarks/fuzz_memory.py --files 100000
+    python benchmarks/fuzz_memory.py --files 105000
 
 Half of the mutants keep their old checksum (damage) and must be refused; the other half are signed again (an adversary)
 and must be refused or give a memory that is whole. `inspect` reads them too. Exits with status 1 and names the first

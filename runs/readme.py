@@ -354,7 +354,12 @@ def main() -> int:
     CARD.write_text(card())
     loss_curve(
         [ROOT / "results" / f"{name}-log.jsonl" for name in ("train-mini", "regenerate", "continue", "answer")],
-        ["short run (16-48 tokens)", "bundled model (16-500 tokens)", "trained on", "with questions"],
+        [
+            "short run (16-48 tokens)",
+            "bundled model (16-500 tokens)",
+            "trained on (more long passages)",
+            "with questions (dots: answers)",
+        ],
         ROOT / "results" / "loss.png",
     )
     names = [name for name in LABELS if (ROOT / "results" / "methods" / f"{name}-regenerate.jsonl").exists()]
