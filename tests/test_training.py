@@ -719,8 +719,8 @@ def test_a_dry_run_of_the_base_writes_nothing(project: Path, tmp_path: Path, cap
 def test_a_record_shortens_absolute_paths_and_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
     from compressor.provenance import run_record
 
-    argv = ["train.py", "--config", "configs/arxiv-mini/answer.yaml", "[/home/me/a/train-*.parquet,data/b.jsonl]"]
-    monkeypatch.setattr("sys.argv", [*argv, "--output=/home/me/outputs/run", "/one"])
+    argv = ["train.py", "--config", "configs/arxiv-mini/answer.yaml", "[/data/me/a/train-*.parquet,data/b.jsonl]"]
+    monkeypatch.setattr("sys.argv", [*argv, "--output=/data/me/outputs/run", "/one"])
     assert run_record(0)["command"] == [
         *("train.py", "--config", "configs/arxiv-mini/answer.yaml", "[train-*.parquet,data/b.jsonl]"),
         *("--output=run", "/one"),
