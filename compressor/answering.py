@@ -61,14 +61,9 @@ class AnswerStage(CompressionStage):
         if rng.random() >= self.config.data.question_share:
             return super().micro_batch(index)
         drawn = self.questions.batch(index)
-        objective = self.config.objective
-        counts = np.array([share.tokens for share in objective.tokens])
-        weights = np.array([share.weight for share in objective.tokens])
-        tokens = rng.choice(counts, size=len(drawn), p=weights / weights.sum())
-        if not self.module.encoder.truncatable:
-            tokens[:] = tokens[0]
-        teacher_answers = bool(rng.random() < objective.teacher_answers)
-        return self.collate_questions(self.asked, drawn, tokens.tolist(), teacher_answers)
+        tokens = self.draw_tokens(rng, [draw.length for draw in drawn])
+        teacher_answers = bool(rng.random() < self.config.objective.teacher_answers)
+        return self.collate_questions(self.asked, drawn, tokens, teacher_answers)
 
     def collate_questions(
         self, asked: Sequence[Asked], drawn: Sequence[Draw], tokens: Sequence[int], teacher_answers: bool = False

@@ -87,15 +87,27 @@ class CompressionStage:
         )
 
     def micro_batch(self, index: int) -> Batch:
-        objective = self.config.objective
         pieces = self.plan.batch(index)
-        counts = np.array([share.tokens for share in objective.tokens])
-        weights = np.array([share.weight for share in objective.tokens])
         rng = np.random.default_rng([self.config.seed, index, 1])
-        tokens = rng.choice(counts, size=len(pieces), p=weights / weights.sum())
-        if not self.module.encoder.truncatable:
-            tokens[:] = tokens[0]
-        return self.collate(self.passages, pieces, tokens.tolist())
+        return self.collate(self.passages, pieces, self.draw_tokens(rng, [piece.length for piece in pieces]))
+
+    def draw_tokens(self, rng: np.random.Generator, lengths: Sequence[int]) -> list[int]:
+        """Numbers of memory tokens for passages of these lengths; all alike if the method cannot be truncated."""
+        shares = self.config.objective.tokens
+        # One number must do for a whole batch then, whose passages are of about one length.
+        lengths = lengths if self.module.encoder.truncatable else [max(lengths)] * len(lengths)
+        weights = np.array(
+            [
+                [share.weight * (share.shortest <= length <= (share.longest or length)) for share in shares]
+                for length in lengths
+            ]
+        )
+        # Lengths for which there is no share take any.
+        weights[weights.sum(1) == 0] = [share.weight for share in shares]
+        edges = np.cumsum(weights / weights.sum(1, keepdims=True), axis=1)
+        drawn = rng.random(len(lengths)) if self.module.encoder.truncatable else np.full(len(lengths), rng.random())
+        places = np.minimum((drawn[:, None] >= edges).sum(1), len(shares) - 1)
+        return [shares[place].tokens for place in places]
 
     def collate(self, passages: Any, pieces: Sequence[Piece], tokens: Sequence[int]) -> Batch:
         """Tensors for `pieces`, each compressed to its number of memory tokens."""

@@ -245,6 +245,10 @@ class MixtureConfig:
     """Random tokens followed by themselves: nothing but copying predicts the second half, so it is learned early."""
     qa: float = 0.2
     """A context followed by its questions and answers."""
+    question_words: int | None = None
+    """Half of the contexts with questions are cut to half to all of so many words around an answer."""
+    answer_weight: float = 1.0
+    """Weight of the loss of an answer's token, where that of any other is 1: answers are few among a row's tokens."""
     row_tokens: list[int] = field(default_factory=lambda: [512, 512, 512, 1024])
     """Lengths of packed rows, used in turn by batch."""
     copying_start: int = 0
@@ -257,6 +261,9 @@ class MixtureConfig:
             require(getattr(self, name) >= 0, f"mixture.{name}", getattr(self, name), "at least 0")
         for name in ("copying_start", "copying_steps"):
             require(getattr(self, name) >= 0, f"mixture.{name}", getattr(self, name), "at least 0")
+        words = self.question_words
+        require(words is None or words >= 1, "mixture.question_words", words, "at least 1")
+        require(self.answer_weight > 0, "mixture.answer_weight", self.answer_weight, "positive")
         require(self.plain + self.repeat + self.random + self.qa > 0, "mixture", "all shares 0", "positive in total")
         require(
             bool(self.row_tokens) and min(self.row_tokens) >= 16,
@@ -268,14 +275,22 @@ class MixtureConfig:
 
 @dataclass
 class TokensShare:
-    """Train with `tokens` memory tokens on a share of the passages."""
+    """Train with `tokens` memory tokens on a share of the passages of `shortest` to `longest` tokens.
+
+    What one memory token can hold is learned in a fraction of the steps from passages not much longer than that.
+    """
 
     tokens: int
     weight: float = 1.0
+    shortest: int = 1
+    longest: int | None = None
 
     def __post_init__(self) -> None:
         require(self.tokens >= 1, "objective.tokens", self.tokens, "at least 1")
         require(self.weight > 0, "objective.tokens.weight", self.weight, "positive")
+        require(self.shortest >= 1, "objective.tokens.shortest", self.shortest, "at least 1")
+        longest = self.longest
+        require(longest is None or longest >= self.shortest, "objective.tokens.longest", longest, "at least `shortest`")
 
 
 @dataclass
@@ -291,8 +306,8 @@ class ObjectiveConfig:
             TokensShare(1),
         ]
     )
-    """Numbers of memory tokens, sampled by weight for each passage (for each batch with a layout that cannot be
-    truncated), so that one checkpoint serves all."""
+    """Numbers of memory tokens, sampled by weight for each passage among the shares for its length (for each batch with
+    a layout that cannot be truncated), so that one checkpoint serves all."""
     regeneration: float = 1.0
     """Weight of regenerating the passage after its memory."""
     continuation: float = 0.0
@@ -412,7 +427,7 @@ class RunConfig:
     base: BaseConfig = field(default_factory=BaseConfig)
     compressor: CompressorConfig = field(default_factory=CompressorConfig)
     init: str | None = None
-    """Compressor checkpoint to start from instead of a fresh one (its own settings then apply)."""
+    """Compressor checkpoint (in stage `base`, a base) to start from, not a fresh one; its own settings then apply."""
     architecture: ArchitectureConfig = field(default_factory=ArchitectureConfig)
     mixture: MixtureConfig = field(default_factory=MixtureConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)

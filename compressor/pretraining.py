@@ -23,7 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from compressor.base import load_base, start_token
 from compressor.config import ArchitectureConfig, BaseConfig, RunConfig
-from compressor.data.packing import COPYING_TOKENS, RowPacker, copying_rows, pack_rows
+from compressor.data.packing import ANSWER_MARK, COPYING_TOKENS, RowPacker, copying_rows, pack_rows
 from compressor.data.questions import questions_by_context
 from compressor.data.records import load_texts
 from compressor.errors import CompressorError
@@ -82,17 +82,26 @@ def make_model(architecture: ArchitectureConfig, tokenizer: PreTrainedTokenizerF
 
 
 class NextToken(nn.Module):
-    """A causal LM whose forward returns the summed next-token loss of a batch of rows."""
+    """A causal LM whose forward returns the summed next-token loss of a batch of rows.
 
-    def __init__(self, model: LlamaForCausalLM):
+    Args:
+        answer_weight: of the loss of tokens that carry `ANSWER_MARK`, relative to that of others. Weights are 1 on
+            average over a batch.
+    """
+
+    def __init__(self, model: LlamaForCausalLM, answer_weight: float = 1.0):
         super().__init__()
-        self.model = model
+        self.model, self.answer_weight = model, answer_weight
 
     def forward(self, batch: Batch) -> Tensor:
         """`batch["rows"]` is int64 `[rows, length]`; returns the sum over `rows * (length - 1)` targets."""
-        rows = batch["rows"]
+        rows, answers = batch["rows"] % ANSWER_MARK, batch["rows"] >= ANSWER_MARK
         logits = self.model(input_ids=rows, use_cache=False).logits
-        return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), rows[:, 1:].flatten(), reduction="sum")
+        losses = nn.functional.cross_entropy(
+            logits[:, :-1].flatten(0, 1).float(), rows[:, 1:].flatten(), reduction="none"
+        )
+        weights = 1.0 + (self.answer_weight - 1.0) * answers[:, 1:].flatten()
+        return (losses * weights).sum() / weights.mean()
 
 
 def encode(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
@@ -221,17 +230,24 @@ class BaseStage:
             print(f"note: data.qa is empty, so mixture.qa = {mixture.qa} goes to the other kinds of documents")
         self.micro_batches_a_step = config.training.accumulation * accelerator.num_processes
         self.lengths = mixture.row_tokens
+        self.start = None if config.init is None else load_base(BaseConfig(path=config.init))
         self.rows: dict[int, np.ndarray] = {}
         if dry_run:
-            sample = [*texts, *(context for context, _ in questions[: DRY_RUN_TEXTS // 10])]
-            self._use(train_tokenizer(sample, config.architecture.vocabulary))
+            self._use(self._tokenizer(texts, questions[: DRY_RUN_TEXTS // 10]))
             for length in set(self.lengths):
                 rows = self._packer(texts, questions, length).rows(self._rows_per_batch(length), length)
                 self.rows[length] = np.stack(list(rows))
         else:
             self._prepare(texts, questions, accelerator)
         torch.manual_seed(config.seed)
-        self.module = NextToken(make_model(config.architecture, self.tokenizer))
+        model = make_model(config.architecture, self.tokenizer) if self.start is None else self.start.model
+        self.module = NextToken(model.requires_grad_(True).train(), mixture.answer_weight)
+
+    def _tokenizer(self, texts: Sequence[str], questions: Questions) -> PreTrainedTokenizerFast:
+        """That of the base to start from or, without one, one trained on these texts and contexts."""
+        if self.start is not None:
+            return self.start.tokenizer
+        return train_tokenizer([*texts, *(context for context, _ in questions)], self.config.architecture.vocabulary)
 
     def _prepare(self, texts: Sequence[str], questions: Questions, accelerator: Accelerator) -> None:
         """Tokenizer and rows from the output folder, where the main process makes those that are missing."""
@@ -243,15 +259,16 @@ class BaseStage:
             write_json(output / "rows.json", self._row_settings())
         if accelerator.is_main_process and not folder.exists():
             order = np.random.default_rng(config.seed).permutation(len(texts))[:TOKENIZER_TEXTS]
-            sample = [texts[int(i)] for i in order] + [context for context, _ in questions[: TOKENIZER_TEXTS // 10]]
+            sample = [texts[int(i)] for i in order]
             with atomic_path(folder) as path:
-                train_tokenizer(sample, config.architecture.vocabulary).save_pretrained(path)
+                self._tokenizer(sample, questions[: TOKENIZER_TEXTS // 10]).save_pretrained(path)
         accelerator.wait_for_everyone()
         self._use(PreTrainedTokenizerFast.from_pretrained(folder))
-        if len(self.tokenizer) > min(config.architecture.vocabulary, 1 << 16):
+        most = config.architecture.vocabulary if self.start is None else len(self.start.embeddings.weight)
+        if len(self.tokenizer) > min(most, ANSWER_MARK):
             raise CompressorError(
-                f"the tokenizer in {folder} has {len(self.tokenizer)} tokens but architecture.vocabulary is "
-                f"{config.architecture.vocabulary}: delete it or use another --output"
+                f"the tokenizer in {folder} has {len(self.tokenizer)} tokens but the model has {most} (and rows hold "
+                f"ids below {ANSWER_MARK}): delete it or use another --output"
             )
         micro_batches = config.training.steps * self.micro_batches_a_step
         for length in sorted(set(self.lengths)):
@@ -289,9 +306,13 @@ class BaseStage:
     def _row_settings(self) -> dict[str, Any]:
         """What the tokenizer and the packed rows depend on, by the settings' names."""
         config = self.config
-        mixture = {f"mixture.{k}": v for k, v in asdict(config.mixture).items() if not k.startswith("copying_")}
+        ignored = ("copying_start", "copying_steps", "answer_weight")
+        mixture = {f"mixture.{k}": v for k, v in asdict(config.mixture).items() if k not in ignored}
         data = {f"data.{name}": getattr(config.data, name) for name in ("train", "text_field", "limit", "qa")}
-        return {"seed": config.seed, "architecture.vocabulary": config.architecture.vocabulary, **mixture, **data}
+        start = (
+            {"architecture.vocabulary": config.architecture.vocabulary} if self.start is None else {"init": config.init}
+        )
+        return {"seed": config.seed, **start, **mixture, **data}
 
     def _refuse_other_rows(self, output: Path) -> None:
         """Raise a `CompressorError` if what lies in `output` was made with other settings (`rows.json` tells)."""
@@ -388,10 +409,11 @@ def export(run: Path, output: Path, dtype: str = "bfloat16") -> None:
     copying = ", ".join(f"{held_out[f'validation_copying_{length}']:.1%} at {length} tokens" for length in COPY_LENGTHS)
     data, mixture = settings["data"], settings["mixture"]
     asked = bool(data["qa"]) and mixture["qa"] > 0
+    start = f"from `{Path(settings['init']).name}`" if settings.get("init") else "from scratch"
     card = (
         "---\nlibrary_name: transformers\n---\n# Base language model\n\n"
         f"A Llama of {model.num_parameters():,} parameters with a byte-level BPE of {len(tokenizer)} tokens, trained "
-        f"from scratch on {_described(data['train'])}"
+        f"{start} on {_described(data['train'])}"
         + (f", and questions with answers from {_names(data['qa'])}" if asked else "")
         + ".\n\n"
         f"- {trained['step']:,} steps, {trained['tokens']:,} target tokens, {trained['seconds'] / 60:.0f} minutes; "

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from compressor.config import MixtureConfig
-from compressor.data.packing import SHORTEST_REPEAT, RowPacker, pack_rows
+from compressor.data.packing import ANSWER_MARK, SHORTEST_REPEAT, RowPacker, pack_rows, window
 from compressor.errors import CompressorError
 from compressor.prompts import QUESTION, answer_text
 
@@ -30,9 +30,9 @@ def packer(
     texts: list[str],
     questions: Sequence[tuple[str, list[tuple[str, str]]]] = (),
     seed: int = 0,
-    **shares: float,
+    **settings: float | None,
 ) -> RowPacker:
-    mixture = MixtureConfig(**({"plain": 0.0, "repeat": 0.0, "random": 0.0, "qa": 0.0} | shares))  # type: ignore[arg-type]
+    mixture = MixtureConfig(**({"plain": 0.0, "repeat": 0.0, "random": 0.0, "qa": 0.0} | settings))  # type: ignore[arg-type]
     return RowPacker(texts, questions, encode, BOS, EOS, 1010, mixture, seed)
 
 
@@ -47,12 +47,12 @@ def documents(row: list[int]) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("length", [16, 100, 512])
-def test_rows_have_exactly_the_length_and_fit_16_bits(length: int) -> None:
+def test_rows_have_exactly_the_length(length: int) -> None:
     source = packer(numbered(9, 130), plain=1, repeat=1)
     rows = list(source.rows(20, length))
     assert len(rows) == 20
     assert {row.shape for row in rows} == {(length,)}
-    assert {row.dtype for row in rows} == {np.dtype(np.uint16)}
+    assert {row.dtype for row in rows} == {np.dtype(np.uint32)}
 
 
 def test_plain_documents_run_on_from_row_to_row_and_none_is_lost() -> None:
@@ -88,7 +88,7 @@ def test_a_second_bos_always_means_the_passage_again() -> None:
     texts = numbered(8, 90)
     questions = [(text, [("who?", "me"), ("why?", "because")]) for text in numbered(6, 247)]
     for row in packer(texts, questions, plain=1, repeat=1, qa=2).rows(80, 512):
-        for one in documents(row.tolist()):
+        for one in documents((row % ANSWER_MARK).tolist()):
             starts = [place for place, token in enumerate(one) if token == BOS]
             if len(starts) == 2:
                 copy = one[starts[1] + 1 :]
@@ -100,7 +100,10 @@ def test_a_second_bos_always_means_the_passage_again() -> None:
 def test_questions_come_whole_with_answers_after_their_context() -> None:
     context, pairs = "c" * 120, [("who?", "me"), ("why?", "because")]
     rows = [row.tolist() for row in packer(numbered(3, 50), [(context, pairs)], qa=1).rows(20, 512)]
-    blocks = [encode([QUESTION.format(question=q) + answer_text(a)])[0] + [EOS] for q, a in pairs]
+    blocks = []
+    for question, answer in pairs:
+        prompt, written = encode([QUESTION.format(question=question), answer_text(answer)])
+        blocks.append([*prompt, *(ANSWER_MARK + token for token in [*written, EOS])])
     orders = [blocks[0] + blocks[1], blocks[1] + blocks[0]]
     start = [BOS, *encode([context])[0]]
     seen = set()
@@ -113,6 +116,31 @@ def test_questions_come_whole_with_answers_after_their_context() -> None:
                 assert matching
                 seen.update(matching)
     assert seen == {0, 1}
+
+
+def test_a_window_is_so_many_words_with_the_answer_among_them() -> None:
+    context = " ".join(f"w{place}" for place in range(40)) + " (the answer) here" + " z" * 30
+    rng = np.random.default_rng(0)
+    windows = [window(context, "the answer", 12, rng) for _ in range(200)]
+    assert all("the answer" in one and one in context and len(one.split()) == 12 for one in windows)
+    assert len(set(windows)) == 11  # every place that holds both words
+    assert window("a b c", "b", 12, rng) == "a b c"
+    assert window("a b c d e", "b c d", 2, rng) == "b c d"
+    assert len(window(context, "not in it", 12, rng).split()) == 12
+
+
+def test_windows_of_a_context_keep_only_the_questions_they_answer() -> None:
+    words = [f"word{place}" for place in range(60)]
+    pairs = [("first?", "word3"), ("last?", "word57")]
+    source = packer(numbered(3, 50), [(" ".join(words), pairs)], qa=1, question_words=10)
+    asked = [source.asked(1000) for _ in range(60)]
+    prompts = encode([QUESTION.format(question=question) for question, _ in pairs])
+    lengths = {len(one) for one in asked}
+    assert max(lengths) > 400 > 200 > min(lengths)
+    for one in asked:
+        text = "".join(map(chr, one))
+        found = ["".join(map(chr, prompt)) in text for prompt in prompts]
+        assert all(found) if len(one) > 400 else sum(found) == 1
 
 
 def test_the_question_format_is_fixed() -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -450,6 +451,19 @@ def test_layouts_that_move_with_k_use_one_number_for_a_batch(configure: Callable
     assert set.union(*counts) == {2, 4}
 
 
+def test_shares_of_memory_tokens_keep_to_their_lengths(configure: Callable[..., RunConfig]) -> None:
+    shares = "[{tokens: 4, shortest: 12}, {tokens: 2, longest: 20, shortest: 10, weight: 3}, {tokens: 1, longest: 9}]"
+    config = configure(f"--objective.tokens={shares}")
+    stage = CompressionStage(config, start_run(config))
+    rng = np.random.default_rng(0)
+    drawn = np.array([stage.draw_tokens(rng, [5, 10, 15, 30]) for _ in range(400)])
+    assert [set(column.tolist()) for column in drawn.T] == [{1}, {2}, {2, 4}, {4}]
+    assert 0.67 < (drawn[:, 2] == 2).mean() < 0.83
+    # Where no share applies, any may be drawn.
+    config.objective.tokens = config.objective.tokens[:1] + config.objective.tokens[2:]
+    assert {tokens for _ in range(20) for tokens in stage.draw_tokens(rng, [10])} == {1, 4}
+
+
 def test_memories_can_be_trained_as_their_codec_leaves_them(configure: Callable[..., RunConfig]) -> None:
     losses = {}
     for argv in ([], ["--objective.codec=int2"], ["--objective.codec=int2", "--objective.codec_noise=true"]):
@@ -690,6 +704,44 @@ def test_a_base_is_trained_from_text_and_resumes_exactly(
     assert (base.layers, base.hidden, base.bos, base.eos) == (2, 32, 1, 2)
     text = "A text with digits 1234, ünïcode and $x^2$."
     assert base.tokenizer.decode(base.tokenizer(text)["input_ids"]) == text
+
+
+def test_a_base_is_trained_on_from_another(project: Path, tmp_path: Path, capsys: Any) -> None:
+    from compressor.pretraining import export
+
+    argv = [*base_options(project), "--training.warmup_steps=0"]
+    assert train_main([*argv, f"--output={tmp_path / 'first'}"]) == 0
+    start = tmp_path / "first" / "final"
+    # Its shape and tokenizer come with it; the architecture's settings do not count.
+    argv = [*argv, f"--init={start}", "--seed=1", "--architecture.vocabulary=300", "--architecture.hidden=64"]
+    assert train_main([*argv, f"--output={tmp_path / 'second'}"]) == 0
+    first, second = rows(tmp_path / "first"), rows(tmp_path / "second")
+    assert second[0]["loss"] < first[0]["loss"] - 0.02
+    assert (tmp_path / "second" / "final" / "tokenizer.json").read_bytes() == (start / "tokenizer.json").read_bytes()
+    export(tmp_path / "second", tmp_path / "exported")
+    assert "trained from `final` on arXiv abstracts" in (tmp_path / "exported" / "README.md").read_text()
+    assert train_main([*argv, f"--output={tmp_path / 'third'}", f"--init={tmp_path / 'none'}"]) == 2
+    assert "cannot load the base" in capsys.readouterr().err
+
+
+def test_answers_weigh_what_the_configuration_says() -> None:
+    from compressor.config import ArchitectureConfig
+    from compressor.data.packing import ANSWER_MARK
+    from compressor.pretraining import NextToken, make_model, train_tokenizer
+
+    shape = ArchitectureConfig(vocabulary=300, hidden=32, layers=1, heads=4, key_value_heads=2, intermediate=48)
+    torch.manual_seed(0)
+    model = make_model(shape, train_tokenizer(["some text to make a tokenizer of"], 300))
+    ids = torch.randint(3, 200, (2, 10))
+    marked = ids.clone()
+    marked[:, 7:] += ANSWER_MARK
+    logits = model(ids).logits[:, :-1]
+    losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(2, 9)
+    plain, answers = losses[:, :6].sum(), losses[:, 6:].sum()
+    assert torch.allclose(NextToken(model)({"rows": marked}), plain + answers)
+    weighted = NextToken(model, answer_weight=4.0)({"rows": marked})
+    assert torch.allclose(weighted, (plain + 4 * answers) / 2)  # 6 tokens of weight 1 and 3 of weight 4, in a row of 9
+    assert torch.allclose(NextToken(model, answer_weight=4.0)({"rows": ids}), losses.sum())
 
 
 def test_packed_rows_that_do_not_fit_the_configuration_are_refused(project: Path, tmp_path: Path, capsys: Any) -> None:

@@ -4,11 +4,12 @@ A document is `BOS text EOS`. Four kinds are mixed: plain abstracts; a passage f
 (`BOS passage BOS passage EOS`), which teaches in-context copying; the same of random tokens; and a context with its
 questions and answers.
 Rows are filled one after the other: a repeated passage is cut so that both copies fit in the rest of its row, and
-only plain documents are split at a row's end.
+only plain documents are split at a row's end. Tokens of answers carry a mark, so that their loss can be weighted.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -22,6 +23,8 @@ Encode = Callable[[Sequence[str]], list[list[int]]]
 SHORTEST_REPEAT = 8
 LONGEST_RANDOM = 128
 COPYING_TOKENS = 16
+ANSWER_MARK = 1 << 16
+"""Added to the ids of an answer's tokens in packed rows; ids themselves are smaller."""
 
 
 def shuffled_forever(texts: Sequence[str], encode: Encode, rng: np.random.Generator) -> Iterator[list[int]]:
@@ -37,6 +40,25 @@ def copying_rows(rng: np.random.Generator, count: int, ordinary: np.ndarray, bos
     tokens = rng.choice(ordinary, size=(count, COPYING_TOKENS))
     start = np.full((count, 1), bos)
     return np.concatenate([start, tokens, start, tokens], axis=1)
+
+
+def window(context: str, answer: str, words: int, rng: np.random.Generator) -> str:
+    """`words` consecutive words of `context` with the answer somewhere among them; all of a shorter context.
+
+    An answer of more words is left whole; without the answer in it, the context is cut anywhere.
+    """
+    spans = [match.span() for match in re.finditer(r"\S+", context)]
+    if len(spans) <= words:
+        return context
+    start = context.find(answer)
+    held = [
+        place for place, (low, high) in enumerate(spans) if start <= low < start + len(answer) or low <= start < high
+    ]
+    first, last = (held[0], held[-1]) if start >= 0 else [int(rng.integers(len(spans)))] * 2
+    lowest, highest = max(0, last + 1 - words), min(first, len(spans) - words)
+    begin = int(rng.integers(lowest, highest + 1)) if lowest <= highest else first
+    end = max(begin + words, last + 1)
+    return context[spans[begin][0] : spans[end - 1][1]]
 
 
 class RowPacker:
@@ -65,6 +87,7 @@ class RowPacker:
                 "questions: name question-answer files with data.qa, or give mixture.plain a share"
             )
         self.shares = shares / shares.sum()
+        self.question_words = mixture.question_words
 
     def repeated(self, room: int, random: bool = False) -> list[int]:
         """`BOS passage BOS passage EOS` in at most `room` tokens, of text or of random tokens.
@@ -85,18 +108,24 @@ class RowPacker:
         A context alone would end without EOS, and BOS after that asks for a repetition.
         """
         context, pairs = self.questions[int(self.rng.integers(len(self.questions)))]
-        order = self.rng.permutation(len(pairs))
-        texts = [QUESTION.format(question=pairs[int(i)][0]) + answer_text(pairs[int(i)][1]) for i in order]
-        passage, *asked = self.encode([context, *texts])
+        if self.question_words is not None and self.rng.random() < 0.5:
+            answer = pairs[int(self.rng.integers(len(pairs)))][1]
+            words = int(self.rng.integers(self.question_words // 2, self.question_words + 1))
+            context = window(context, answer, max(1, words), self.rng)
+            pairs = [pair for pair in pairs if pair[1] in context]
+        order = self.rng.permutation(len(pairs)).tolist()
+        prompts = [QUESTION.format(question=pairs[i][0]) for i in order]
+        answers = [answer_text(pairs[i][1]) for i in order]
+        passage, *encoded = self.encode([context, *prompts, *answers])
         ids = context_only = [self.bos, *passage]
-        for pair in asked:
-            if len(ids) + len(pair) + 1 > room:
+        for prompt, answer_ids in zip(encoded[: len(order)], encoded[len(order) :], strict=True):
+            if len(ids) + len(prompt) + len(answer_ids) + 1 > room:
                 break
-            ids = [*ids, *pair, self.eos]
+            ids = [*ids, *prompt, *(ANSWER_MARK + token for token in [*answer_ids, self.eos])]
         return [] if ids is context_only else ids
 
     def rows(self, count: int, length: int) -> Iterator[np.ndarray]:
-        """Yield `count` rows, uint16 `[length]`."""
+        """Yield `count` rows, uint32 `[length]`; tokens of answers carry `ANSWER_MARK`."""
         carry: list[int] = []
         for _ in range(count):
             row = carry[:length]
@@ -113,12 +142,12 @@ class RowPacker:
                     document = [self.bos, *next(self.plain), self.eos]
                 row += document[:room]
                 carry = document[room:]
-            yield np.asarray(row, dtype=np.uint16)
+            yield np.asarray(row, dtype=np.uint32)
 
 
 def pack_rows(packer: RowPacker, path: Path, count: int, length: int) -> np.ndarray:
-    """Write `count` packed rows to `path` (a .npy file, uint16 `[count, length]`) and map it read-only."""
-    rows = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint16, shape=(count, length))
+    """Write `count` packed rows to `path` (a .npy file, uint32 `[count, length]`) and map it read-only."""
+    rows = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint32, shape=(count, length))
     for index, row in enumerate(packer.rows(count, length)):
         rows[index] = row
     rows.flush()
