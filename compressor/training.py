@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from compressor.checkpoints import Checkpoints, TrainingState
 from compressor.config import RunConfig, TrainingConfig
 from compressor.errors import CompressorError
+from compressor.optimizers import make_optimizer
 from compressor.processes import make_accelerator
 from compressor.runlog import RunLog
 
@@ -82,21 +83,6 @@ def start_run(config: RunConfig) -> Accelerator:
         mixed_precision=config.training.mixed_precision,
         log_with=list(config.training.trackers) or None,
         project_dir=config.output,
-    )
-
-
-def make_optimizer(module: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters; weight decay on matrices only."""
-    trainable = [p for p in module.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trainable if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in trainable if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=config.learning_rate,
-        betas=(config.beta1, config.beta2),
-        fused=True,
     )
 
 

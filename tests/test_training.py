@@ -28,8 +28,9 @@ from compressor.data.collate import WIDTH_MULTIPLE
 from compressor.errors import CompressorError
 from compressor.launch import train_main
 from compressor.model import Compressor
+from compressor.optimizers import make_optimizer
 from compressor.parsing import parse_config
-from compressor.training import learning_rate, make_optimizer, start_run, train
+from compressor.training import learning_rate, start_run, train
 
 
 @pytest.fixture(autouse=True)
@@ -114,6 +115,32 @@ def run(stage: Any, config: RunConfig) -> Any:
 
 def raise_signal(number: int = signal.SIGTERM) -> Callable[[], None]:
     return lambda: signal.raise_signal(number)
+
+
+def test_muon_takes_linear_layers_and_adamw_the_rest() -> None:
+    from compressor.config import TrainingConfig
+    from compressor.optimizers import MuonAdamW, make_optimizer
+
+    torch.manual_seed(0)
+    hidden, head = nn.Linear(4, 6), nn.Linear(4, 5, bias=False)
+    module = nn.ModuleDict({"words": nn.Embedding(5, 4), "hidden": hidden, "head": head})
+    head.weight = module["words"].weight
+    optimizer = make_optimizer(module, TrainingConfig(optimizer="muon", learning_rate=0.01, warmup_steps=0))
+    assert isinstance(optimizer, MuonAdamW)
+    assert optimizer.param_groups[0]["params"] == [hidden.weight]
+    before = {name: p.detach().clone() for name, p in module.named_parameters()}
+    head(module["words"](torch.tensor([1, 2]))).sum().backward()
+    hidden(torch.randn(9, 4) * torch.tensor([1, 1, 1, 4])).pow(2).sum().backward()
+    optimizer.load_state_dict(optimizer.state_dict())  # as accelerate does
+    optimizer.step()
+    moved = {name: (p.detach() - before[name]) for name, p in module.named_parameters()}
+    assert all(bool(step.abs().max() > 0) for step in moved.values())
+    # Orthogonal steps: their singular values are nearly alike, the gradient's are not.
+    spread = [s.max() / s.min() for s in map(torch.linalg.svdvals, (moved["hidden.weight"], hidden.weight.grad))]
+    assert 3 * spread[0] < spread[1]
+    assert set(optimizer.state) == set(module.parameters())
+    assert isinstance(make_optimizer(nn.Linear(3, 2, bias=False), TrainingConfig(optimizer="muon")), torch.optim.Muon)
+    assert isinstance(make_optimizer(module, TrainingConfig()), torch.optim.AdamW)
 
 
 def test_every_micro_batch_is_asked_for_once_in_order(tmp_path: Path) -> None:
@@ -669,12 +696,13 @@ def base_options(project: Path) -> list[str]:
     ]
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_base_is_trained_from_text_and_resumes_exactly(
-    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    optimizer: str, project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from compressor.pretraining import BaseStage, export
 
-    argv = base_options(project)
+    argv = [*base_options(project), f"--training.optimizer={optimizer}"]
     assert train_main([*argv, f"--output={tmp_path / 'whole'}"]) == 0
     honest = BaseStage.micro_batch
 
