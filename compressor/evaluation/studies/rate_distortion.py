@@ -48,6 +48,7 @@ from compressor.evaluation.runner import Progress, data_names
 from compressor.evaluation.studies import Findings
 from compressor.evaluation.studies.plots import rate_distortion_plot
 from compressor.evaluation.tasks.interface import tokenised
+from compressor.evaluation.tasks.qa import QuestionAnswering
 from compressor.generation import answer
 from compressor.layouts import TRUNCATABLE
 from compressor.memory import Memory, memory_prefix
@@ -152,7 +153,7 @@ def check_settings(config: EvaluationConfig) -> dict[str, str]:
 
 
 def passages(config: EvaluationConfig, model: Compressor) -> Iterator[tuple[str, int | None, list[Passage]]]:
-    """Data sets, the lengths they are cut to, and their passages; the questions' contexts are taken whole."""
+    """Data sets, the lengths they are cut to, and their passages; questions' contexts are cut as in the task `qa`."""
     tokenizer = model.base.tokenizer
     sources = list(config.data) or ([] if config.questions else ["arxiv-test"])
     names = data_names([*sources, *([config.questions] if config.questions else [])])
@@ -171,10 +172,12 @@ def passages(config: EvaluationConfig, model: Compressor) -> Iterator[tuple[str,
             yield names[source], length, chosen
     if config.questions:
         found: dict[str, Passage] = {}
-        for record in load_questions(config.questions, split=config.split, limit=config.limit):
-            ids = tokenizer(record.context, add_special_tokens=False, verbose=False)["input_ids"]
-            passage = found.setdefault(record.context, Passage(record.context, len(ids)))
-            passage.questions.append((record.question, list(record.answers)))
+        asked = load_questions(config.questions, split=config.split, limit=config.limit)
+        for item in QuestionAnswering().items(asked, tokenizer, config):
+            text = tokenizer.decode(item.passage, skip_special_tokens=True)
+            if "\ufffd" not in text:
+                passage = found.setdefault(text, Passage(text, len(item.passage)))
+                passage.questions.append((item.asked["question"], item.asked["answers"]))
         yield names[config.questions], None, list(found.values())
 
 
