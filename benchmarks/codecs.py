@@ -52,6 +52,8 @@ class Options:
     """Memory tokens."""
     limit: int = 100
     """Passages of each length."""
+    codecs: list[str] = field(default_factory=list)
+    """Names of the rows to measure besides float32, as in the column `codec`; by default all."""
     batch_size: int = 25
 
 
@@ -98,7 +100,11 @@ def measure(model: Compressor, calibration: Calibration, options: Options, lengt
     sizes = [len(tokenizer.decode(one, skip_special_tokens=True).encode()) for one in ids]
     memories = model.compress_ids(ids, tokens, options.batch_size)
     reference, nats = regenerated(model, memories, ids, options.batch_size)
-    rows = [("float32", Codec.parse("float32")), *variants(calibration, tokens, model.base.layers)]
+    rows = variants(calibration, tokens, model.base.layers)
+    unknown = set(options.codecs) - {name for name, _ in rows}
+    if unknown:
+        raise CompressorError(f"codecs = {sorted(unknown)}: there are {', '.join(name for name, _ in rows)}")
+    rows = [("float32", Codec.parse("float32")), *(row for row in rows if row[0] in (options.codecs or [row[0]]))]
     known: dict[Any, tuple[Any, Any]] = {}
     results = []
     progress = Progress(len(rows), f"codecs, {length} tokens in {tokens}")

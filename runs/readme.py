@@ -207,7 +207,7 @@ def lossless() -> str:
     """Lossless packing against general-purpose tools."""
     data = results("lossless.json")
     header = ["text", "n", "bytes", "pack (bits/byte)", "zstd -19", "best other", "smaller than the best other"]
-    header += ["pack, unpack (kB/s)"]
+    header += ["zpaq -m5", "pack, unpack (kB/s)"]
     body = []
     for name, found in data["sets"].items():
         packers = found["packers"]
@@ -222,6 +222,7 @@ def lossless() -> str:
                 f"{packers['zstd -19']['bits_per_byte']:.2f}",
                 f"{packers[best]['bits_per_byte']:.2f} ({best})",
                 f"{round(ours['smaller_than_best_other'], 2) + 0.0:.0%}",
+                f"{packers['zpaq -m5']['bits_per_byte']:.2f}" if "zpaq -m5" in packers else "-",
                 f"{ours['kilobytes_per_second']:,.1f}, {ours['unpack_kilobytes_per_second']:,.1f}",
             ]
         )
@@ -257,6 +258,40 @@ def codecs() -> str:
     )
 
 
+TASKS = {
+    "continuation": ("the text after the passage", "nats/token ↓", "nll_per_token", 2),
+    "retrieve": ("the passage a title belongs to", "MRR ↑", "mrr", 3),
+    "summarise": ("one-sentence summary (SciTLDR)", "ROUGE-L ↑", "rouge_l", 3),
+    "classify-roles": ("role of a sentence (CSAbstruct)", "accuracy ↑", "accuracy", 3),
+    "classify-sentiment": ("sentiment (SST-2)", "accuracy ↑", "accuracy", 3),
+    "paraphrase": ("whether two sentences agree (MRPC)", "accuracy ↑", "accuracy", 3),
+}
+"""Tasks of runs/tasks.sh: what is asked for, the figure shown, its column and decimals."""
+
+
+def tasks() -> str:
+    """The other tasks from nothing, from memories and from the whole passage."""
+    header = ["task", "n", "figure", "no passage", "k = 1", "k = 4", "k = 16", "whole passage"]
+    body = []
+    for name, (label, shown, figure, decimals) in TASKS.items():
+        rows = {(row["method"], row["tokens"]): row for row in results(f"tasks/{name}.json")["rows"]}
+        chosen = [rows[cell] for cell in (("none", None), ("kv", 1), ("kv", 4), ("kv", 16), ("full", None))]
+        body.append([label, str(chosen[0]["n"]), shown, *(_interval(row, figure, decimals) for row in chosen)])
+    return table(header, body)
+
+
+def quantisation_aware() -> str:
+    """Loss of ROUGE-L by codec, after training on with rounded memories and as much without."""
+    header = ["codec", "k", "bits/value", "trained on plainly", "trained on with rounding"]
+    rows = {name: results(f"quantisation-aware/{name}.json")["rows"] for name in ("plain", "rounded")}
+    body = []
+    for plain, rounded in zip(rows["plain"], rows["rounded"], strict=True):
+        bits = f"{plain['bits_per_value']:.2f}, {rounded['bits_per_value']:.2f}"
+        scores = [_interval(row, "rouge_l", 3) for row in (plain, rounded)]
+        body.append([plain["codec"], str(plain["tokens"]), bits, *scores])
+    return table(header, body) + f"\n\nROUGE-L at 96 tokens, n = {rows['plain'][0]['n']}; 95% bootstrap intervals."
+
+
 PARTS: dict[str, Callable[[], str]] = {
     "headline": headline,
     "snippet": snippet,
@@ -270,6 +305,8 @@ PARTS: dict[str, Callable[[], str]] = {
     "studies": studies,
     "lossless": lossless,
     "codecs": codecs,
+    "tasks": tasks,
+    "quantisation-aware": quantisation_aware,
 }
 
 
