@@ -74,6 +74,7 @@ def compress_to_fidelity(
     target: float,
     tokens: int | None = None,
     batch_size: int = 16,
+    segment_tokens: int | None = None,
 ) -> list[Memory]:
     """For each passage the memory of the fewest tokens whose fidelity reaches `target`.
 
@@ -84,6 +85,7 @@ def compress_to_fidelity(
         passages: token ids.
         target: fidelity, above 0 and at most 1.
         tokens: most memory tokens for a segment; by default all the compressor has.
+        segment_tokens: most tokens of a segment; by default as many as the compressor takes.
 
     Returns:
         Memories in the order of the passages: of those that no size suffices for, the largest, with a warning that
@@ -96,7 +98,7 @@ def compress_to_fidelity(
         raise CompressorError(f"target_fidelity = {target!r} is out of range: it must be above 0 and at most 1")
     sizes = sizes_to_try(model, tokens)
     truncatable = model.encoder.truncatable
-    largest = model.compress_ids(passages, sizes[-1], batch_size) if truncatable else []
+    largest = model.compress_ids(passages, sizes[-1], batch_size, segment_tokens) if truncatable else []
     found: dict[int, Memory] = {}
     left = list(range(len(passages)))
     short: list[tuple[int, float]] = []
@@ -105,7 +107,7 @@ def compress_to_fidelity(
         if truncatable:
             memories = [largest[i].truncate(size) for i in left]
         else:
-            memories = model.compress_ids(texts, size, batch_size)
+            memories = model.compress_ids(texts, size, batch_size, segment_tokens)
         reached = fidelities(model, memories, texts, batch_size)
         enough = {i: value >= target for i, value in zip(left, reached, strict=True)}
         found |= {i: memory for i, memory in zip(left, memories, strict=True) if enough[i] or size == sizes[-1]}

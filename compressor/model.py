@@ -139,6 +139,8 @@ class Compressor(nn.Module):
         """
         if not ids:
             raise CompressorError("cannot compress an empty passage: give at least one token of text")
+        if most is not None and most < 1:
+            raise CompressorError(f"segments of {most} tokens hold nothing: give segment_tokens of at least 1")
         most = min(most or self.config.max_passage_tokens, self.config.max_passage_tokens)
         return equal_segments(ids, most)
 
@@ -151,6 +153,7 @@ class Compressor(nn.Module):
         batch_size: int = 16,
         *,
         target_fidelity: float | None = None,
+        segment_tokens: int | None = None,
         exact: bool = False,
         codec: str | Codec | None = None,
     ) -> Memory: ...
@@ -162,6 +165,7 @@ class Compressor(nn.Module):
         batch_size: int = 16,
         *,
         target_fidelity: float | None = None,
+        segment_tokens: int | None = None,
         exact: bool = False,
         codec: str | Codec | None = None,
     ) -> list[Memory]: ...
@@ -173,6 +177,7 @@ class Compressor(nn.Module):
         batch_size: int = 16,
         *,
         target_fidelity: float | None = None,
+        segment_tokens: int | None = None,
         exact: bool = False,
         codec: str | Codec | None = None,
     ) -> Memory | list[Memory]:
@@ -184,6 +189,8 @@ class Compressor(nn.Module):
             batch_size: segments encoded together.
             target_fidelity: take for each passage the fewest memory tokens (a power of two, at most `tokens`) with
                 which this share of its tokens comes back (`compressor/fidelity.py`); where none do, all, and a warning.
+            segment_tokens: compress passages in segments of at most so many tokens: more memory tokens in all, each of
+                which holds less; by default segments are as long as the compressor takes.
             exact: add to each memory what makes `regenerate` give its passage byte for byte (`codecs/residual.py`);
                 needs the extra `codecs`. The memory is then rounded as its file will have it.
             codec: of `exact`, by which the memory will be saved, by default `bf16`.
@@ -201,11 +208,11 @@ class Compressor(nn.Module):
             check_texts(texts)
         ids = self.base.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
         if target_fidelity is None:
-            memories = self.compress_ids(ids, tokens, batch_size)
+            memories = self.compress_ids(ids, tokens, batch_size, segment_tokens)
         else:
             from compressor.fidelity import compress_to_fidelity
 
-            memories = compress_to_fidelity(self, ids, target_fidelity, tokens, batch_size)
+            memories = compress_to_fidelity(self, ids, target_fidelity, tokens, batch_size, segment_tokens)
         if exact:
             from compressor.codecs.residual import make_exact
 
@@ -225,8 +232,7 @@ class Compressor(nn.Module):
         """`compress` for passages that are tokenised already.
 
         Args:
-            segment_tokens: compress passages in segments of at most so many tokens: more memory tokens in all, each of
-                which holds less; by default segments are as long as the compressor takes.
+            segment_tokens: most tokens of a segment, by default `max_passage_tokens`.
         """
         tokens = self.config.memory_tokens if tokens is None else tokens
         if not 1 <= tokens <= self.config.memory_tokens:

@@ -61,6 +61,18 @@ def test_truncating_to_an_impossible_number_is_refused(tiny_compressor: Compress
         tiny_compressor.compress_ids([PASSAGE])[0].truncate(tokens)
 
 
+def test_segments_can_be_shorter_than_the_compressor_takes(make: Callable[..., Compressor]) -> None:
+    model = make()
+    text = "one two three four five six seven eight"
+    ids = model.base.tokenizer(text)["input_ids"]
+    memory = model.compress(text, segment_tokens=4)
+    assert [part.passage_tokens for part in memory.segments] == [len(part) for part in model.segment(ids, 4)]
+    assert len(memory.segments) == -(-len(ids) // 4) > 1
+    assert torch.equal(memory.keys, model.compress_ids([ids], segment_tokens=4)[0].keys)
+    with pytest.raises(CompressorError, match="segments of 0 tokens"):
+        model.compress(text, segment_tokens=0)
+
+
 def test_a_long_text_is_segments_compressed_apart_and_joined(make: Callable[..., Compressor]) -> None:
     model = make(max_passage_tokens=16)
     memory = model.compress_ids([PASSAGE])[0]

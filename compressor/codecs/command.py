@@ -27,6 +27,8 @@ class CompressOptions:
     """Memory file to write; for a corpus the folder of the collection, which is continued if it exists."""
     tokens: int | None = None
     """Memory tokens for each segment; by default all the compressor has."""
+    segment_tokens: int | None = None
+    """Compress in segments of at most so many tokens; by default segments are as long as the compressor takes."""
     checkpoint: str = "models/arxiv-mini/compressor"
     """Compressor checkpoint: folder or hub id."""
     base: str | None = None
@@ -54,8 +56,9 @@ class CompressOptions:
     """Only the first so many records of a corpus."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "shard_size"):
-            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        for name in ("batch_size", "shard_size", "segment_tokens"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, name, value, "at least 1")
 
 
 @dataclass
@@ -139,6 +142,11 @@ def exactness(options: CompressOptions, codec: Any) -> dict[str, Any]:
     return {"exact": True, "codec": codec} if options.exact else {}
 
 
+def chosen_sizes(options: CompressOptions) -> dict[str, Any]:
+    """Arguments of `Compressor.compress` that say how much is compressed to how little, and how much at a time."""
+    return {name: getattr(options, name) for name in ("tokens", "batch_size", "segment_tokens")}
+
+
 def compress_text(options: CompressOptions) -> str:
     """Compress one passage into a memory file; returns a line about it."""
     from compressor.demo import read_text
@@ -148,7 +156,7 @@ def compress_text(options: CompressOptions) -> str:
     from compressor.model import Compressor
 
     model = Compressor.from_pretrained(options.checkpoint, base=options.base, device=options.device)
-    memory = model.compress(passage, options.tokens, options.batch_size, **exactness(options, codec))
+    memory = model.compress(passage, **chosen_sizes(options), **exactness(options, codec))
     memory = signed(memory, model.base, compressor_name(model, options.checkpoint))
     size = len(passage.encode())
     memory.save(options.output, codec, size)
@@ -197,7 +205,7 @@ def compress_corpus(options: CompressOptions) -> str:
         memories = []
         for first in range(0, len(chosen), options.batch_size):
             some = [texts[i] for i in chosen[first : first + options.batch_size]]
-            for memory in model.compress(some, options.tokens, options.batch_size, **exactness(options, codec)):
+            for memory in model.compress(some, **chosen_sizes(options), **exactness(options, codec)):
                 origin = {name: getattr(stamp, name) for name in ("compressor", "tokenizer", "base_name")}
                 memories.append(replace(memory.to("cpu", torch.float32), **origin))
             progress.add(len(some))
