@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# Trains the bundled compressor in three stages (regenerate; dense: short passages in few memory tokens; answer: questions too)
+# and writes it to models/arxiv-mini/compressor. About three hours on one core.
+#   runs/compressor.sh CORPUS SQUAD_TRAIN
+# CORPUS: folder or file of abstracts; SQUAD_TRAIN: questions besides those made from the corpus by rules.
+# A run that was stopped goes on when called again.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+corpus=${1:?usage: runs/compressor.sh CORPUS SQUAD_TRAIN} squad=${2:?usage: runs/compressor.sh CORPUS SQUAD_TRAIN}
+output=outputs/arxiv-mini
+if [ ! -d "$output/questions" ]; then
+  python -m compressor.cli questions --config configs/corpora/arxivqa-rules.yaml --source "$corpus" --sample.train 25000 \
+    --output "$output/questions"
+fi
+mkdir -p results
+for stage in regenerate dense answer; do
+  if [ ! -d "$output/$stage/final" ]; then
+    python train.py --config "configs/arxiv-mini/$stage.yaml" --data.train "[$corpus]" --data.validation "[$corpus]" \
+      --data.questions "[$output/questions,$squad]" --training.resume true
+    [ -d "$output/$stage/final" ] # a run that a signal stopped ends well too
+  fi
+  cp "$output/$stage/log.jsonl" "results/$stage-log.jsonl"
+  cp "$output/$stage/run.json" "results/$stage-run.json"
+done
+python -m compressor.cli export-compressor --checkpoint "$output/answer/final" --output models/arxiv-mini/compressor --overwrite
