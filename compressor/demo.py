@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from compressor.memory import Memory
     from compressor.model import Compressor
 
-REGENERATES, ANSWERS = "models/arxiv-mini/compressor", "models/arxiv-mini/compressor-qa"
-"""The bundled checkpoints."""
 EXAMPLE_TOKENS = 96
 """The shipped example is cut to this length, the shortest of the published evaluation."""
 
@@ -43,9 +41,8 @@ class DemoConfig:
     """Answer this question about the passage instead of regenerating it."""
     example: int = 0
     """Which shipped test abstract to use."""
-    checkpoint: str | None = None
-    """Compressor checkpoint: folder or hub id; by default the bundled one, and of a question the bundled one that was
-    trained to answer."""
+    checkpoint: str = "models/arxiv-mini/compressor"
+    """Compressor checkpoint: folder or hub id."""
     base: str | None = None
     """Frozen base: folder or hub id; by default the one the checkpoint names."""
     device: str = "cpu"
@@ -128,8 +125,7 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
     from compressor.model import Compressor
 
     started = time.perf_counter()
-    checkpoint = config.checkpoint or (REGENERATES if config.question is None else ANSWERS)
-    model = Compressor.from_pretrained(checkpoint, base=config.base, device=config.device)
+    model = Compressor.from_pretrained(config.checkpoint, base=config.base, device=config.device)
     loaded = time.perf_counter()
     tokenizer = model.base.tokenizer
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
