@@ -24,8 +24,8 @@ method() { # NAME, then settings of its own
 answer() { # NAME, then settings of its own
   local name=$1; shift
   run "$name-answer" --stage answer --init "$output/$name-regenerate/final" --data.questions "[$questions]" \
-    --training.steps 100 --training.decay_steps 60 --training.warmup_steps 10 --training.learning_rate 1e-3 \
-    --training.validate_every 100 "$@"
+    --training.steps 100 --training.decay_steps 60 --training.warmup_steps 10 --training.learning_rate 1.5e-3 \
+    --objective.continuation 0.3 --training.validate_every 100 "$@"
   python -m compressor.cli export-compressor --checkpoint "$output/$name-answer/final" \
     --output "models/arxiv-mini/methods/$name" --overwrite
   mkdir -p results/methods
@@ -46,6 +46,6 @@ method reference-500x --compressor.layout published --compressor.passage_attenti
   --compressor.lora_targets '["q_proj", "v_proj"]' --compressor.lora_alpha 16 --compressor.initialisation normal \
   --training.steps 110 --training.decay_steps 60 --training.warmup_steps 10 --training.learning_rate 3e-3 --data.validation_limit 16 "${published[@]}"
 answer reference-500x --training.steps 40 --training.decay_steps 24 --data.validation_limit 16 "${published[@]}"
-two=(--objective.tokens '[{"tokens": 4, "weight": 2, "shortest": 12}, {"tokens": 1}]')
+two=(--objective.tokens '[{"tokens": 4, "weight": 2}, {"tokens": 1}]')
 method sentence-embedding --compressor.layout front --compressor.memory_tokens 4 "${two[@]}"
 answer sentence-embedding "${two[@]}"
