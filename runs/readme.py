@@ -35,10 +35,7 @@ def log_rows(name: str) -> list[dict[str, Any]]:
 
 
 def _kept(name: str) -> str:
-    path = ROOT / "results" / name
-    if not path.exists():
-        raise SystemExit(f"results/{name} is missing: run the script of runs/ that makes it")
-    return path.read_text()
+    return (ROOT / "results" / name).read_text()
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -363,7 +360,7 @@ def fill(text: str) -> str:
         try:
             made = make()
         except FileNotFoundError as error:
-            made = f"Not measured yet: there is no `results/{Path(str(error.filename)).name}`."
+            made = f"Not measured yet: there is no `{Path(str(error.filename)).relative_to(ROOT)}`."
         text = pattern.sub(lambda match, made=made: match.group(1) + made + "\n" + match.group(2), text)
     return text
 
