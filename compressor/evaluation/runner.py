@@ -82,29 +82,7 @@ def evaluate(
         records = {source: task.load(source, config) for source in sources}
     names = data_names(sources)
     config.question_template = config.question_template or methods.question_template()
-    items: list[Item] = []
-    results: dict[str, Results] = {}
-    left_out: list[str] = []
-    for method in methods:
-        if not items:
-            for source in sources:
-                items += [
-                    Item(item.id, item.passage, item.length, item.part, names[source], item.asked)
-                    for item in task.items(records[source], method.base.tokenizer, config)
-                ]
-            if not items:
-                wanted = f"at least {min(config.lengths)} tokens" if config.lengths else "at least one token"
-                raise CompressorError(
-                    f"{', '.join(sources)} has no passage of {wanted}: ask for smaller lengths or give other data"
-                )
-        tokens = method.sizes(methods.tokens)
-        if method.sized and (without := [count for count in methods.tokens if count not in tokens]):
-            left_out.append(f"{method.name} cannot compress to {' or '.join(map(str, without))} tokens.")
-        found = run_batches(task, method, items, tokens, config.batch_size, accelerator) if tokens else None
-        if found is not None:
-            shown: list[int | None] = list(tokens) if method.sized else [None]
-            results[method.name] = dict(zip(shown, found, strict=True))
-        del method  # before the next one is loaded: each may hold a base of its own
+    items, results, left_out = measure(task, methods, records, names, config, accelerator)
     if not accelerator.is_main_process:
         return None
     if not results:
@@ -129,15 +107,75 @@ def evaluate(
         **run_entries(config, accelerator, command, started),
     }
     with output_folder(config, metrics) as path:
-        with (path / "predictions.jsonl").open("w", encoding="utf-8") as file:
-            for name, sizes in results.items():
-                for count, of_size in sizes.items():
-                    for item, result in zip(items, of_size, strict=True):
-                        line = {**row_key(name, item.dataset, item.part, count, item.length), "id": item.id, **result}
-                        file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        write_predictions(path / "predictions.jsonl", items, results)
         if config.task == "regeneration":
             regeneration_plot([row for row in rows if row["dataset"] != MACRO], path / "regeneration.png", published)
     return metrics
+
+
+def measure(
+    task: Task,
+    methods: Methods,
+    records: dict[str, Any],
+    names: dict[str, str],
+    config: EvaluationConfig,
+    accelerator: Accelerator,
+) -> tuple[list[Item], dict[str, Results], list[str]]:
+    """Run every method on every item.
+
+    Args:
+        records: what the task loaded of each source.
+        names: the short name of each source.
+
+    Returns:
+        The items; on the main process the results of each method in the order of the items; and a sentence for each
+        method that cannot compress to all the numbers of tokens asked for.
+
+    Raises:
+        CompressorError: no item, or a method that cannot be loaded.
+    """
+    items: list[Item] = []
+    results: dict[str, Results] = {}
+    left_out: list[str] = []
+    for method in methods:
+        # The first method's tokenizer cuts the passages: all methods are of one base.
+        items = items or items_of(task, records, names, method.base.tokenizer, config)
+        tokens = method.sizes(methods.tokens)
+        if method.sized and (without := [count for count in methods.tokens if count not in tokens]):
+            left_out.append(f"{method.name} cannot compress to {' or '.join(map(str, without))} tokens.")
+        found = run_batches(task, method, items, tokens, config.batch_size, accelerator) if tokens else None
+        if found is not None:
+            shown: list[int | None] = list(tokens) if method.sized else [None]
+            results[method.name] = dict(zip(shown, found, strict=True))
+        del method  # before the next one is loaded: each may hold a base of its own
+    return items, results, left_out
+
+
+def items_of(
+    task: Task, records: dict[str, Any], names: dict[str, str], tokenizer: Any, config: EvaluationConfig
+) -> list[Item]:
+    """The task's items of all sources, under the sources' short names; none is a `CompressorError`."""
+    items = [
+        Item(item.id, item.passage, item.length, item.part, names[source], item.asked)
+        for source, loaded in records.items()
+        for item in task.items(loaded, tokenizer, config)
+    ]
+    if not items:
+        wanted = f"at least {min(config.lengths)} tokens" if config.lengths else "at least one token"
+        raise CompressorError(
+            f"{', '.join(records)} has no passage of {wanted}: ask for smaller lengths or give other data"
+        )
+    return items
+
+
+def write_predictions(path: Path, items: Sequence[Item], results: dict[str, Results]) -> None:
+    """One line for each method, number of tokens and item."""
+    with path.open("w", encoding="utf-8") as file:
+        for name, sizes in results.items():
+            for count, of_size in sizes.items():
+                for item, result in zip(items, of_size, strict=True):
+                    line = {**row_key(name, item.dataset, item.part, count, item.length), "id": item.id, **result}
+                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
 def run_study(
