@@ -44,8 +44,8 @@ published=(--training.optimizer adamw --training.batch_passages 4 --training.bat
   --objective.continuation 0 --objective.tokens '[{"tokens": 16}]')
 method reference-500x --compressor.layout published --compressor.passage_attention causal \
   --compressor.lora_targets '["q_proj", "v_proj"]' --compressor.lora_alpha 16 --compressor.initialisation normal \
-  --training.steps 110 --training.decay_steps 60 --training.warmup_steps 10 --training.learning_rate 3e-3 --data.validation_limit 16 "${published[@]}"
-answer reference-500x --training.steps 40 --training.decay_steps 24 --data.validation_limit 16 "${published[@]}"
+  --training.steps 70 --training.decay_steps 40 --training.warmup_steps 8 --training.learning_rate 3e-3 --data.validation_limit 16 "${published[@]}"
+answer reference-500x --training.steps 30 --training.decay_steps 18 --data.validation_limit 16 "${published[@]}"
 two=(--objective.tokens '[{"tokens": 4, "weight": 2}, {"tokens": 1}]')
 method sentence-embedding --compressor.layout front --compressor.memory_tokens 4 "${two[@]}"
 answer sentence-embedding "${two[@]}"
