@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains the bundled compressor in three stages (regenerate; dense: short passages in few memory tokens; answer: questions too)
+# Trains the bundled compressor in four stages (regenerate; dense: short passages in few memory tokens; answer: questions too; finish)
 # and writes it to models/arxiv-mini/compressor. About three hours on one core.
 #   runs/compressor.sh CORPUS SQUAD_TRAIN
 # CORPUS: folder or file of abstracts; SQUAD_TRAIN: questions besides those made from the corpus by rules.
@@ -13,7 +13,7 @@ if [ ! -d "$output/questions" ]; then
     --output "$output/questions"
 fi
 mkdir -p results
-for stage in regenerate dense answer; do
+for stage in regenerate dense answer finish; do
   if [ ! -d "$output/$stage/final" ]; then
     python train.py --config "configs/arxiv-mini/$stage.yaml" --data.train "[$corpus]" --data.validation "[$corpus]" \
       --data.questions "[$output/questions,$squad]" --training.resume true
@@ -22,4 +22,4 @@ for stage in regenerate dense answer; do
   cp "$output/$stage/log.jsonl" "results/$stage-log.jsonl"
   cp "$output/$stage/run.json" "results/$stage-run.json"
 done
-python -m compressor.cli export-compressor --checkpoint "$output/answer/final" --output models/arxiv-mini/compressor --overwrite
+python -m compressor.cli export-compressor --checkpoint "$output/finish/final" --output models/arxiv-mini/compressor --overwrite

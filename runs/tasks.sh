@@ -12,7 +12,7 @@ folder=${1:-none} limit=${2:-150}
 mkdir -p results/tasks
 task() { # NAME OF THE FILE, TASK, then settings
   local name=$1 task=$2; shift 2
-  python evaluate.py --checkpoint models/arxiv-mini/compressor --task "$task" --methods kv full none --tokens 16 4 1 \
+  python evaluate.py --checkpoint models/arxiv-mini/compressor --task "$task" --methods kv full none --tokens 16 4 1 --batch_size 50 \
     --limit "$limit" --output "$work/$name" "$@"
   cp "$work/$name/metrics.json" "results/tasks/$name.json"
 }
