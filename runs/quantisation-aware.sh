@@ -24,4 +24,3 @@ for name in rounded plain; do
     --lengths 96 --tokens 16 4 --limit "$limit" --codecs 'int3+ans, calibrated' 'int2+ans, calibrated' lowrank:0.1 lowrank:0.07 \
     --output "results/quantisation-aware/$name.json"
 done
-python runs/readme.py

@@ -270,18 +270,6 @@ def tasks() -> str:
     return table(header, body)
 
 
-def quantisation_aware() -> str:
-    """Loss of ROUGE-L by codec, after training on with rounded memories and as much without."""
-    header = ["codec", "k", "bits/value", "trained on plainly", "trained on with rounding"]
-    rows = {name: results(f"quantisation-aware/{name}.json")["rows"] for name in ("plain", "rounded")}
-    body = []
-    for plain, rounded in zip(rows["plain"], rows["rounded"], strict=True):
-        bits = f"{plain['bits_per_value']:.2f}, {rounded['bits_per_value']:.2f}"
-        scores = [_interval(row, "rouge_l", 3) for row in (plain, rounded)]
-        body.append([plain["codec"], str(plain["tokens"]), bits, *scores])
-    return table(header, body) + f"\n\nROUGE-L at 96 tokens, n = {rows['plain'][0]['n']}; 95% bootstrap intervals."
-
-
 PARTS: dict[str, Callable[[], str]] = {
     "headline": headline,
     "snippet": snippet,
@@ -295,7 +283,6 @@ PARTS: dict[str, Callable[[], str]] = {
     "lossless": lossless,
     "codecs": codecs,
     "tasks": tasks,
-    "quantisation-aware": quantisation_aware,
 }
 
 
