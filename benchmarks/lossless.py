@@ -142,7 +142,7 @@ def measure(items: list[bytes], exact: ExactBase, options: argparse.Namespace) -
     started = cpu_seconds()
     if [unpack_bytes(blob, exact, options.batch) for blob in blobs] != items:
         raise CompressorError("a packed text did not come back: this is a defect")
-    ours["unpack_kilobytes_per_second"] = sum(map(len, items)) / 1000 / (cpu_seconds() - started)
+    ours["unpack_kilobytes_per_second"] = sum(map(len, items)) / 1000 / max(cpu_seconds() - started, 1e-9)
     best = min((name for name in found if name != MIXING), key=lambda name: found[name]["bytes"])
     ours["best_other"], ours["smaller_than_best_other"] = best, 1 - ours["bytes"] / found[best]["bytes"]
     if "zstd -19" in found:

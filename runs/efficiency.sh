@@ -4,7 +4,8 @@
 # Times are of this machine: run it while nothing else runs. OMP_NUM_THREADS sets the threads.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-work=$(mktemp -d)
+mkdir -p outputs
+work=$(mktemp -d outputs/run.XXXXXX)
 trap 'rm -rf "$work"' EXIT
 python evaluate.py --checkpoint models/arxiv-mini/compressor --task efficiency --tokens 16 4 1 --lengths 500 \
   --new_tokens 100 200 300 400 --repeats 5 --output "$work/efficiency"

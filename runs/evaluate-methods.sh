@@ -4,7 +4,8 @@
 #   runs/evaluate-methods.sh [PASSAGES [QUESTIONS]]
 set -euo pipefail
 cd "$(dirname "$0")/.."
-work=$(mktemp -d)
+mkdir -p outputs
+work=$(mktemp -d outputs/run.XXXXXX)
 trap 'rm -rf "$work"' EXIT
 methods=()
 for name in kv icae anchor mean-pool reference-500x sentence-embedding; do methods+=("$name=models/arxiv-mini/methods/$name"); done

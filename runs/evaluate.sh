@@ -2,7 +2,8 @@
 # Makes every figure of the README from the bundled models: results/*.json, the plots, README.md's generated parts.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-work=$(mktemp -d)
+mkdir -p outputs
+work=$(mktemp -d outputs/run.XXXXXX)
 trap 'rm -rf "$work"' EXIT
 python -m compressor.cli evaluate-base --base models/arxiv-mini/base --data arxiv-test --output results/base.json
 python evaluate.py --checkpoint models/arxiv-mini/compressor --task regeneration --data arxiv-test \

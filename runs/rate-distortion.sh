@@ -5,7 +5,8 @@
 # A sentence-embedding checkpoint at models/arxiv-mini/methods/sentence-embedding (runs/methods.sh) is taken along.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-work=$(mktemp -d)
+mkdir -p outputs
+work=$(mktemp -d outputs/run.XXXXXX)
 trap 'rm -rf "$work"' EXIT
 python evaluate.py --checkpoint models/arxiv-mini/compressor --task rate-distortion --data arxiv-test --lengths 96 \
   --tokens 16 4 1 --codecs bf16 int4+ans lowrank:0.3 lowrank:0.15 lowrank:0.07 --limit "${2:-20}" \

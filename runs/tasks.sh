@@ -6,7 +6,8 @@
 # `python evaluate.py --task NAME` names; tasks whose files are not there are left out. The other two use shipped abstracts.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-work=$(mktemp -d)
+mkdir -p outputs
+work=$(mktemp -d outputs/run.XXXXXX)
 trap 'rm -rf "$work"' EXIT
 folder=${1:-none} limit=${2:-150}
 mkdir -p results/tasks
