@@ -3,7 +3,8 @@
 #   runs/evaluate-qa.sh [LIMIT]
 set -euo pipefail
 cd "$(dirname "$0")/.."
-work=$(mktemp -d)
+mkdir -p outputs
+work=$(mktemp -d outputs/run.XXXXXX)
 trap 'rm -rf "$work"' EXIT
 limit=${1:-150} checkpoint=models/arxiv-mini/compressor
 python evaluate.py --checkpoint "$checkpoint" --task qa --data squad-dev arxivqa-test --limit "$limit" --batch_size 50 \

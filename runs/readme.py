@@ -252,9 +252,9 @@ TASKS = {
     "continuation": ("the text after the passage", "nats/token ↓", "nll_per_token", 2),
     "retrieve": ("the passage a title belongs to", "MRR ↑", "mrr", 3),
     "summarise": ("one-sentence summary (SciTLDR)", "ROUGE-L ↑", "rouge_l", 3),
-    "classify-roles": ("role of a sentence (CSAbstruct)", "accuracy ↑", "accuracy", 3),
-    "classify-sentiment": ("sentiment (SST-2)", "accuracy ↑", "accuracy", 3),
-    "paraphrase": ("whether two sentences agree (MRPC)", "accuracy ↑", "accuracy", 3),
+    "classify-roles": ("role of a sentence (CSAbstruct)", "accuracy ↑", "accuracy", 1),
+    "classify-sentiment": ("sentiment (SST-2)", "accuracy ↑", "accuracy", 1),
+    "paraphrase": ("whether two sentences agree (MRPC)", "accuracy ↑", "accuracy", 1),
 }
 """Tasks of runs/tasks.sh: what is asked for, the figure shown, its column and decimals."""
 

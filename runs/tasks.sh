@@ -9,7 +9,7 @@ cd "$(dirname "$0")/.."
 mkdir -p outputs
 work=$(mktemp -d outputs/run.XXXXXX)
 trap 'rm -rf "$work"' EXIT
-folder=${1:-none} limit=${2:-150}
+folder=${1:-none} limit=${2:-50}
 mkdir -p results/tasks
 task() { # NAME OF THE FILE, TASK, then settings
   local name=$1 task=$2; shift 2

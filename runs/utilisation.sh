@@ -4,7 +4,8 @@
 # LIMIT is the number of passages, and of questions of each set (12); about three minutes on one CPU core.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-work=$(mktemp -d)
+mkdir -p outputs
+work=$(mktemp -d outputs/run.XXXXXX)
 trap 'rm -rf "$work"' EXIT
 python evaluate.py --checkpoint models/arxiv-mini/compressor --task utilisation \
   --data arxiv-test squad-dev arxivqa-test --limit "${1:-12}" --output "$work/utilisation"
