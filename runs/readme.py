@@ -374,9 +374,9 @@ def main() -> int:
         [ROOT / "results" / f"{name}-log.jsonl" for name in ("train-mini", "regenerate", "dense", "answer")],
         [
             "short run (16-48 tokens)",
-            "bundled model: regenerate (16-500 tokens)",
-            "dense (6-256 tokens, fewer memory tokens)",
-            "answer (with questions; dots: answers)",
+            "regenerate (16-500 tokens)",
+            "dense (6-256 tokens)",
+            "answer (dots: of answers)",
         ],
         ROOT / "results" / "loss.png",
     )

@@ -185,7 +185,7 @@ def loss_curve(
     """
     if len(log_jsonl_paths) != len(labels):
         raise CompressorError(f"{len(log_jsonl_paths)} logs need as many labels, got {len(labels)}")
-    canvas, axes = _canvas()
+    canvas, axes = _canvas(height=6.0)
     for number, (path, label) in enumerate(zip(log_jsonl_paths, labels, strict=True)):
         rows = read_log(path)
         trained = [row for row in rows if "loss" in row and "passages" in row]
@@ -212,5 +212,8 @@ def loss_curve(
     axes.set(xlabel="passages seen", ylabel="loss (nats/token)")
     if top is not None:
         axes.set_ylim(top=top)
-    axes.legend(fontsize="small", frameon=False)
+    # Below the axes: lines cross every corner.
+    canvas.legend(
+        *axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize="small", frameon=False
+    )
     canvas.savefig(out_png)
