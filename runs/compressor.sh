@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Trains the bundled compressor in four stages (regenerate; dense: short passages in few memory tokens; answer: questions too; finish)
-# and writes it to models/arxiv-mini/compressor. About three hours on one core.
+# Trains the bundled compressor in four stages (regenerate; dense: short passages in few memory tokens; answer: questions too;
+# finish: the lengths it is meant for) and writes it to models/arxiv-mini/compressor. About three hours on one core.
+# The bundled weights went through more than this (models/arxiv-mini/README.md): a run of it has not been measured.
 #   runs/compressor.sh CORPUS SQUAD_TRAIN
 # CORPUS: folder or file of abstracts; SQUAD_TRAIN: questions besides those made from the corpus by rules.
 # A run that was stopped goes on when called again.
