@@ -186,6 +186,9 @@ class AskOptions(MemoryOptions):
     question: str = ""
     template: str = QUESTION
     """Prompt of the question, with `{question}` in it, or `chat`."""
+    recite: bool = False
+    """Write the passage back first and answer from that text: slower, and the better answers where the memory
+    regenerates well."""
 
 
 def ask(argv: list[str]) -> int:
@@ -197,10 +200,11 @@ def ask(argv: list[str]) -> int:
         raise CompressorError("give a question: --question 'Which data is used?'")
     from compressor import generation
     from compressor.memory import memory_prefix
+    from compressor.methods.recite import recited_prefix
 
     memory, base = _memory_and_base(options)
     sampling = generation.Sampling(temperature=options.temperature, seed=options.seed)
-    prefix = memory_prefix(base, [memory])
+    prefix = (recited_prefix if options.recite else memory_prefix)(base, [memory])
     print(generation.answer(base, prefix, [options.question], options.template, sampling=sampling)[0].text)
     return 0
 

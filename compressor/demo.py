@@ -174,20 +174,28 @@ def regenerate(model: Compressor, memory: Memory, passage: str) -> dict[str, Any
 
 
 def answer_question(model: Compressor, memory: Memory, passage: list[int], question: str) -> dict[str, Any]:
-    """`question`, `answer` (from the memory), `answer_full` (whole passage), `answer_none` (no passage), `logprob`.
+    """The question and its answers from what stands for the passage, each with its natural log-probability.
 
-    `logprob` is the natural log-probability of `answer`; `logprob_full` and `logprob_none` are those of the others.
+    Returns:
+        `question`; `answer` and `logprob` from the memory; and with a suffix those from the text that the memory
+        regenerates (`_recite`), from the whole passage (`_full`) and from no passage (`_none`).
     """
     from compressor.generation import answer
     from compressor.memory import memory_prefix
     from compressor.methods.interface import token_prefix
+    from compressor.methods.recite import recited_prefix
 
     base, template = model.base, model.config.question_template
     with model.adapters(on=False):
-        prefixes = (memory_prefix(base, [memory]), token_prefix(base, [passage]), token_prefix(base, [[]]))
-        answers = [answer(base, prefix, [question], template)[0] for prefix in prefixes]
+        prefixes = {
+            "": memory_prefix(base, [memory]),
+            "_recite": recited_prefix(base, [memory]),
+            "_full": token_prefix(base, [passage]),
+            "_none": token_prefix(base, [[]]),
+        }
+        answers = {suffix: answer(base, prefix, [question], template)[0] for suffix, prefix in prefixes.items()}
     result: dict[str, Any] = {"question": question}
-    for suffix, found in zip(("", "_full", "_none"), answers, strict=True):
+    for suffix, found in answers.items():
         result |= {f"answer{suffix}": found.text, f"logprob{suffix}": round(found.logprob, 4)}
     return result
 
@@ -224,7 +232,12 @@ def _shown_regeneration(result: dict[str, Any], colour: bool) -> list[str]:
 
 
 def _shown_answers(result: dict[str, Any]) -> list[str]:
-    read = {"": f"{result['tokens']} memory tokens", "_full": "the whole passage", "_none": "no passage"}
+    read = {
+        "": f"{result['tokens']} memory tokens",
+        "_recite": "what they regenerate",
+        "_full": "the whole passage",
+        "_none": "no passage",
+    }
     return [
         f"Question: {result['question']}",
         "",

@@ -283,19 +283,28 @@ class Compressor(nn.Module):
         return texts[0] if single else texts
 
     @overload
-    def answer(self, memories: Memory, questions: str, **options: Any) -> str: ...
+    def answer(self, memories: Memory, questions: str, *, recite: bool = False, **options: Any) -> str: ...
     @overload
-    def answer(self, memories: Sequence[Memory], questions: Sequence[str], **options: Any) -> list[str]: ...
+    def answer(
+        self, memories: Sequence[Memory], questions: Sequence[str], *, recite: bool = False, **options: Any
+    ) -> list[str]: ...
 
     def answer(
-        self, memories: Memory | Sequence[Memory], questions: str | Sequence[str], **options: Any
+        self,
+        memories: Memory | Sequence[Memory],
+        questions: str | Sequence[str],
+        *,
+        recite: bool = False,
+        **options: Any,
     ) -> str | list[str]:
         """Answer a question about each memory, adapters off; see `generation.answer` for options and log-probabilities.
 
         Args:
             memories, questions: one of each, or as many questions as memories.
+            recite: write the passages back first and answer from these texts (`methods/recite.py`).
         """
         from compressor import generation
+        from compressor.methods.recite import recited_prefix
 
         single = isinstance(memories, Memory)
         asked = [questions] if isinstance(questions, str) else list(questions)
@@ -306,7 +315,8 @@ class Compressor(nn.Module):
             return []
         options = {"template": self.config.question_template} | options
         with self.adapters(on=False):
-            answers = generation.answer(self.base, memory_prefix(self.base, chosen), asked, **options)
+            prefix = (recited_prefix if recite else memory_prefix)(self.base, chosen)
+            answers = generation.answer(self.base, prefix, asked, **options)
         return answers[0].text if single else [one.text for one in answers]
 
     # -- checkpoints -------------------------------------------------------------------------------------------------

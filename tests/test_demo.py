@@ -55,13 +55,19 @@ def test_json_has_the_documented_keys(capsys: pytest.CaptureFixture[str]) -> Non
 def test_a_question_is_answered_from_memory_passage_and_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     asked = "Which structures are classified?"
     result = json.loads(demo(capsys, "--json", "--question", asked, "--tokens", "4"))
-    assert {"question", "answer", "answer_full", "answer_none", "logprob"} <= set(result)
+    assert {"question", "answer", "answer_recite", "answer_full", "answer_none", "logprob"} <= set(result)
     assert (result["question"], result["tokens"]) == (asked, 4)
     assert result["passage_tokens"] == result["text_tokens"] > 96  # a question is about all of the text
     assert len({result["answer_full"], result["answer_none"]}) == 2
     assert result["logprob"] < 0
     shown = demo(capsys, "--question", asked, "--length", "40")
-    for label in ("from 16 memory tokens", "from the whole passage", "from no passage", "log-probability"):
+    for label in (
+        "from 16 memory tokens",
+        "from what they regenerate",
+        "from the whole passage",
+        "from no passage",
+        "log-probability",
+    ):
         assert label in shown
     parts = json.loads(demo(capsys, "--json", "--question", asked, "--tokens", "4", "--segment_tokens", "96"))
     assert (parts["segments"], parts["tokens"]) == (4, 16)
@@ -129,6 +135,8 @@ def test_a_memory_file_regenerates_without_the_adapters(tmp_path: Path, capsys: 
     answer = capsys.readouterr().out.strip()
     same = ["--checkpoint", "models/arxiv-mini/compressor", "--text", str(text), "--json", "--question", asked]
     assert answer == json.loads(demo(capsys, *same))["answer"]
+    assert cli(["ask", "--memory", str(memory), "--question", asked, "--recite", "true"]) == 0
+    assert capsys.readouterr().out.strip() == json.loads(demo(capsys, *same))["answer_recite"]
     assert cli(["ask", "--memory", str(memory)]) == 2
     assert "give a question" in capsys.readouterr().err
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import nn
 
+from compressor import generation
 from compressor.base import Base, load_base
 from compressor.config import METHOD_LAYOUTS, BaseConfig
 from compressor.data.collate import regeneration_pair, stack_pairs
@@ -26,7 +27,8 @@ from compressor.methods.encoder import pad
 from compressor.methods.interface import MemoryMethod, Method, Piece, TokenMethod, token_prefix
 from compressor.methods.keywords import Keywords, with_new_words
 from compressor.methods.optimise import Optimise
-from compressor.methods.registry import TRAINED, UNTRAINED, MethodSettings, untrained_method
+from compressor.methods.recite import recited_prefix
+from compressor.methods.registry import READINGS, TRAINED, UNTRAINED, MethodSettings, memory_method, untrained_method
 from compressor.methods.summary import Summary, textrank
 from compressor.model import Compressor
 from compressor.objectives import target_loss
@@ -61,6 +63,8 @@ def make_method(
     def make(name: str) -> Method:
         if name in TRAINED:
             return MemoryMethod(make_tiny_compressor(method=name, layout=METHOD_LAYOUTS[name][-1]))  # type: ignore[index]
+        if name in READINGS:
+            return memory_method(name)(make_tiny_compressor())
         base = load_base(BaseConfig(path=str(tiny_base_folder)))
         return untrained_method(name, base, MethodSettings(optimise_steps=3))
 
@@ -83,7 +87,7 @@ def nats(method: Method, contexts: list[list[Piece]]) -> list[float]:
     return [-float(one[:, 0].sum()) for one in scored]
 
 
-@pytest.mark.parametrize("name", [*TRAINED, *UNTRAINED])
+@pytest.mark.parametrize("name", [*TRAINED, *READINGS, *UNTRAINED])
 def test_passages_of_any_length_are_held_decoded_and_independent_of_their_batch(
     make_method: Callable[[str], Method], passages: list[list[int]], name: str
 ) -> None:
@@ -99,11 +103,13 @@ def test_passages_of_any_length_are_held_decoded_and_independent_of_their_batch(
                 assert piece.nbytes >= 0
                 if name in TRAINED or name == "optimise":
                     assert piece.tokens == count
+                elif name in READINGS:
+                    assert piece.tokens == len(piece.held)
                 else:
                     assert piece.tokens == {"full": len(ids), "none": 0}.get(name, piece.tokens)
                     assert piece.tokens <= count or name == "full"
                     assert piece.tokens >= 1 or name == "none"
-        assert [len(pieces) for pieces in of_size] == ([1, 1, 1, 3] if name in TRAINED else [1] * 4)
+        assert [len(pieces) for pieces in of_size] == ([1, 1, 1, 3] if name in (*TRAINED, *READINGS) else [1] * 4)
 
         prefix = method.prefix(of_size)
         with method.decoding():
@@ -352,6 +358,31 @@ def test_full_truncate_and_none_are_what_a_prompt_would_be(
         assert nats(method, contexts)[0] == pytest.approx(expected, abs=1e-3)
 
 
+def test_recite_reads_the_texts_that_the_memories_regenerate(
+    make_method: Callable[[str], Method], passages: list[list[int]]
+) -> None:
+    method = make_method("recite")
+    assert isinstance(method, MemoryMethod)
+    model, base = method.compressor, method.base
+    (contexts,) = method.compress(passages, [8])
+    memories = model.compress_ids(passages, 8)
+    texts = model.regenerate(memories)
+    for pieces, memory, text in zip(contexts, memories, texts, strict=True):
+        parts = model.regenerate(memory.split())
+        assert [piece.held for piece in pieces] == base.tokenizer(parts, add_special_tokens=False)["input_ids"]
+        assert "".join(parts) == text
+        assert sum(piece.nbytes for piece in pieces) == memory.to(dtype=torch.bfloat16).nbytes  # what is kept
+    assert any(piece.held for pieces in contexts for piece in pieces)
+    with model.adapters(on=False):
+        wanted = token_prefix(base, base.tokenizer(texts, add_special_tokens=False)["input_ids"])
+        for prefix in (method.prefix(contexts), recited_prefix(base, memories)):
+            torch.testing.assert_close(prefix.keys, wanted.keys)
+            torch.testing.assert_close(prefix.values, wanted.values)
+            assert prefix.start.tolist() == wanted.start.tolist()
+        plain = generation.answer(base, wanted, ["Why?"] * 4, model.config.question_template)
+    assert model.answer(memories, ["Why?"] * 4, recite=True) == [one.text for one in plain]
+
+
 def test_keywords_in_the_order_of_importance_fill_the_prompt(tiny_base: Base) -> None:
     method = Keywords(tiny_base)
     text = (
@@ -507,6 +538,7 @@ def test_a_row_without_tokens_reads_the_same_in_any_batch(tiny_base: Base) -> No
 def test_registry_names_the_nearest_method(tiny_base: Base) -> None:
     assert registry.split_spec("kv=some/folder") == ("kv", "some/folder")
     assert registry.split_spec("truncate") == ("truncate", None)
+    assert registry.split_spec("recite=some/folder") == ("recite", "some/folder")
     with pytest.raises(CompressorError, match="did you mean truncate"):
         registry.split_spec("trunkate")
     with pytest.raises(CompressorError, match="no method 'kv'"):

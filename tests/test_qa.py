@@ -124,12 +124,21 @@ def argv(tiny_compressor: Any, questions: list[str], tmp_path: Path) -> list[str
 def test_rows_for_methods_data_sets_and_their_average(
     argv: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    methods = ["kv", "full", "none", "truncate"]
+    methods = ["kv", "recite", "full", "none", "truncate"]
     assert evaluate_main([*argv, "--methods", *methods, "--output", str(tmp_path / "out")]) == 0
     assert "F1 / full" in capsys.readouterr().out
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     rows = {(row["method"], row["tokens"], row["dataset"]): row for row in metrics["rows"]}
-    sizes = [("kv", 8), ("kv", 2), ("full", None), ("none", None), ("truncate", 8), ("truncate", 2)]
+    sizes = [
+        ("kv", 8),
+        ("kv", 2),
+        ("recite", 8),
+        ("recite", 2),
+        ("full", None),
+        ("none", None),
+        ("truncate", 8),
+        ("truncate", 2),
+    ]
     assert set(rows) == {(*size, data) for size in sizes for data in ("set0", "set1", "macro")}
     assert [rows["kv", 8, data]["n"] for data in ("set0", "set1", "macro")] == [6, 4, 10]
     lines = [json.loads(line) for line in (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()]
@@ -154,6 +163,8 @@ def test_rows_for_methods_data_sets_and_their_average(
     flags = {(row["method"], row["tokens"], row["flag"]) for row in metrics["quality"]}
     assert ("kv", 8, "passage_nats_per_token") in flags
     assert ("full", None, "prediction_logprob") in flags
+    # Both read the memories of one checkpoint.
+    assert metrics["methods"]["recite"] == metrics["methods"]["kv"] != {}
 
 
 def test_without_bounds_there_is_no_retention(argv: list[str], tmp_path: Path) -> None:

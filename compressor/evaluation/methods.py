@@ -17,8 +17,16 @@ from compressor.base import resolve as resolve_path
 from compressor.config import BaseConfig
 from compressor.errors import CompressorError
 from compressor.evaluation.command import EvaluationConfig
-from compressor.methods.interface import MemoryMethod, Method, check_tokens
-from compressor.methods.registry import TRAINED, MethodSettings, split_spec, untrained_method
+from compressor.methods.interface import Method, check_tokens
+from compressor.methods.registry import (
+    READINGS,
+    TRAINED,
+    UNTRAINED,
+    MethodSettings,
+    memory_method,
+    split_spec,
+    untrained_method,
+)
 from compressor.model import Compressor
 from compressor.pretrained import fetch_checkpoint, find_base, read_settings
 
@@ -37,7 +45,7 @@ class Methods:
         self.config, self.accelerator = config, accelerator
         specs = [split_spec(spec) for spec in config.methods]
         self._refuse_repeated([name for name, _ in specs])
-        needed = not specs or config.base is None or any(name in TRAINED for name, _ in specs)
+        needed = not specs or config.base is None or any(name not in UNTRAINED for name, _ in specs)
         self.settings: dict[str, Any] | None = None
         if needed or Path(resolve_path(config.checkpoint)).is_dir():
             self.settings = read_settings(fetch_checkpoint(config.checkpoint))
@@ -61,11 +69,11 @@ class Methods:
 
     def _place(self, name: str, place: str | None) -> str | None:
         """Where a trained method's checkpoint is, by name where none is given; checked. None for other methods."""
-        if name not in TRAINED:
+        if name in UNTRAINED:
             if place is not None:
                 raise CompressorError(f"the method {name} has no checkpoint: write {name}, not {name}={place}")
             return None
-        if place is None and name == self.own:
+        if place is None and (name == self.own or name in READINGS):
             return self.config.checkpoint
         assert self.settings is not None
         if place is None:
@@ -77,7 +85,7 @@ class Methods:
                 )
         found = read_settings(fetch_checkpoint(place))
         held = found["config"].get("method", "kv")
-        if held != name:
+        if name in TRAINED and held != name:
             raise CompressorError(f"{place} holds the method {held}, not {name}: write {held}={place}")
         ours, theirs = (one["base"] for one in (self.settings, found))
         if ours["fingerprint"] != theirs["fingerprint"]:
@@ -96,7 +104,7 @@ class Methods:
         """Those without a checkpoint first. They are all made before one is run, so that what one of them lacks shows
         at once; and none is kept, so that a large base is held once at a time if the caller keeps none either."""
         config = self.config
-        plain = [name for name, _ in self.specs if name not in TRAINED]
+        plain = [name for name, _ in self.specs if name in UNTRAINED]
         if plain:
             settings = MethodSettings(
                 config.summariser, config.keyword_language, config.llmlingua, config.optimise_steps, config.seed
@@ -109,7 +117,7 @@ class Methods:
                 yield made.pop(0)
             gc.collect()
         for name, place in self.specs:
-            if name not in TRAINED:
+            if name in UNTRAINED:
                 continue
             assert place is not None
             model = Compressor.from_pretrained(
@@ -117,7 +125,7 @@ class Methods:
             )
             self._fingerprints[name] = checkpoint_fingerprint(model)
             self._note_base(model.base)
-            method = MemoryMethod(model, config.batch_size, config.segment_tokens)
+            method = memory_method(name)(model, config.batch_size, config.segment_tokens)
             del model
             yield method
             del method
@@ -136,7 +144,7 @@ class Methods:
 
     def describe(self, name: str) -> dict[str, Any]:
         """Checkpoint and its hash, of a method that has one."""
-        if name not in TRAINED:
+        if name in UNTRAINED:
             return {}
         return {"checkpoint": dict(self.specs)[name], "fingerprint": self._fingerprints[name]}
 

@@ -75,9 +75,11 @@ class MemoryMethod:
 
     sized = True
 
+    name = ""
+
     def __init__(self, compressor: Compressor, batch_size: int = 16, segment_tokens: int | None = None):
         self.compressor, self.batch_size, self.segment_tokens = compressor, batch_size, segment_tokens
-        self.name: str = compressor.config.method
+        self.name = self.name or compressor.config.method
         self.base = compressor.base
         self.most: int | None = compressor.config.memory_tokens
 

@@ -16,7 +16,7 @@ from compressor.methods.encoder import Encoder
 
 if TYPE_CHECKING:
     from compressor.base import Base
-    from compressor.methods.interface import Method
+    from compressor.methods.interface import MemoryMethod, Method
 
 TRAINED: dict[str, str] = {
     "kv": "kv:KVEncoder",
@@ -37,6 +37,9 @@ UNTRAINED: dict[str, str] = {
     "optimise": "optimise:Optimise",
 }
 """Methods that work with any base as it is: where their `Method` is, built by `from_settings(base, settings)`."""
+
+READINGS: dict[str, str] = {"recite": "recite:Recite"}
+"""Other ways for the decoder to read the memories of a trained method: where their `MemoryMethod` is."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,14 @@ def encoder_class(name: str) -> type[Encoder]:
 def split_spec(spec: str) -> tuple[str, str | None]:
     """Name and checkpoint of a method written `name` or `name=checkpoint`."""
     name, _, checkpoint = spec.partition("=")
-    return check_name(name, [*TRAINED, *UNTRAINED]), checkpoint or None
+    return check_name(name, [*TRAINED, *READINGS, *UNTRAINED]), checkpoint or None
+
+
+def memory_method(name: str) -> type[MemoryMethod]:
+    """How the memories of a checkpoint are read under this name: as they are, or as one of `READINGS`."""
+    from compressor.methods.interface import MemoryMethod
+
+    return _load(READINGS[name]) if name in READINGS else MemoryMethod
 
 
 def untrained_method(name: str, base: Base, settings: MethodSettings) -> Method:

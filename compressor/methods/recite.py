@@ -1,0 +1,51 @@
+"""`recite`: the passage is written back from its memory first, and the decoder reads that text instead of the memory.
+
+Reciting what is known before answering from it, as in Recitation-Augmented Language Models (arXiv 2210.01296). What is
+kept and sent is the memory; what the decoder holds while it answers is as long as the passage, and writing it takes a
+step a token. Segments are written back apart, so long passages read as well as short ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from compressor.base import Base
+from compressor.generation import regenerate
+from compressor.memory import Memory, Prefix
+from compressor.methods.interface import MemoryMethod, Piece, token_prefix
+
+
+class Recite(MemoryMethod):
+    """A trained method whose memories are read as the texts that they regenerate."""
+
+    name = "recite"
+
+    def compress(self, passages: Sequence[list[int]], tokens: Sequence[int]) -> list[list[list[Piece]]]:
+        """See `Method.compress`: pieces hold what was written back, and count the memories' bytes."""
+        sizes = super().compress(passages, tokens)
+        with super().decoding():
+            return [self._recited(rows) for rows in sizes]
+
+    def _recited(self, rows: Sequence[Sequence[Piece]]) -> list[list[Piece]]:
+        written = iter(recite(self.base, [piece.held for row in rows for piece in row], self.batch_size))
+        return [[Piece(piece.ids, ids := next(written), len(ids), piece.nbytes) for piece in row] for row in rows]
+
+    def prefix(self, rows: Sequence[Sequence[Piece]]) -> Prefix:
+        """Keys and values of `BOS tokens`, as the base reads them in a prompt."""
+        with self.decoding():
+            return token_prefix(self.base, [[token for piece in row for token in piece.held] for row in rows])
+
+
+def recite(base: Base, memories: Sequence[Memory], batch_size: int = 16) -> list[list[int]]:
+    """Token ids of the texts that memories regenerate, greedily; adapters must be off."""
+    texts = regenerate(base, memories, batch_size=batch_size)
+    return (
+        [list(ids) for ids in base.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]]
+        if texts
+        else []
+    )
+
+
+def recited_prefix(base: Base, memories: Sequence[Memory]) -> Prefix:
+    """What the decoder reads instead of the memories: `BOS text`, with each memory's text; adapters must be off."""
+    return token_prefix(base, recite(base, memories))
