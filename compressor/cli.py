@@ -272,8 +272,8 @@ def evaluate_base(argv: list[str]) -> int:
     from compressor.parsing import parse_config
 
     options, _ = parse_config(EvaluateBaseOptions, argv, f"compressor evaluate-base: {evaluate_base.__doc__}")
+    from compressor.evaluation.base_figures import evaluate
     from compressor.files import write_json
-    from compressor.pretraining import evaluate
 
     figures = evaluate(options.base, options.data, options.limit)
     write_json(options.output, figures)

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Trains the bundled compressor in four stages (regenerate; dense: short passages in few memory tokens; answer: questions too;
-# finish: the lengths it is meant for) and writes it to models/arxiv-mini/compressor. About three hours on one core.
+# Trains the bundled compressor in five stages (regenerate; dense: short passages in few memory tokens; answer: questions too;
+# together: longest, and the questions' contexts as passages too; finish: the lengths it is meant for) and writes it to
+# models/arxiv-mini/compressor. About five hours on one core.
 # The bundled weights went through more than this (models/arxiv-mini/README.md): a run of it has not been measured.
 #   runs/compressor.sh CORPUS SQUAD_TRAIN
 # CORPUS: folder or file of abstracts; SQUAD_TRAIN: questions besides those made from the corpus by rules.
@@ -13,10 +14,15 @@ if [ ! -d "$output/questions" ]; then
   python -m compressor.cli questions --config configs/corpora/arxivqa-rules.yaml --source "$corpus" --sample.train 25000 \
     --output "$output/questions"
 fi
+if [ ! -f "$output/context-passages.jsonl" ]; then
+  python runs/context-passages.py "$squad" --output "$output/context-passages.jsonl"
+fi
 mkdir -p results
-for stage in regenerate dense answer finish; do
+for stage in regenerate dense answer together finish; do
+  train=$corpus
+  case $stage in together|finish) train="$corpus,$output/context-passages.jsonl" ;; esac
   if [ ! -d "$output/$stage/final" ]; then
-    python train.py --config "configs/arxiv-mini/$stage.yaml" --data.train "[$corpus]" --data.validation "[$corpus]" \
+    python train.py --config "configs/arxiv-mini/$stage.yaml" --data.train "[$train]" --data.validation "[$corpus]" \
       --data.questions "[$output/questions,$squad]" --training.resume true
     [ -d "$output/$stage/final" ] # a run that a signal stopped ends well too
   fi

@@ -10,8 +10,8 @@ limit=${1:-150} checkpoint=models/arxiv-mini/compressor
 python evaluate.py --checkpoint "$checkpoint" --task qa --data squad-dev arxivqa-test --limit "$limit" --batch_size 50 \
   --methods kv full none truncate keywords summary --tokens 16 4 1 --output "$work/qa"
 python evaluate.py --checkpoint "$checkpoint" --task qa --data squad-dev arxivqa-test --limit "$limit" --batch_size 50 \
-  --methods kv full none --tokens 16 4 1 --segment_tokens 96 --output "$work/qa-segments"
+  --methods kv recite full none --tokens 16 4 --segment_tokens 96 --output "$work/qa-segments"
 python evaluate.py --checkpoint "$checkpoint" --task qa --data squad-dev arxivqa-test --limit "$limit" --batch_size 50 \
-  --methods kv full none truncate summary --tokens 16 4 1 --question_tokens 96 --output "$work/qa-windows"
+  --methods kv recite full none truncate summary --tokens 16 4 1 --question_tokens 96 --output "$work/qa-windows"
 for name in qa qa-segments qa-windows; do cp "$work/$name/metrics.json" "results/$name.json"; done
 python runs/readme.py

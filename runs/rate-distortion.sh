@@ -9,6 +9,7 @@ mkdir -p outputs
 work=$(mktemp -d outputs/run.XXXXXX)
 trap 'rm -rf "$work"' EXIT
 python evaluate.py --checkpoint models/arxiv-mini/compressor --task rate-distortion --data arxiv-test --lengths 96 \
+  --questions arxivqa-test --question_tokens 96 \
   --tokens 16 4 1 --codecs bf16 int4+ans lowrank:0.3 lowrank:0.15 lowrank:0.07 --limit "${2:-20}" \
   ${1:+--calibration "$1"} --output "$work/rate-distortion"
 mkdir -p results

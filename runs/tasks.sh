@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The tasks besides regeneration and question answering, each from memories, the whole passage and none: results/tasks/*.json
-# and README.md's part. About ten minutes on one core.
+# The tasks besides regeneration and question answering, each from memories (one for each 96 tokens), from the text that they
+# regenerate, the whole passage and none: results/tasks/*.json and README.md's part. About ten minutes on one core.
 #   runs/tasks.sh [FOLDER [LIMIT]]
 # FOLDER holds scitldr-test, csabstruct-test, sst2-dev and mrpc-dev as JSON lines (.jsonl.gz), with the fields that
 # `python evaluate.py --task NAME` names; tasks whose files are not there are left out. The other two use shipped abstracts.
@@ -13,8 +13,8 @@ folder=${1:-none} limit=${2:-50}
 mkdir -p results/tasks
 task() { # NAME OF THE FILE, TASK, then settings
   local name=$1 task=$2; shift 2
-  python evaluate.py --checkpoint models/arxiv-mini/compressor --task "$task" --methods kv full none --tokens 16 4 1 --batch_size 50 \
-    --limit "$limit" --output "$work/$name" "$@"
+  python evaluate.py --checkpoint models/arxiv-mini/compressor --task "$task" --methods kv recite full none --tokens 16 4 1 --batch_size 50 \
+    --segment_tokens 96 --limit "$limit" --output "$work/$name" "$@"
   cp "$work/$name/metrics.json" "results/tasks/$name.json"
 }
 task continuation continuation --data arxiv-test

@@ -11,7 +11,7 @@ import torch
 from compressor.base import PROJECT, Base, load_base, resolve
 from compressor.config import BaseConfig
 from compressor.errors import CompressorError
-from compressor.pretraining import bits_per_byte, copying_accuracy
+from compressor.evaluation.base_figures import bits_per_byte, copying_accuracy
 
 
 def test_shape_and_tokens_of_the_tiny_base(tiny_base: Base) -> None:

@@ -57,7 +57,7 @@ def run(
 
 def test_every_codec_is_a_row(run: tuple[Path, dict[str, Any]]) -> None:
     folder, metrics = run
-    assert metrics["figures"] == ["bytes_per_byte", "decoder_ratio", "bleu", "rouge_l", "exact_match", "f1"]
+    assert metrics["figures"] == ["bytes_per_byte", "decoder_ratio", "bleu", "rouge_l", "exact_match", "f1", "text_f1"]
     rows = {(row["dataset"], row["codec"], row["tokens"]): row for row in metrics["rows"]}
     assert len(rows) == len(metrics["rows"]) == 2 * (2 * 2 + 2 + 2 * 2 + 3 + 4)
     codecs = {codec for _, codec, _ in rows}
@@ -68,7 +68,7 @@ def test_every_codec_is_a_row(run: tuple[Path, dict[str, Any]]) -> None:
         assert row["exact_match"] == 1 if exact else row["exact_match"] < 1
         assert (row["rouge_l"] == 1) == exact
         assert row["n"] == 2
-        assert ("f1" in row) == (dataset == "questions")
+        assert ("f1" in row) == ("text_f1" in row) == (dataset == "questions")
         if codec in LOSSLESS:
             assert row["decoder_ratio"] == 1
             assert tokens is None
@@ -81,6 +81,7 @@ def test_every_codec_is_a_row(run: tuple[Path, dict[str, Any]]) -> None:
     assert passages["sentence-embedding, int8", 4]["bytes"] > passages["sentence-embedding, int2", 4]["bytes"]
     # What reads the whole text answers alike, whoever packed it.
     answers = {rows["questions", codec, None]["f1"] for codec in LOSSLESS}
+    answers |= {rows["questions", "exact, lowrank:0.5", tokens]["text_f1"] for tokens in (4, 1)}
     assert len(answers) == 1
     assert (folder / "out" / "rate-distortion.png").read_bytes()[:4] == b"\x89PNG"
     assert "keywords" in (folder / "out" / "table.md").read_text()

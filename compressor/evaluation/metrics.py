@@ -54,6 +54,7 @@ FIGURES = {
     "byte_ratio": Figure("byte ratio", 0, 4, interval=False),
     "em": Figure("EM", 1, 1),
     "f1": Figure("F1", 1, 1),
+    "text_f1": Figure("F1 from the text", 1, 1),
     "f1_difference": Figure("F1 - full", 1, 1),
     "retention_em": Figure("EM / full", 1, 3, interval=False),
     "retention_f1": Figure("F1 / full", 1, 3, interval=False),

@@ -51,7 +51,7 @@ from compressor.evaluation.tasks.interface import tokenised
 from compressor.evaluation.tasks.qa import QuestionAnswering
 from compressor.generation import answer
 from compressor.layouts import TRUNCATABLE
-from compressor.memory import Memory, memory_prefix
+from compressor.memory import Memory, Prefix, memory_prefix
 from compressor.methods.interface import check_tokens, token_prefix
 from compressor.methods.registry import split_spec
 from compressor.model import Compressor
@@ -71,6 +71,7 @@ FIGURES: dict[str, FigureOf] = {
     "rouge_l": ratio("rouge_l", "passages"),
     "exact_match": ratio("exact_match", "passages"),
     "f1": ratio("f1", "questions", 100),
+    "text_f1": ratio("text_f1", "questions", 100),
 }
 
 
@@ -286,21 +287,25 @@ def answers_of(
     model: Compressor,
     config: EvaluationConfig,
 ) -> dict[str, Any]:
-    """Summed F1 and number of questions of each passage: the base reads the memory, or else the text that came back."""
+    """Summed F1 of each passage's answers, and their number: `f1` where the base reads the memory, if there is one, and
+    `text_f1` where it reads the text that came back."""
     base, template = model.base, config.question_template or model.config.question_template or QUESTION
-    found = []
-    for place, passage in enumerate(chosen):
-        asked = [question for question, _ in passage.questions]
-        with model.adapters(on=False):
-            if memories is not None:
-                prefix = memory_prefix(base, [memories[place]] * len(asked))
-            else:
-                ids = base.tokenizer(packed[place].text, add_special_tokens=False, verbose=False)["input_ids"]
-                prefix = token_prefix(base, [ids] * len(asked))
-            answers = answer(base, prefix, asked, template)
-        scored = zip(answers, passage.questions, strict=True)
-        found.append(sum(answer_scores(one.text, right)[1] for one, (_, right) in scored))
-    return {"f1": found, "questions": [len(passage.questions) for passage in chosen]}
+
+    def scored(prefix: Prefix, passage: Passage) -> float:
+        answers = answer(base, prefix, [question for question, _ in passage.questions], template)
+        rights = (right for _, right in passage.questions)
+        return sum(answer_scores(one.text, right)[1] for one, right in zip(answers, rights, strict=True))
+
+    with model.adapters(on=False):
+        from_text = []
+        for one, passage in zip(packed, chosen, strict=True):
+            ids = base.tokenizer(one.text, add_special_tokens=False, verbose=False)["input_ids"]
+            from_text.append(scored(token_prefix(base, [ids] * len(passage.questions)), passage))
+        from_memory = from_text
+        if memories is not None:
+            read = zip(memories, chosen, strict=True)
+            from_memory = [scored(memory_prefix(base, [one] * len(p.questions)), p) for one, p in read]
+    return {"f1": from_memory, "text_f1": from_text, "questions": [len(passage.questions) for passage in chosen]}
 
 
 def row_of(columns: dict[str, Any], config: EvaluationConfig, number: int) -> dict[str, Any]:
@@ -327,6 +332,7 @@ def notes(config: EvaluationConfig) -> list[str]:
         "some codecs a checkpoint or a calibration, are on both sides and not counted. decoder tokens / token: "
         "positions of the decoder's context over passage tokens; of lossless codecs the passage itself; of exact "
         "memories those of the memory, to which the residual adds the text. Memory codecs "
-        f"are calibrated ({fitted_on}), bf16 needs none.",
+        f"are calibrated ({fitted_on}), bf16 needs none. F1: the decoder reads the memory, where there is one; F1 from "
+        "the text: what comes back from the file.",
         f"BLEU: {bleu_signature()}. n: passages; [low, high]: {LEVEL:.0%} bootstrap interval over passages.",
     ]
