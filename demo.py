@@ -3,6 +3,7 @@
 python demo.py                                  an unseen arXiv abstract, offline, with the bundled model
 python demo.py --text notes.txt --tokens 4      your own text
 python demo.py --question "What is proposed?"    an answer from the memory, beside those from the whole passage and none
+python demo.py --web                            a page to try texts and questions on
 cat notes.txt | python demo.py --text - --json  one JSON object
 """
 

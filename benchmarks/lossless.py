@@ -31,11 +31,11 @@ from compressor import __version__
 from compressor.base import load_base, resolve
 from compressor.codecs.exact import ExactBase
 from compressor.codecs.lossless import pack_bytes, unpack_bytes
-from compressor.config import BaseConfig
 from compressor.data.sources import read_rows
 from compressor.data.sources import resolve as resolve_data
 from compressor.errors import CompressorError, exits_cleanly
 from compressor.files import write_json
+from compressor.model_config import BaseConfig
 
 PROJECT = Path(__file__).resolve().parents[1]
 MIXING = "zpaq -m5"

@@ -17,10 +17,10 @@ from collections.abc import Callable
 import torch
 
 from compressor.base import load_base
-from compressor.config import BaseConfig, CompressorConfig
 from compressor.data.collate import regeneration_pair, stack_pairs
 from compressor.files import write_json
 from compressor.model import Compressor
+from compressor.model_config import BaseConfig, CompressorConfig
 
 PADDED = 500
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
 
-from compressor.config import BaseConfig
 from compressor.errors import CompressorError
+from compressor.model_config import BaseConfig
 from compressor.processes import bars_on_terminals
 
 PROJECT = Path(__file__).resolve().parents[1]

@@ -144,8 +144,8 @@ def _memory_and_base(options: MemoryOptions) -> tuple[Memory, Base]:
     from compressor.base import load_base
     from compressor.codecs.artifact import check_base
     from compressor.codecs.collection import Collection, is_collection
-    from compressor.config import BaseConfig
     from compressor.memory import Memory
+    from compressor.model_config import BaseConfig
 
     if is_collection(options.memory):
         if options.id is None:

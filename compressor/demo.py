@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compressor.config import require
-from compressor.errors import CompressorError, exits_cleanly
+from compressor.errors import CompressorError, exits_cleanly, require
 from compressor.parsing import parse_config
 
 if TYPE_CHECKING:
@@ -46,8 +45,11 @@ class DemoConfig:
     base: str | None = None
     """Frozen base: folder or hub id; by default the one the checkpoint names."""
     device: str = "cpu"
+    port: int | None = None
+    """Port of the page (--web); by default the first free one from 7860 on. It is served to this machine alone."""
 
     def __post_init__(self) -> None:
+        require(self.port is None or 1 <= self.port <= 65535, "port", self.port, "1 to 65535")
         require(self.tokens is None or self.tokens >= 1, "tokens", self.tokens, "at least 1")
         require(
             self.segment_tokens is None or self.segment_tokens >= 1, "segment_tokens", self.segment_tokens, "at least 1"
@@ -91,68 +93,105 @@ def read_passage(config: DemoConfig) -> tuple[str, str]:
     return read_text(config.text), "standard input" if config.text == "-" else config.text
 
 
+def differences(passage: str, regeneration: str) -> list[tuple[str, str | None]]:
+    """Stretches of words that the passage and its regeneration share (None), or that are "missing" or "added"."""
+    old, new = re.findall(r"\S+\s*", passage), re.findall(r"\S+\s*", regeneration)
+    runs: list[tuple[str, str | None]] = []
+    matcher = difflib.SequenceMatcher(a=[w.strip() for w in old], b=[w.strip() for w in new], autojunk=False)
+    for kind, a, b, c, d in matcher.get_opcodes():
+        if kind == "equal":
+            runs.append(("".join(new[c:d]), None))
+            continue
+        if a < b:
+            runs.append(("".join(old[a:b]), "missing"))
+        if c < d:
+            runs.append(("".join(new[c:d]), "added"))
+    return runs
+
+
 def mark_differences(passage: str, regeneration: str, colour: bool) -> str:
     """The regeneration with its differences to the passage, word by word.
 
     Words that are missing stand in [-...-], words that were added in {+...+}; on a terminal also red and green.
     """
-    old, new = re.findall(r"\S+\s*", passage), re.findall(r"\S+\s*", regeneration)
-    missing, added = ("\033[31m[-{}-]\033[0m ", "\033[32m{{+{}+}}\033[0m ") if colour else ("[-{}-] ", "{{+{}+}} ")
+    marks = {"missing": ("\033[31m", "[-{}-]"), "added": ("\033[32m", "{{+{}+}}")}
     pieces = []
-    matcher = difflib.SequenceMatcher(a=[w.strip() for w in old], b=[w.strip() for w in new], autojunk=False)
-    for kind, a, b, c, d in matcher.get_opcodes():
-        if kind == "equal":
-            pieces += new[c:d]
+    for words, kind in differences(passage, regeneration):
+        if kind is None:
+            pieces.append(words)
             continue
-        if a < b:
-            pieces.append(missing.format("".join(old[a:b]).strip()))
-        if c < d:
-            pieces.append(added.format("".join(new[c:d]).strip()))
+        start, mark = marks[kind]
+        marked = mark.format(words.strip())
+        pieces.append(f"{start}{marked}\033[0m " if colour else f"{marked} ")
     return "".join(pieces).strip()
 
 
-def run_demo(config: DemoConfig) -> dict[str, Any]:
-    """Compress and regenerate the passage.
-
-    Returns:
-        `passage`, `source`, `tokens`, `segments`, `passage_tokens`, `text_tokens` (before cutting), `seconds` (in all),
-        `timings` (seconds to load, compress, regenerate or answer) and `memory_bytes` (bfloat16); then
-        `regeneration`, `bleu`, `rouge_l` (0-100 and 0-1), or, of a question, what `answer_question` returns.
-    """
-    text, source = read_passage(config)
-    import torch
-
+def load_model(config: DemoConfig) -> Compressor:
+    """The compressor that the options name."""
     from compressor.model import Compressor
 
+    return Compressor.from_pretrained(config.checkpoint, base=config.base, device=config.device)
+
+
+def run_demo(config: DemoConfig) -> dict[str, Any]:
+    """Load the compressor, and compress and regenerate the passage or answer the question.
+
+    Returns:
+        What `demonstrate` returns, `source`, and `seconds` (in all).
+    """
+    text, source = read_passage(config)
     started = time.perf_counter()
-    model = Compressor.from_pretrained(config.checkpoint, base=config.base, device=config.device)
-    loaded = time.perf_counter()
+    model = load_model(config)
+    load = round(time.perf_counter() - started, 3)
+    whole = config.text is not None or config.question is not None
+    length = config.length or (None if whole else EXAMPLE_TOKENS)
+    made = demonstrate(model, text, config.tokens, length, config.segment_tokens, config.question)
+    made["timings"] = {"load": load, **made["timings"]}
+    return {"source": source, **made, "seconds": round(time.perf_counter() - started, 3)}
+
+
+def demonstrate(
+    model: Compressor,
+    text: str,
+    tokens: int | None = None,
+    length: int | None = None,
+    segment_tokens: int | None = None,
+    question: str | None = None,
+) -> dict[str, Any]:
+    """Compress a text, and regenerate it or answer a question about it.
+
+    Args:
+        tokens, segment_tokens: see `Compressor.compress`.
+        length: use the first so many tokens of the text; by default all.
+
+    Returns:
+        `passage`, `tokens`, `segments`, `passage_tokens`, `text_tokens` (before cutting), `timings` (seconds to
+        compress, regenerate or answer) and `memory_bytes` (bfloat16); then `regeneration`, `bleu`, `rouge_l` (0-100 and
+        0-1), or, of a question, what `answer_question` returns.
+    """
+    import torch
+
+    started = time.perf_counter()
     tokenizer = model.base.tokenizer
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    whole = config.text is not None or config.question is not None
-    length = config.length or (len(ids) if whole else EXAMPLE_TOKENS)
     cut = ids[:length]
-    memory = model.compress_ids([cut], config.tokens, segment_tokens=config.segment_tokens)[0]
+    memory = model.compress_ids([cut], tokens, segment_tokens=segment_tokens)[0]
     compressed = time.perf_counter()
     passage = tokenizer.decode(cut, skip_special_tokens=True)
-    if config.question is None:
+    if question is None:
         work, made = "regenerate", regenerate(model, memory, passage)
     else:
-        work, made = "answer", answer_question(model, memory, cut, config.question)
-    done = time.perf_counter()
+        work, made = "answer", answer_question(model, memory, cut, question)
     return {
         "passage": passage,
-        "source": source,
         "tokens": memory.tokens,
         "segments": len(memory.segments),
         "passage_tokens": len(cut),
         "text_tokens": len(ids),
         **made,
-        "seconds": round(done - started, 3),
         "timings": {
-            "load": round(loaded - started, 3),
-            "compress": round(compressed - loaded, 3),
-            work: round(done - compressed, 3),
+            "compress": round(compressed - started, 3),
+            work: round(time.perf_counter() - compressed, 3),
         },
         "memory_bytes": memory.to(dtype=torch.bfloat16).nbytes,
     }
@@ -231,19 +270,24 @@ def _shown_regeneration(result: dict[str, Any], colour: bool) -> list[str]:
     ]
 
 
-def _shown_answers(result: dict[str, Any]) -> list[str]:
+def answers_of(result: dict[str, Any]) -> list[tuple[str, str, float]]:
+    """What the base read, its answer, and the answer's log-probability, of each answer in `result`."""
     read = {
         "": f"{result['tokens']} memory tokens",
         "_recite": "what they regenerate",
         "_full": "the whole passage",
         "_none": "no passage",
     }
+    return [(label, result[f"answer{suffix}"], result[f"logprob{suffix}"]) for suffix, label in read.items()]
+
+
+def _shown_answers(result: dict[str, Any]) -> list[str]:
     return [
         f"Question: {result['question']}",
         "",
         *(
-            f"  from {label + ':':24} {result[f'answer{suffix}']}   (log-probability {result[f'logprob{suffix}']:.1f})"
-            for suffix, label in read.items()
+            f"  from {label + ':':24} {answer}   (log-probability {logprob:.1f})"
+            for label, answer, logprob in answers_of(result)
         ),
         "",
     ]
@@ -252,8 +296,13 @@ def _shown_answers(result: dict[str, Any]) -> list[str]:
 @exits_cleanly
 def demo_main(argv: list[str] | None = None) -> int:
     """Entry point of `demo.py`; returns the exit status."""
-    flags = {"json": "print one JSON object instead of text"}
+    flags = {"json": "print one JSON object instead of text", "web": "open a page in the browser (extra web)"}
     config, options = parse_config(DemoConfig, argv, "Compress a passage and regenerate it from its memory.", flags)
+    if options.web:
+        from compressor.web import serve
+
+        serve(config)
+        return 0
     result = run_demo(config)
     print(json.dumps(result, ensure_ascii=False) if options.json else show(result, sys.stdout.isatty()))
     return 0

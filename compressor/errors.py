@@ -6,7 +6,7 @@ import errno
 import sys
 from collections.abc import Callable
 from functools import wraps
-from typing import ParamSpec
+from typing import Any, ParamSpec
 
 P = ParamSpec("P")
 
@@ -17,6 +17,12 @@ class CompressorError(ValueError):
     The message says what was got, why it is wrong and what to do. Commands print it
     without a traceback and exit with status 2.
     """
+
+
+def require(condition: bool, key: str, value: Any, allowed: str) -> None:
+    """Raise a `CompressorError` that names the key, the value got and the allowed range."""
+    if not condition:
+        raise CompressorError(f"{key} = {value!r} is out of range: it must be {allowed}")
 
 
 def exits_cleanly(command: Callable[P, int | None]) -> Callable[P, int]:

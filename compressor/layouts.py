@@ -23,7 +23,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from compressor.config import Layout
+from compressor.model_config import Layout
 
 PUBLISHED_LENGTH = 500
 """Tokens that the published code pads every passage to."""

@@ -7,8 +7,8 @@ from peft import LoraConfig
 from torch import Tensor, nn
 
 from compressor.base import Base
-from compressor.config import CompressorConfig
 from compressor.errors import CompressorError
+from compressor.model_config import CompressorConfig
 
 
 def lora_config(base: Base, config: CompressorConfig, reads_hidden_states: bool = False) -> LoraConfig:

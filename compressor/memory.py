@@ -14,9 +14,9 @@ from compressor.base import Base
 from compressor.codecs.artifact import check_base, load_memory, save_memory
 from compressor.codecs.calibration import Calibration
 from compressor.codecs.codec import Codec
-from compressor.config import Layout
 from compressor.errors import CompressorError
 from compressor.layouts import TRUNCATABLE, decoder_start, memory_positions
+from compressor.model_config import Layout
 
 
 @dataclass(frozen=True)

@@ -21,13 +21,13 @@ from torch.utils.checkpoint import checkpoint
 
 from compressor.base import Base
 from compressor.codecs.codec import Codec
-from compressor.config import CompressorConfig
 from compressor.errors import CompressorError
 from compressor.layouts import decoder_start, memory_positions
 from compressor.lora import lora_config
 from compressor.memory import Memory, Prefix, Segment, memory_prefix
 from compressor.methods.encoder import equal_segments, pad
 from compressor.methods.registry import encoder_class
+from compressor.model_config import CompressorConfig
 from compressor.pretrained import fetch_checkpoint, find_base, load_weights, read_settings, save_checkpoint
 
 

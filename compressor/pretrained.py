@@ -14,9 +14,9 @@ from torch import Tensor
 
 from compressor import __version__
 from compressor.base import Base, load_base, resolve
-from compressor.config import BaseConfig, CompressorConfig
 from compressor.errors import CompressorError
 from compressor.files import atomic_path, read_json, sha256, write_json
+from compressor.model_config import BaseConfig, CompressorConfig
 
 if TYPE_CHECKING:
     from compressor.model import Compressor

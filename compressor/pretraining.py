@@ -22,13 +22,14 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from compressor.base import load_base
-from compressor.config import ArchitectureConfig, BaseConfig, RunConfig
+from compressor.config import RunConfig
 from compressor.data.packing import ANSWER_MARK, COPYING_TOKENS, RowPacker, copying_rows, pack_rows
 from compressor.data.questions import questions_by_context
 from compressor.data.records import load_texts
 from compressor.errors import CompressorError
 from compressor.evaluation.base_figures import COPY_LENGTHS, bits_per_byte, copying_accuracy, encode, sample
 from compressor.files import atomic_path, read_json, write_json
+from compressor.model_config import ArchitectureConfig, BaseConfig
 from compressor.training import Batch
 
 SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>")

@@ -13,11 +13,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from compressor.base import load_base
-from compressor.config import BaseConfig
 from compressor.data.questions import load_questions
 from compressor.errors import exits_cleanly
 from compressor.files import atomic_path
 from compressor.methods.encoder import equal_segments
+from compressor.model_config import BaseConfig
 
 
 @exits_cleanly

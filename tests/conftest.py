@@ -168,7 +168,7 @@ def tiny_base_folder(tmp_path_factory: pytest.TempPathFactory, texts: list[str])
     """A saved Llama of 3 layers and hidden size 32, random weights, with a byte-level BPE of 512 tokens."""
     import torch
 
-    from compressor.config import ArchitectureConfig
+    from compressor.model_config import ArchitectureConfig
     from compressor.pretraining import make_model, train_tokenizer
 
     folder = tmp_path_factory.mktemp("base") / "tiny-base"
@@ -192,7 +192,7 @@ def tiny_base_folder(tmp_path_factory: pytest.TempPathFactory, texts: list[str])
 def tiny_base(tiny_base_folder: Path) -> Any:
     """The tiny base, freshly loaded: a compressor puts its adapters into it."""
     from compressor.base import load_base
-    from compressor.config import BaseConfig
+    from compressor.model_config import BaseConfig
 
     return load_base(BaseConfig(path=str(tiny_base_folder)))
 
@@ -206,8 +206,8 @@ def make_tiny_compressor(tiny_base_folder: Path) -> Callable[..., Any]:
     import torch
 
     from compressor.base import load_base
-    from compressor.config import BaseConfig, CompressorConfig
     from compressor.model import Compressor
+    from compressor.model_config import BaseConfig, CompressorConfig
 
     def make(stirred: bool = True, base: Any = None, seed: int = 0, **settings: Any) -> Compressor:
         settings = {"memory_tokens": 8, "lora_rank": 4, "lora_alpha": 8.0, "max_passage_tokens": 64} | settings

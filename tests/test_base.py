@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from compressor.base import PROJECT, Base, load_base, resolve
-from compressor.config import BaseConfig
 from compressor.errors import CompressorError
 from compressor.evaluation.base_figures import bits_per_byte, copying_accuracy
+from compressor.model_config import BaseConfig
 
 
 def test_shape_and_tokens_of_the_tiny_base(tiny_base: Base) -> None:

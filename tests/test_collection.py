@@ -42,8 +42,8 @@ sys.exit(main(sys.argv[1:]))
 def checkpoint(tiny_base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny compressor on disk."""
     from compressor.base import load_base
-    from compressor.config import BaseConfig, CompressorConfig
     from compressor.model import Compressor
+    from compressor.model_config import BaseConfig, CompressorConfig
 
     base = load_base(BaseConfig(path=str(tiny_base_folder)))
     settings = CompressorConfig(memory_tokens=4, lora_rank=2, lora_alpha=4.0, max_passage_tokens=64)

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import yaml
 
-from compressor.config import CompressorConfig, LengthRange, RunConfig, TokensShare
+from compressor.config import LengthRange, RunConfig, TokensShare
 from compressor.data.arxivqa import ArxivQAConfig
 from compressor.data.corpora import CorpusConfig
 from compressor.errors import CompressorError
+from compressor.model_config import CompressorConfig
 from compressor.parsing import known_keys, parse_config
 
 PROJECT = Path(__file__).resolve().parents[1]

@@ -22,10 +22,10 @@ from compressor.codecs.exact import ExactBase
 from compressor.codecs.fitting import calibrate
 from compressor.codecs.inspection import byte_ledger
 from compressor.codecs.residual import as_stored, exact_base, parts, restore_texts
-from compressor.config import BaseConfig, CompressorConfig
 from compressor.errors import CompressorError
 from compressor.memory import Memory
 from compressor.model import Compressor
+from compressor.model_config import BaseConfig, CompressorConfig
 
 pytest.importorskip("zstandard")
 

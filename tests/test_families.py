@@ -11,13 +11,13 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedTokenizerFast
 
 from compressor.base import Base, load_base, refuse_unsupported
-from compressor.config import BaseConfig, CompressorConfig
 from compressor.data.collate import regeneration_pair, stack_pairs
 from compressor.errors import CompressorError
 from compressor.generation import Sampling, decode, generate
 from compressor.memory import Prefix, memory_prefix
 from compressor.methods.encoder import pad
 from compressor.model import Compressor
+from compressor.model_config import BaseConfig, CompressorConfig
 
 PASSAGES = [list(range(10, 34)), list(range(40, 51)), list(range(60, 79))]
 

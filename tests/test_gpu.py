@@ -12,11 +12,11 @@ import torch
 from accelerate.state import AcceleratorState
 
 from compressor.base import load_base
-from compressor.config import BaseConfig
 from compressor.generation import decode, generate
 from compressor.launch import train_main
 from compressor.memory import memory_prefix
 from compressor.model import Compressor
+from compressor.model_config import BaseConfig
 from compressor.training import StopSignal
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]

@@ -7,8 +7,8 @@ from typing import get_args
 import pytest
 import torch
 
-from compressor.config import Layout
 from compressor.layouts import TRUNCATABLE, decoder_start, memory_positions, van_der_corput
+from compressor.model_config import Layout
 
 LAYOUTS = get_args(Layout)
 N, K, M = 32, 4, 8

@@ -46,7 +46,7 @@ def abstracts(texts: list[str]) -> list[str]:
 def exact(tiny_base_folder: Path, abstracts: list[str]) -> ExactBase:
     """A tiny base that has learned these texts: it packs them smaller than zstd does, and quickly."""
     from compressor.base import load_base
-    from compressor.config import BaseConfig
+    from compressor.model_config import BaseConfig
 
     base = load_base(BaseConfig(path=str(tiny_base_folder)))
     rows = [[base.bos, *base.tokenizer(text)["input_ids"], base.eos][:120] for text in abstracts]
@@ -401,7 +401,7 @@ def test_eager_attention_unpacks_too(exact: ExactBase, packed: tuple[bytes, byte
 
 def test_the_bundled_base_packs_an_abstract_held_in_any_type(texts: list[str]) -> None:
     from compressor.base import load_base
-    from compressor.config import BaseConfig
+    from compressor.model_config import BaseConfig
 
     data = min((text for text in texts if len(text) > 400), key=len).encode()
     blob = pack_bytes(data, load_base(BaseConfig(path=BUNDLED)))

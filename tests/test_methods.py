@@ -16,7 +16,6 @@ from torch import nn
 
 from compressor import generation
 from compressor.base import Base, load_base
-from compressor.config import METHOD_LAYOUTS, BaseConfig
 from compressor.data.collate import regeneration_pair, stack_pairs
 from compressor.errors import CompressorError
 from compressor.generation import after, decode, generate, score
@@ -31,6 +30,7 @@ from compressor.methods.recite import recited_prefix
 from compressor.methods.registry import READINGS, TRAINED, UNTRAINED, MethodSettings, memory_method, untrained_method
 from compressor.methods.summary import Summary, textrank
 from compressor.model import Compressor
+from compressor.model_config import METHOD_LAYOUTS, BaseConfig
 from compressor.objectives import target_loss
 
 Make = Callable[..., Compressor]

@@ -16,11 +16,11 @@ from safetensors.torch import load_file
 
 import compressor.pretrained
 from compressor.base import Base, load_base
-from compressor.config import BaseConfig, CompressorConfig
 from compressor.data.collate import regeneration_pair, stack_pairs
 from compressor.errors import CompressorError
 from compressor.methods.encoder import encoder_attention, pad
 from compressor.model import Compressor
+from compressor.model_config import BaseConfig, CompressorConfig
 from compressor.pretrained import read_settings
 
 PASSAGES = [[(7 * i + j) % 400 + 5 for i in range(n)] for j, n in enumerate((30, 9, 17))]

@@ -12,10 +12,10 @@ import pytest
 
 from compressor.base import load_base
 from compressor.codecs.text import Needs, pack_texts, text_codec
-from compressor.config import BaseConfig, CompressorConfig
 from compressor.evaluation.command import evaluate_main
 from compressor.evaluation.studies import rate_distortion
 from compressor.model import Compressor
+from compressor.model_config import BaseConfig, CompressorConfig
 
 pytest.importorskip("zstandard")
 pytest.importorskip("constriction")

@@ -16,7 +16,6 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from compressor.base import load_base
-from compressor.config import BaseConfig
 from compressor.errors import CompressorError
 from compressor.evaluation.command import EvaluationConfig, evaluate_main
 from compressor.evaluation.flops import Setting, causal_pairs
@@ -37,6 +36,7 @@ from compressor.generation import attention, decode, score, stream
 from compressor.memory import empty_prefix
 from compressor.methods.interface import MemoryMethod, token_prefix
 from compressor.model import Compressor
+from compressor.model_config import BaseConfig
 
 PNG = b"\x89PNG"
 

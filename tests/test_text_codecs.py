@@ -16,10 +16,10 @@ from compressor.cli import main
 from compressor.codecs.exact import ExactBase
 from compressor.codecs.fitting import calibrate
 from compressor.codecs.text import TEXT_CODECS, Needs, is_text_file, pack_texts, text_codec, unpack_text
-from compressor.config import BaseConfig, CompressorConfig
 from compressor.errors import CompressorError
 from compressor.generation import Sampling
 from compressor.model import Compressor
+from compressor.model_config import BaseConfig, CompressorConfig
 
 pytest.importorskip("zstandard")
 pytest.importorskip("constriction")

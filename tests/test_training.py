@@ -23,11 +23,12 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 import compressor.objectives
 from compressor.base import load_base
 from compressor.compression import CompressionStage
-from compressor.config import BaseConfig, RunConfig, TrainingConfig
+from compressor.config import RunConfig, TrainingConfig
 from compressor.data.collate import WIDTH_MULTIPLE
 from compressor.errors import CompressorError
 from compressor.launch import train_main
 from compressor.model import Compressor
+from compressor.model_config import BaseConfig
 from compressor.optimizers import make_optimizer
 from compressor.parsing import parse_config
 from compressor.training import learning_rate, start_run, train
@@ -774,8 +775,8 @@ def test_a_base_is_trained_on_from_another(project: Path, tmp_path: Path, capsys
 
 
 def test_answers_weigh_what_the_configuration_says() -> None:
-    from compressor.config import ArchitectureConfig
     from compressor.data.packing import ANSWER_MARK
+    from compressor.model_config import ArchitectureConfig
     from compressor.pretraining import NextToken, make_model, train_tokenizer
 
     shape = ArchitectureConfig(vocabulary=300, hidden=32, layers=1, heads=4, key_value_heads=2, intermediate=48)

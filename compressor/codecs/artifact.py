@@ -23,8 +23,8 @@ import compressor
 from compressor.codecs import container
 from compressor.codecs.calibration import Calibration
 from compressor.codecs.codec import FLOATS, Codec
-from compressor.config import Layout
 from compressor.errors import CompressorError
+from compressor.model_config import Layout
 
 if TYPE_CHECKING:
     from compressor.base import Base

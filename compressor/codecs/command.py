@@ -9,8 +9,7 @@ from typing import Any, Literal
 
 from tqdm import tqdm
 
-from compressor.config import require
-from compressor.errors import CompressorError
+from compressor.errors import CompressorError, require
 
 LINES = 10
 """Progress lines of a command that does not run on a terminal."""

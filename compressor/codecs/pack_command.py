@@ -102,7 +102,7 @@ def _loader(options: argparse.Namespace) -> Callable[[], Any]:
 
             from compressor.base import load_base
             from compressor.codecs.exact import ExactBase
-            from compressor.config import BaseConfig
+            from compressor.model_config import BaseConfig
 
             logging.disable_progress_bar()
             if options.threads:

@@ -19,10 +19,10 @@ from compressor.codecs.blocks import Damaged, read_varint, varint
 from compressor.codecs.codec import BITS, FLOATS, NAMES, Codec
 from compressor.codecs.exact import double_precision
 from compressor.codecs.text import MOST_PIECES, MOST_TOKENS, TextCodec
-from compressor.config import Layout
 from compressor.errors import CompressorError
 from compressor.generation import Sampling, regeneration_limit
 from compressor.memory import Memory, Segment
+from compressor.model_config import Layout
 
 _CODERS = ("none", "ans", "range", "huffman")
 _DIGEST = 8

@@ -21,7 +21,6 @@ from typing import Any, Literal
 from tqdm import tqdm
 
 from compressor import __version__
-from compressor.config import require
 from compressor.data import generators
 from compressor.data.abstracts import Fields, read_abstract
 from compressor.data.cloze import cloze_questions
@@ -33,7 +32,7 @@ from compressor.data.records import load_hub
 from compressor.data.selection import Selection
 from compressor.data.shards import Sample
 from compressor.data.sources import MANIFEST, SPLITS, Hub, Row, read_rows, resolve, split_of
-from compressor.errors import CompressorError
+from compressor.errors import CompressorError, require
 from compressor.files import atomic_path, sha256, write_json
 
 FIELDS = ("id", "dataset", "title", "context", "question", "answers", "generator", "kind", "date")

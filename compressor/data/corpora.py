@@ -20,14 +20,13 @@ from typing import Any, Literal, NamedTuple
 from tqdm import tqdm
 
 from compressor import __version__
-from compressor.config import require
 from compressor.data.abstracts import Fields, read_abstract
 from compressor.data.oai import Harvest, harvest, read_page
 from compressor.data.records import load_hub
 from compressor.data.selection import Selection
 from compressor.data.shards import FIELDS, Sample, SplitWriter
 from compressor.data.sources import MANIFEST, SPLITS, Hub, Row, read_rows, resolve, split_of
-from compressor.errors import CompressorError
+from compressor.errors import CompressorError, require
 from compressor.files import atomic_path, write_json
 
 

@@ -16,9 +16,8 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from compressor import __version__
-from compressor.config import require
 from compressor.data.generators import SCHEMA, messages, read_pairs
-from compressor.errors import CompressorError
+from compressor.errors import CompressorError, require
 
 _ASKS = 2
 """How often an abstract is put to the model when its reply is not the JSON that was asked for."""

@@ -12,8 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
 
-from compressor.config import require
-from compressor.errors import CompressorError
+from compressor.errors import CompressorError, require
 
 SYSTEM = (
     "You write reading-comprehension questions about abstracts of scientific papers. Every answer must be copied word "

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from compressor.base import load_base, start_token
-from compressor.config import BaseConfig
 from compressor.data.records import load_texts
+from compressor.model_config import BaseConfig
 
 COPY_LENGTHS = (96, 240)
 """Tokens of the passages that are repeated."""

@@ -8,8 +8,7 @@ import sys
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from compressor.config import require
-from compressor.errors import exits_cleanly
+from compressor.errors import exits_cleanly, require
 from compressor.parsing import parse_config
 
 if TYPE_CHECKING:

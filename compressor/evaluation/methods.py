@@ -14,7 +14,6 @@ from accelerate import Accelerator
 
 from compressor.base import Base, load_base
 from compressor.base import resolve as resolve_path
-from compressor.config import BaseConfig
 from compressor.errors import CompressorError
 from compressor.evaluation.command import EvaluationConfig
 from compressor.methods.interface import Method, check_tokens
@@ -28,6 +27,7 @@ from compressor.methods.registry import (
     untrained_method,
 )
 from compressor.model import Compressor
+from compressor.model_config import BaseConfig
 from compressor.pretrained import fetch_checkpoint, find_base, read_settings
 
 

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from compressor.base import Base
-from compressor.config import CompressorConfig
 from compressor.layouts import memory_positions
 from compressor.methods.encoder import AdaptedBase, Encoder
+from compressor.model_config import CompressorConfig
 
 
 class AnchorEncoder(Encoder):

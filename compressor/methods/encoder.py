@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from compressor.base import Base
-from compressor.config import CompressorConfig, Layout
 from compressor.layouts import memory_positions
+from compressor.model_config import CompressorConfig, Layout
 
 
 class AdaptedBase(Protocol):

@@ -5,9 +5,9 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from compressor.base import Base
-from compressor.config import CompressorConfig, Layout
 from compressor.layouts import TRUNCATABLE
 from compressor.methods.encoder import AdaptedBase, Encoder, initial_memory, prefill, with_memory_tokens
+from compressor.model_config import CompressorConfig, Layout
 
 
 class ICAEEncoder(Encoder):

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from compressor.base import Base
-from compressor.config import CompressorConfig, Layout
 from compressor.methods.encoder import AdaptedBase, Encoder, encoder_attention, prefill
+from compressor.model_config import CompressorConfig, Layout
 
 
 class MeanPoolEncoder(Encoder):

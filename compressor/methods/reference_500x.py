@@ -10,11 +10,11 @@ from __future__ import annotations
 from torch import Tensor
 
 from compressor.base import Base
-from compressor.config import CompressorConfig
 from compressor.errors import CompressorError
 from compressor.layouts import PUBLISHED_LENGTH
 from compressor.methods.encoder import AdaptedBase
 from compressor.methods.kv import KVEncoder
+from compressor.model_config import CompressorConfig
 
 
 class Reference500xEncoder(KVEncoder):

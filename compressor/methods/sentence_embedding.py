@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from compressor.base import Base
-from compressor.config import CompressorConfig, Layout
 from compressor.errors import CompressorError
 from compressor.methods.encoder import AdaptedBase, Encoder, encoder_attention, prefill
+from compressor.model_config import CompressorConfig, Layout
 
 
 class SentenceEmbeddingEncoder(Encoder):

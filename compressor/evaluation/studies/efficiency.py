@@ -16,7 +16,6 @@ import torch
 from accelerate import Accelerator
 from transformers import LlamaConfig
 
-from compressor.config import CompressorConfig
 from compressor.errors import CompressorError
 from compressor.evaluation.command import EvaluationConfig
 from compressor.evaluation.flops import Cost, Setting, Shape
@@ -36,6 +35,7 @@ from compressor.evaluation.studies.timing import (
 )
 from compressor.methods.interface import check_tokens
 from compressor.model import Compressor
+from compressor.model_config import CompressorConfig
 
 LENGTH = 500
 """Passage tokens where none are asked for, as in the published evaluation."""

@@ -1,0 +1,152 @@
+"""What a model is: the frozen base, the shape of one trained from scratch, and the compressor on top."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from compressor.errors import require
+from compressor.prompts import CHAT, QUESTION
+
+Layout = Literal["restart", "published", "after", "front", "spread", "overlay", "nested"]
+TrainedMethod = Literal["kv", "reference-500x", "icae", "mean-pool", "anchor", "sentence-embedding"]
+MEMORY_TOKEN_LAYOUTS: tuple[Layout, ...] = ("restart", "after", "front", "spread", "overlay", "nested")
+METHOD_LAYOUTS: dict[TrainedMethod, tuple[Layout, ...]] = {
+    "kv": MEMORY_TOKEN_LAYOUTS,
+    "reference-500x": ("published",),
+    "icae": ("restart", "after", "front", "nested"),
+    "mean-pool": ("spread",),
+    "anchor": ("spread", "overlay"),
+    "sentence-embedding": ("front",),
+}
+"""Layouts that a method can work with; those of icae let its memories, which stand in `front`, be truncated."""
+PassageAttention = Literal["causal", "bidirectional"]
+
+
+@dataclass
+class BaseConfig:
+    """The frozen base language model."""
+
+    path: str = "models/arxiv-mini/base"
+    """Folder or hub id of a causal LM that transformers loads."""
+    revision: str | None = None
+    """Hub revision (branch, tag or commit)."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Data type the weights are held in."""
+    attention: Literal["sdpa", "eager"] = "sdpa"
+    """Attention implementation."""
+    quantisation: Literal["none", "int8", "int4"] = "none"
+    """Load the frozen weights in 8 or 4 bits (needs the `quantised-base` extra and a GPU)."""
+
+
+@dataclass
+class ArchitectureConfig:
+    """Shape of a Llama-type base trained from scratch (stage `base`)."""
+
+    vocabulary: int = 4096
+    """Tokenizer size, including the three special tokens and the 256 bytes."""
+    hidden: int = 256
+    """Size of the hidden states."""
+    layers: int = 8
+    """Number of layers."""
+    heads: int = 8
+    """Attention heads of a layer."""
+    key_value_heads: int = 8
+    """Key-value heads of a layer; fewer than heads is grouped-query attention."""
+    intermediate: int = 640
+    """Size of the MLP's hidden layer."""
+    positions: int = 2048
+    """Largest position the model accepts."""
+    rope_theta: float = 10000.0
+    """Base of the rotary frequencies."""
+
+    def __post_init__(self) -> None:
+        require(
+            260 <= self.vocabulary <= 1 << 16,
+            "architecture.vocabulary",
+            self.vocabulary,
+            "260 (256 bytes and the special tokens) to 65536 (rows are stored in 16 bits)",
+        )
+        require(self.layers >= 1, "architecture.layers", self.layers, "at least 1")
+        require(
+            self.heads >= 1 and self.hidden % self.heads == 0 and self.hidden // self.heads % 2 == 0,
+            "architecture.heads",
+            self.heads,
+            f"a divisor of architecture.hidden = {self.hidden} that leaves an even head size",
+        )
+        require(
+            self.key_value_heads >= 1 and self.heads % self.key_value_heads == 0,
+            "architecture.key_value_heads",
+            self.key_value_heads,
+            f"a divisor of architecture.heads = {self.heads}",
+        )
+        require(self.intermediate >= 1, "architecture.intermediate", self.intermediate, "at least 1")
+
+
+@dataclass
+class CompressorConfig:
+    """LoRA encoder and memory tokens. Stored in every checkpoint as `compressor.json`."""
+
+    method: TrainedMethod = "kv"
+    """How a passage becomes a memory (`compressor/methods/`)."""
+    memory_tokens: int = 16
+    """Largest number of memory tokens k."""
+    layout: Layout = "nested"
+    """Where memory tokens sit while encoding and where the decoder starts (`compressor/layouts.py`)."""
+    passage_attention: PassageAttention = "bidirectional"
+    """Attention among passage tokens in the encoder."""
+    lora_rank: int = 64
+    """Rank of the LoRA matrices."""
+    lora_alpha: float = 64.0
+    """Scale of LoRA's output, times 1 / lora_rank."""
+    lora_dropout: float = 0.0
+    """Dropout before LoRA's matrices."""
+    lora_targets: Literal["all-linear"] | list[str] = "all-linear"
+    """Linear layers that get LoRA: all of the base's, or those with these names, which the base must have. Layers that
+    no memory depends on (the last one's queries, output and MLP) are always left out."""
+    initialisation: Literal["vocabulary", "normal"] = "vocabulary"
+    """Memory tokens start as the embeddings' mean plus noise of their spread, or as standard normal noise."""
+    max_passage_tokens: int = 500
+    """Longer passages are split into segments of at most this many tokens."""
+    question_template: str = QUESTION
+    """Prompt of a question after a memory, with `{question}` in it; `chat` for the base's chat template."""
+    text_encoder: str | None = None
+    """Folder or hub id of the frozen text encoder of the method sentence-embedding; by default the base itself."""
+
+    def __post_init__(self) -> None:
+        if self.lora_targets == ["all-linear"]:
+            self.lora_targets = "all-linear"
+        # The command line checks these; a checkpoint's settings come straight here.
+        for name, known in (("method", TrainedMethod), ("layout", Layout), ("passage_attention", PassageAttention)):
+            value = getattr(self, name)
+            require(value in get_args(known), f"compressor.{name}", value, f"one of {', '.join(get_args(known))}")
+        layouts = METHOD_LAYOUTS[self.method]
+        require(
+            self.layout in layouts,
+            "compressor.layout",
+            self.layout,
+            f"{' or '.join(layouts)} with the method {self.method}",
+        )
+        require(1 <= self.memory_tokens <= 512, "compressor.memory_tokens", self.memory_tokens, "1 to 512")
+        require(self.lora_rank >= 1, "compressor.lora_rank", self.lora_rank, "at least 1")
+        require(self.lora_alpha > 0, "compressor.lora_alpha", self.lora_alpha, "positive")
+        require(0 <= self.lora_dropout < 1, "compressor.lora_dropout", self.lora_dropout, "in [0, 1)")
+        require(bool(self.lora_targets), "compressor.lora_targets", self.lora_targets, "a non-empty list")
+        require(
+            self.max_passage_tokens >= 1,
+            "compressor.max_passage_tokens",
+            self.max_passage_tokens,
+            "at least 1",
+        )
+        require(
+            self.question_template == CHAT or "{question}" in self.question_template,
+            "compressor.question_template",
+            self.question_template,
+            f"a text with {{question}} in it, or {CHAT}",
+        )
+        require(
+            self.layout != "nested" or self.memory_tokens & (self.memory_tokens - 1) == 0,
+            "compressor.memory_tokens",
+            self.memory_tokens,
+            "a power of two with the nested layout",
+        )
