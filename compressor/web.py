@@ -71,7 +71,11 @@ def page(model: Compressor, text: str, question: str = "") -> Any:
                     combine_adjacent=False,
                 )
                 answers = gradio.Dataframe(
-                    headers=["read", "answer", "log-probability"], label="Answers", interactive=False, wrap=True
+                    headers=["read", "answer", "log-probability"],
+                    column_widths=["26%", "52%", "22%"],
+                    label="Answers",
+                    interactive=False,
+                    wrap=True,
                 )
         inputs, outputs = [passage, tokens, segment_tokens, asked], [summary, written, answers]
         button.click(shown, inputs, outputs, api_name="compress")
