@@ -333,6 +333,8 @@ STAGES = (
     *("together", "finish"),
 )
 """Logs of what the bundled compressor's weights went through, in order."""
+STAGES_SHOWN = ("regenerate", "dense", "answer", "together")
+"""Those of the loss plot."""
 
 
 def card() -> str:
@@ -408,12 +410,13 @@ def main() -> int:
     path.write_text(wanted)
     CARD.write_text(card())
     loss_curve(
-        [ROOT / "results" / f"{name}-log.jsonl" for name in ("train-mini", "regenerate", "dense", "answer")],
+        [ROOT / "results" / f"{name}-log.jsonl" for name in ("train-mini", *STAGES_SHOWN)],
         [
             "short run (16-48 tokens)",
             "regenerate (16-500 tokens)",
             "dense (6-256 tokens)",
-            "answer (dots: of answers)",
+            "answer (6-500 tokens, and questions)",
+            "together (6-500 tokens, and questions)",
         ],
         ROOT / "results" / "loss.png",
     )

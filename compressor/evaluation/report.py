@@ -175,7 +175,7 @@ def loss_curve(
     out_png: str | os.PathLike[str],
     top: float | None = None,
 ) -> None:
-    """Draw training loss (thin) and validation loss (dots) in nats a token against passages seen, one colour a log.
+    """Draw training loss (thin) and validation loss of regeneration (dots) in nats a token against passages seen.
 
     Args:
         top: largest loss that is shown.
@@ -204,7 +204,8 @@ def loss_curve(
         for row in rows:
             seen = row.get("passages", seen)
             if "validation_loss" in row:
-                validated.append((seen, row["validation_loss"]))
+                # The answer stage's own loss is the answers'.
+                validated.append((seen, row.get("validation_regeneration_loss", row["validation_loss"])))
         if validated:
             axes.plot(
                 *zip(*validated, strict=True), "o-", color=f"C{number}", markersize=3, label=f"{label}, validation"
