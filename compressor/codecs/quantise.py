@@ -83,10 +83,11 @@ def unpack(data: np.ndarray, bits: int, count: int) -> np.ndarray:
 def straight_through(
     keys: Tensor, values: Tensor, codec: Codec, noise: bool = False, generator: torch.Generator | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Keys and values as they come back from a codec, with gradients as if they had not changed.
+    """Keys and values as they come back from a codec, with gradients as if nothing had been rounded.
 
     For training that makes memories robust against their codec. Rounding has a gradient of zero nearly everywhere; the
-    straight-through estimator takes the identity's instead (Bengio et al., arXiv 1308.3432).
+    straight-through estimator takes the identity's instead (Bengio et al., arXiv 1308.3432). What a codec clips or
+    leaves out has no gradient: with the identity's there, values drift ever further out of the codec's reach.
 
     Args:
         keys, values: position-free, `[layers, ..., kv_heads, tokens, head_size]`: a memory's, or a batch of memories of
@@ -99,8 +100,10 @@ def straight_through(
     Returns:
         Two tensors of the shapes and types given.
     """
-    pair = torch.stack([keys, values]).float()
-    with torch.no_grad():
-        changed = codec.degrade(pair, noise, generator)
-    through = pair + (changed - pair).detach()
-    return through[0].to(keys.dtype), through[1].to(values.dtype)
+    changed = codec.degrade(torch.stack([keys, values]).float(), noise, generator)
+    return changed[0].to(keys.dtype), changed[1].to(values.dtype)
+
+
+def rounded(exact: Tensor, to: Tensor) -> Tensor:
+    """`to`, with the gradient of `exact`."""
+    return exact + (to - exact).detach()
