@@ -27,7 +27,7 @@ from compressor.codecs.codec import Codec
 from compressor.codecs.command import CalibrateOptions, Progress, calibrate_codecs
 from compressor.codecs.exact import IDENTITY_BYTES
 from compressor.codecs.lossless import pack_bytes
-from compressor.codecs.residual import as_stored, encode_residual, exact_base, parts, restore_texts
+from compressor.codecs.residual import as_stored, encode_residual, exact_base, parts, restore_texts, segments_of
 from compressor.codecs.text import OVERHEAD, Needs, pack_texts, text_codec
 from compressor.codecs.text_codecs import ExactCodec
 from compressor.codecs.token_coder import encode_tokens
@@ -122,7 +122,7 @@ def measure(model: Compressor, calibration: Calibration, options: Options, lengt
             with tempfile.TemporaryDirectory() as folder:
                 for text, one, memory in zip(texts, ids, memories, strict=True):
                     stored = as_stored(memory, codec)
-                    residual = encode_residual(exact, text, model.segment(one), stored)
+                    residual = encode_residual(exact, text, segments_of(one, stored), stored)
                     coded.append(replace(stored, residual=residual))
                     body = len(writer.encode(coded[-1]))
                     path = Path(folder) / "memory"

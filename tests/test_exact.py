@@ -21,7 +21,7 @@ from compressor.codecs.collection import Collection
 from compressor.codecs.exact import ExactBase
 from compressor.codecs.fitting import calibrate
 from compressor.codecs.inspection import byte_ledger
-from compressor.codecs.residual import as_stored, exact_base, parts, restore_texts
+from compressor.codecs.residual import as_stored, exact_base, make_exact, parts, restore_texts
 from compressor.errors import CompressorError
 from compressor.memory import Memory
 from compressor.model import Compressor
@@ -68,6 +68,16 @@ def test_regenerate_gives_the_text_back(model: Compressor, text: str, texts: lis
         model.compress(text, codec="int8")
     with pytest.raises(CompressorError, match="surrogates"):
         model.compress("\ud800 x", exact=True)
+
+
+def test_segments_of_any_length_come_back(model: Compressor, text: str) -> None:
+    """Each segment's tokens are coded after its own memory, however long the segments were asked to be."""
+    memory = model.compress(text, segment_tokens=20, exact=True)
+    assert len(memory.segments) > 3
+    assert model.regenerate(memory) == text
+    stored = make_exact(model, [text], [model.compress(text, segment_tokens=20)])[0]
+    with pytest.raises(CompressorError, match="of another text"):
+        make_exact(model, [text + " and more"], [stored])
 
 
 def test_every_codec_keeps_it_exact_on_disk(model: Compressor, text: str, texts: list[str], tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ The coded text of tokens is the base's identity, the lengths of all segments' by
 
 from __future__ import annotations
 
+import itertools
 import zlib
 from collections.abc import Sequence
 from dataclasses import replace
@@ -121,12 +122,26 @@ def make_exact(
     for text, memory in zip(texts, memories, strict=True):
         stored = as_stored(memory, codec)
         ids = model.base.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        found.append(replace(stored, residual=encode_residual(exact, text, model.segment(ids), stored)))
+        found.append(replace(stored, residual=encode_residual(exact, text, segments_of(ids, stored), stored)))
     return found
 
 
+def segments_of(ids: Sequence[int], memory: Memory) -> list[list[int]]:
+    """Token ids of a passage, cut into the segments that its memory was made of.
+
+    Raises:
+        CompressorError: the memory is of a passage of another length.
+    """
+    if len(ids) != memory.passage_tokens:
+        raise CompressorError(
+            f"a text of {len(ids)} tokens and a memory of {memory.passage_tokens}: the memory is of another text"
+        )
+    ends = list(itertools.accumulate(segment.passage_tokens for segment in memory.segments))
+    return [list(ids[start:end]) for start, end in zip([0, *ends], ends, strict=False)]
+
+
 def encode_residual(exact: ExactBase, text: str, segments: Sequence[Sequence[int]], memory: Memory) -> bytes:
-    """The residual of a text, of whose token ids `segments` there is this memory."""
+    """The residual of a text, of whose token ids `segments` there is this memory (`segments_of`)."""
     data = text.encode()
     blocks = pack_plain(data)
     kind, body = (blocks[0][0].kind, blocks[0][0].body) if blocks else (0, b"")
