@@ -7,10 +7,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 corpus=${1:?usage: runs/base.sh CORPUS SQUAD_TRAIN} squad=${2:?usage: runs/base.sh CORPUS SQUAD_TRAIN}
 output=outputs/arxiv-mini
-if [ ! -d "$output/questions" ]; then
-  python -m compressor.cli questions --config configs/corpora/arxivqa-rules.yaml --source "$corpus" --sample.train 25000 \
-    --output "$output/questions"
-fi
+runs/rule-questions.sh "$corpus" "$output/questions"
 if [ ! -d "$output/base/final" ]; then
   python train.py --config configs/arxiv-mini/base.yaml --data.train "[$corpus]" --data.validation "[$corpus]" \
     --data.qa "[$squad]" --training.resume true

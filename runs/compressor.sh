@@ -10,10 +10,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 corpus=${1:?usage: runs/compressor.sh CORPUS SQUAD_TRAIN} squad=${2:?usage: runs/compressor.sh CORPUS SQUAD_TRAIN}
 output=outputs/arxiv-mini
-if [ ! -d "$output/questions" ]; then
-  python -m compressor.cli questions --config configs/corpora/arxivqa-rules.yaml --source "$corpus" --sample.train 25000 \
-    --output "$output/questions"
-fi
+runs/rule-questions.sh "$corpus" "$output/questions"
 if [ ! -f "$output/context-passages.jsonl" ]; then
   python runs/context-passages.py "$squad" --output "$output/context-passages.jsonl"
 fi
