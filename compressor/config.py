@@ -219,8 +219,8 @@ class TrainingConfig:
     """Most passages of one micro-batch on one device."""
     accumulation: int = 1
     """Micro-batches on each device for one step."""
-    mixed_precision: Literal["no", "bf16"] = "bf16"
-    """Autocast type of forward and backward passes."""
+    mixed_precision: Literal["auto", "no", "bf16"] = "auto"
+    """Autocast type of forward and backward passes; `auto` is bf16 where the device has instructions for it."""
     compile: Literal["no", "static", "dynamic"] = "no"
     """torch.compile the model: `static` compiles each shape once (packed rows), `dynamic` suits varying lengths."""
     activation_checkpointing: bool = False

@@ -120,7 +120,7 @@ def raise_signal(number: int = signal.SIGTERM) -> Callable[[], None]:
 
 def test_muon_takes_linear_layers_and_adamw_the_rest() -> None:
     from compressor.config import TrainingConfig
-    from compressor.optimizers import MuonAdamW, make_optimizer
+    from compressor.optimizers import Muon, MuonAdamW, make_optimizer
 
     torch.manual_seed(0)
     hidden, head = nn.Linear(4, 6), nn.Linear(4, 5, bias=False)
@@ -140,8 +140,28 @@ def test_muon_takes_linear_layers_and_adamw_the_rest() -> None:
     spread = [s.max() / s.min() for s in map(torch.linalg.svdvals, (moved["hidden.weight"], hidden.weight.grad))]
     assert 3 * spread[0] < spread[1]
     assert set(optimizer.state) == set(module.parameters())
-    assert isinstance(make_optimizer(nn.Linear(3, 2, bias=False), TrainingConfig(optimizer="muon")), torch.optim.Muon)
+    assert isinstance(make_optimizer(nn.Linear(3, 2, bias=False), TrainingConfig(optimizer="muon")), Muon)
     assert isinstance(make_optimizer(module, TrainingConfig()), torch.optim.AdamW)
+
+
+def test_muon_is_torchs_in_any_precision() -> None:
+    from compressor.optimizers import Muon
+
+    torch.manual_seed(0)
+    weights = [torch.randn(shape) for shape in ((6, 4), (4, 6), (6, 4), (5, 5))]
+    ours, theirs = ([nn.Parameter(w.clone()) for w in weights] for _ in range(2))
+    optimizers = [
+        Muon(ours, lr=0.1, weight_decay=0.1),
+        torch.optim.Muon(theirs, lr=0.1, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
+    ]
+    for _ in range(5):
+        for optimizer in optimizers:
+            for parameter in optimizer.param_groups[0]["params"]:
+                parameter.grad = parameter.detach().sin() + 0.1
+            optimizer.step()
+    for mine, other, before in zip(ours, theirs, weights, strict=True):
+        # torch's iterates in bfloat16
+        torch.testing.assert_close(mine - before, other - before, atol=0.02, rtol=0.05)
 
 
 def test_every_micro_batch_is_asked_for_once_in_order(tmp_path: Path) -> None:
