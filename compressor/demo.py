@@ -36,6 +36,8 @@ class DemoConfig:
     segment_tokens: int | None = None
     """Compress in segments of at most so many tokens, each to `tokens` memory tokens; by default of as many as the
     compressor takes."""
+    refine_steps: int = 0
+    """Gradient steps on the memory: 10 to 50 keep far more with few memory tokens."""
     question: str | None = None
     """Answer this question about the passage instead of regenerating it."""
     example: int = 0
@@ -54,6 +56,7 @@ class DemoConfig:
         require(
             self.segment_tokens is None or self.segment_tokens >= 1, "segment_tokens", self.segment_tokens, "at least 1"
         )
+        require(self.refine_steps >= 0, "refine_steps", self.refine_steps, "at least 0")
         require(self.length is None or self.length >= 1, "length", self.length, "at least 1")
         require(self.example >= 0, "example", self.example, "at least 0")
 
@@ -145,7 +148,7 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
     load = round(time.perf_counter() - started, 3)
     whole = config.text is not None or config.question is not None
     length = config.length or (None if whole else EXAMPLE_TOKENS)
-    made = demonstrate(model, text, config.tokens, length, config.segment_tokens, config.question)
+    made = demonstrate(model, text, config.tokens, length, config.segment_tokens, config.question, config.refine_steps)
     made["timings"] = {"load": load, **made["timings"]}
     return {"source": source, **made, "seconds": round(time.perf_counter() - started, 3)}
 
@@ -157,11 +160,12 @@ def demonstrate(
     length: int | None = None,
     segment_tokens: int | None = None,
     question: str | None = None,
+    refine_steps: int = 0,
 ) -> dict[str, Any]:
     """Compress a text, and regenerate it or answer a question about it.
 
     Args:
-        tokens, segment_tokens: see `Compressor.compress`.
+        tokens, segment_tokens, refine_steps: see `Compressor.compress`.
         length: use the first so many tokens of the text; by default all.
 
     Returns:
@@ -175,7 +179,7 @@ def demonstrate(
     tokenizer = model.base.tokenizer
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     cut = ids[:length]
-    memory = model.compress_ids([cut], tokens, segment_tokens=segment_tokens)[0]
+    memory = model.compress_ids([cut], tokens, segment_tokens=segment_tokens, refine_steps=refine_steps)[0]
     compressed = time.perf_counter()
     passage = tokenizer.decode(cut, skip_special_tokens=True)
     if question is None:

@@ -75,6 +75,7 @@ def compress_to_fidelity(
     tokens: int | None = None,
     batch_size: int = 16,
     segment_tokens: int | None = None,
+    refine_steps: int = 0,
 ) -> list[Memory]:
     """For each passage the memory of the fewest tokens whose fidelity reaches `target`.
 
@@ -86,6 +87,7 @@ def compress_to_fidelity(
         target: fidelity, above 0 and at most 1.
         tokens: most memory tokens for a segment; by default all the compressor has.
         segment_tokens: most tokens of a segment; by default as many as the compressor takes.
+        refine_steps: of each size that is tried, see `Compressor.compress`.
 
     Returns:
         Memories in the order of the passages: of those that no size suffices for, the largest, with a warning that
@@ -105,9 +107,9 @@ def compress_to_fidelity(
     for size in sizes:
         texts = [passages[i] for i in left]
         if truncatable:
-            memories = [largest[i].truncate(size) for i in left]
+            memories = model.refine([largest[i].truncate(size) for i in left], texts, refine_steps, batch_size)
         else:
-            memories = model.compress_ids(texts, size, batch_size, segment_tokens)
+            memories = model.compress_ids(texts, size, batch_size, segment_tokens, refine_steps)
         reached = fidelities(model, memories, texts, batch_size)
         enough = {i: value >= target for i, value in zip(left, reached, strict=True)}
         found |= {i: memory for i, memory in zip(left, memories, strict=True) if enough[i] or size == sizes[-1]}

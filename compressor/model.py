@@ -154,6 +154,7 @@ class Compressor(nn.Module):
         *,
         target_fidelity: float | None = None,
         segment_tokens: int | None = None,
+        refine_steps: int = 0,
         exact: bool = False,
         codec: str | Codec | None = None,
     ) -> Memory: ...
@@ -166,6 +167,7 @@ class Compressor(nn.Module):
         *,
         target_fidelity: float | None = None,
         segment_tokens: int | None = None,
+        refine_steps: int = 0,
         exact: bool = False,
         codec: str | Codec | None = None,
     ) -> list[Memory]: ...
@@ -178,6 +180,7 @@ class Compressor(nn.Module):
         *,
         target_fidelity: float | None = None,
         segment_tokens: int | None = None,
+        refine_steps: int = 0,
         exact: bool = False,
         codec: str | Codec | None = None,
     ) -> Memory | list[Memory]:
@@ -191,6 +194,8 @@ class Compressor(nn.Module):
                 which this share of its tokens comes back (`compressor/fidelity.py`); where none do, all, and a warning.
             segment_tokens: compress passages in segments of at most so many tokens: more memory tokens in all, each of
                 which holds less; by default segments are as long as the compressor takes.
+            refine_steps: gradient steps on each memory itself (`compressor/refinement.py`), each of which takes a
+                forward and a backward pass over the passage: 10 to 50 keep far more with few memory tokens.
             exact: add to each memory what makes `regenerate` give its passage byte for byte (`codecs/residual.py`);
                 needs the extra `codecs`. The memory is then rounded as its file will have it.
             codec: of `exact`, by which the memory will be saved, by default `bf16`.
@@ -208,11 +213,13 @@ class Compressor(nn.Module):
             check_texts(texts)
         ids = self.base.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
         if target_fidelity is None:
-            memories = self.compress_ids(ids, tokens, batch_size, segment_tokens)
+            memories = self.compress_ids(ids, tokens, batch_size, segment_tokens, refine_steps)
         else:
             from compressor.fidelity import compress_to_fidelity
 
-            memories = compress_to_fidelity(self, ids, target_fidelity, tokens, batch_size, segment_tokens)
+            memories = compress_to_fidelity(
+                self, ids, target_fidelity, tokens, batch_size, segment_tokens, refine_steps
+            )
         if exact:
             from compressor.codecs.residual import make_exact
 
@@ -228,11 +235,13 @@ class Compressor(nn.Module):
         tokens: int | None = None,
         batch_size: int = 16,
         segment_tokens: int | None = None,
+        refine_steps: int = 0,
     ) -> list[Memory]:
         """`compress` for passages that are tokenised already.
 
         Args:
             segment_tokens: most tokens of a segment, by default `max_passage_tokens`.
+            refine_steps: see `compress`.
         """
         tokens = self.config.memory_tokens if tokens is None else tokens
         if not 1 <= tokens <= self.config.memory_tokens:
@@ -266,7 +275,16 @@ class Compressor(nn.Module):
         for owner, part in zip(owners, parts, strict=True):
             assert part is not None
             grouped[owner].append(part)
-        return [Memory.concatenate(group) for group in grouped]
+        return self.refine([Memory.concatenate(group) for group in grouped], passages, refine_steps, batch_size)
+
+    def refine(
+        self, memories: Sequence[Memory], passages: Sequence[Sequence[int]], steps: int, batch_size: int = 16
+    ) -> list[Memory]:
+        """Better the memories of tokenised passages by gradient steps, adapters off; see `refinement.refine`."""
+        from compressor.refinement import refine
+
+        with self.adapters(on=False):
+            return refine(self.base, memories, passages, steps, batch_size)
 
     @overload
     def regenerate(self, memories: Memory, **options: Any) -> str: ...

@@ -44,9 +44,9 @@ def page(model: Compressor, text: str, question: str = "") -> Any:
 
     most = model.config.memory_tokens
 
-    def shown(text: str, tokens: float, segment_tokens: float, question: str) -> tuple[Any, ...]:
+    def shown(text: str, tokens: float, segment_tokens: float, refine_steps: float, question: str) -> tuple[Any, ...]:
         try:
-            return described(model, text, int(tokens), int(segment_tokens), question)
+            return described(model, text, int(tokens), int(segment_tokens), int(refine_steps), question)
         except CompressorError as error:
             raise gradio.Error(str(error), print_exception=False) from None
 
@@ -60,6 +60,7 @@ def page(model: Compressor, text: str, question: str = "") -> Any:
                 segment_tokens = gradio.Slider(
                     8, limit, value=min(EXAMPLE_TOKENS, limit), step=8, label="Most tokens of a segment"
                 )
+                refine_steps = gradio.Slider(0, 50, value=0, step=5, label="Gradient steps on the memory")
                 asked = gradio.Textbox(question, label="Question (optional)")
                 button = gradio.Button("Compress", variant="primary")
             with gradio.Column():
@@ -77,7 +78,7 @@ def page(model: Compressor, text: str, question: str = "") -> Any:
                     interactive=False,
                     wrap=True,
                 )
-        inputs, outputs = [passage, tokens, segment_tokens, asked], [summary, written, answers]
+        inputs, outputs = [passage, tokens, segment_tokens, refine_steps, asked], [summary, written, answers]
         button.click(shown, inputs, outputs, api_name="compress")
         asked.submit(shown, inputs, outputs, api_visibility="private")
         made.load(shown, inputs, outputs, api_visibility="private")
@@ -85,12 +86,13 @@ def page(model: Compressor, text: str, question: str = "") -> Any:
 
 
 def described(
-    model: Compressor, text: str, tokens: int, segment_tokens: int, question: str
+    model: Compressor, text: str, tokens: int, segment_tokens: int, refine_steps: int, question: str
 ) -> tuple[str, list[tuple[str, str | None]], list[list[Any]]]:
     """Summary, regeneration with its differences, and answers (none without a question), as the page shows them."""
     if not text.strip():
         raise CompressorError("the passage is empty: give at least one word")
-    back = demonstrate(model, text.strip(), tokens, segment_tokens=segment_tokens)
+    sizes: dict[str, Any] = {"tokens": tokens, "segment_tokens": segment_tokens, "refine_steps": refine_steps}
+    back = demonstrate(model, text.strip(), **sizes)
     ratio = back["passage_tokens"] / back["tokens"]
     segments = f" in {back['segments']} segments" if back["segments"] > 1 else ""
     summary = (
@@ -100,6 +102,6 @@ def described(
     )
     rows: list[list[Any]] = []
     if question.strip():
-        found = demonstrate(model, text.strip(), tokens, segment_tokens=segment_tokens, question=question)
+        found = demonstrate(model, text.strip(), **sizes, question=question)
         rows = [[label, answer, round(logprob, 2)] for label, answer, logprob in answers_of(found)]
     return summary, differences(back["passage"], back["regeneration"]), rows

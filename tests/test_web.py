@@ -29,15 +29,15 @@ def test_differences_name_what_is_missing_and_what_was_added() -> None:
 
 def test_a_text_is_described_with_answers_where_it_is_asked_about(make_tiny_compressor: Make, texts: list[str]) -> None:
     model = make_tiny_compressor()
-    summary, runs, answers = described(model, texts[0][:200], 4, 16, "")
+    summary, runs, answers = described(model, texts[0][:200], 4, 16, 0, "")
     assert "memory tokens** in " in summary
     assert "".join(words for words, kind in runs if kind != "added").split() == texts[0][:200].split()
     assert answers == []
-    _, _, answers = described(model, texts[0][:200], 4, 16, "What is it?")
+    _, _, answers = described(model, texts[0][:200], 4, 16, 1, "What is it?")
     assert [row[0] for row in answers[1:]] == ["what they regenerate", "the whole passage", "no passage"]
     assert f"**{answers[0][0]}**" in summary.replace("→ ", "**")
     with pytest.raises(CompressorError, match="the passage is empty"):
-        described(model, "  ", 4, 16, "")
+        described(model, "  ", 4, 16, 0, "")
 
 
 def test_the_page_answers_over_http(make_tiny_compressor: Make, texts: list[str]) -> None:
@@ -48,13 +48,13 @@ def test_the_page_answers_over_http(make_tiny_compressor: Make, texts: list[str]
     _, url, _ = made.launch(server_name="127.0.0.1", prevent_thread_lock=True, quiet=True, inbrowser=False)
     try:
         client = Client(url, verbose=False)
-        summary, written, answers = client.predict(texts[1][:150], 2, 64, "Why?", api_name="/compress")
-        wanted = described(model, texts[1][:150], 2, 64, "Why?")
+        summary, written, answers = client.predict(texts[1][:150], 2, 64, 0, "Why?", api_name="/compress")
+        wanted = described(model, texts[1][:150], 2, 64, 0, "Why?")
         assert [run["token"] for run in written] == [words for words, _ in wanted[1]]
         assert summary.split(";")[0] == wanted[0].split(";")[0]  # seconds differ
         assert answers["data"] == wanted[2]
         with pytest.raises(Exception, match="the passage is empty"):
-            client.predict(" ", 2, 64, "", api_name="/compress")
+            client.predict(" ", 2, 64, 0, "", api_name="/compress")
     finally:
         made.close()
 

@@ -28,6 +28,8 @@ class CompressOptions:
     """Memory tokens for each segment; by default all the compressor has."""
     segment_tokens: int | None = None
     """Compress in segments of at most so many tokens; by default segments are as long as the compressor takes."""
+    refine_steps: int = 0
+    """Gradient steps on each memory: 10 to 50 keep far more with few memory tokens, and take as many times as long."""
     checkpoint: str = "models/arxiv-mini/compressor"
     """Compressor checkpoint: folder or hub id."""
     base: str | None = None
@@ -58,6 +60,12 @@ class CompressOptions:
         for name in ("batch_size", "shard_size", "segment_tokens"):
             value = getattr(self, name)
             require(value is None or value >= 1, name, value, "at least 1")
+        require(self.refine_steps >= 0, "refine_steps", self.refine_steps, "at least 0")
+        if self.refine_steps and self.keep_tokens is not None:
+            raise CompressorError(
+                "keep_tokens would cut a refined memory, whose tokens were fitted together: give --tokens "
+                f"{self.keep_tokens} instead of --keep_tokens {self.keep_tokens}"
+            )
 
 
 @dataclass
@@ -143,7 +151,7 @@ def exactness(options: CompressOptions, codec: Any) -> dict[str, Any]:
 
 def chosen_sizes(options: CompressOptions) -> dict[str, Any]:
     """Arguments of `Compressor.compress` that say how much is compressed to how little, and how much at a time."""
-    return {name: getattr(options, name) for name in ("tokens", "batch_size", "segment_tokens")}
+    return {name: getattr(options, name) for name in ("tokens", "batch_size", "segment_tokens", "refine_steps")}
 
 
 def compress_text(options: CompressOptions) -> str:

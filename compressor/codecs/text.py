@@ -71,6 +71,8 @@ class Needs:
     load_model: Callable[[], Compressor] | None = None
     load_calibration: Callable[[], Calibration | None] = lambda: None
     tokens: int | None = None
+    refine_steps: int = 0
+    """Gradient steps on each memory."""
     memory_codec: str = "bf16"
     bits: int = 8
     template: str | None = None

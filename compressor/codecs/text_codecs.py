@@ -61,7 +61,8 @@ class MemoryCodec(TextCodec):
 
     def prepare(self, texts: Sequence[str]) -> list[Memory]:
         """A memory for each text."""
-        return self.needs.model.compress(list(texts), self.needs.tokens, self.needs.batch)
+        needs = self.needs
+        return needs.model.compress(list(texts), needs.tokens, needs.batch, refine_steps=needs.refine_steps)
 
     def codec(self) -> Codec:
         """The codec that memories are coded with."""
@@ -170,8 +171,9 @@ class ExactCodec(MemoryCodec):
 
     def prepare(self, texts: Sequence[str]) -> list[Memory]:
         """See `Compressor.compress`."""
-        return self.needs.model.compress(
-            list(texts), self.needs.tokens, self.needs.batch, exact=True, codec=self.codec()
+        needs, codec = self.needs, self.codec()
+        return needs.model.compress(
+            list(texts), needs.tokens, needs.batch, refine_steps=needs.refine_steps, exact=True, codec=codec
         )
 
     def encode(self, prepared: Memory) -> bytes:

@@ -47,6 +47,8 @@ class EvaluationConfig:
     segment_tokens: int | None = None
     """Compress passages in segments of at most so many tokens, each to `tokens` memory tokens; by default segments are
     as long as the compressor takes."""
+    refine_steps: int = 0
+    """Gradient steps on each memory of a trained method (`compressor/refinement.py`)."""
     question_columns: dict[str, str] = field(default_factory=dict)
     """Names of the questions' columns where they are not the usual ones, for instance `{context: abstract}`."""
     question_tokens: int | None = None
@@ -98,6 +100,7 @@ class EvaluationConfig:
             self.question_tokens,
             "at least 1",
         )
+        require(self.refine_steps >= 0, "refine_steps", self.refine_steps, "at least 0")
         require(self.optimise_steps >= 1, "optimise_steps", self.optimise_steps, "at least 1")
         for name in ("data", "methods"):
             values = getattr(self, name)

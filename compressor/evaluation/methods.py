@@ -125,7 +125,7 @@ class Methods:
             )
             self._fingerprints[name] = checkpoint_fingerprint(model)
             self._note_base(model.base)
-            method = memory_method(name)(model, config.batch_size, config.segment_tokens)
+            method = memory_method(name)(model, config.batch_size, config.segment_tokens, config.refine_steps)
             del model
             yield method
             del method

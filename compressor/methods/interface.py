@@ -71,14 +71,22 @@ class MemoryMethod:
         compressor: in evaluation mode.
         batch_size: segments encoded together.
         segment_tokens: most tokens of a segment; by default the compressor's own.
+        refine_steps: gradient steps on each memory (`compressor/refinement.py`).
     """
 
     sized = True
 
     name = ""
 
-    def __init__(self, compressor: Compressor, batch_size: int = 16, segment_tokens: int | None = None):
+    def __init__(
+        self,
+        compressor: Compressor,
+        batch_size: int = 16,
+        segment_tokens: int | None = None,
+        refine_steps: int = 0,
+    ):
         self.compressor, self.batch_size, self.segment_tokens = compressor, batch_size, segment_tokens
+        self.refine_steps = refine_steps
         self.name = self.name or compressor.config.method
         self.base = compressor.base
         self.most: int | None = compressor.config.memory_tokens
@@ -93,6 +101,7 @@ class MemoryMethod:
             sizes = [[memory.truncate(count) for memory in largest] for count in tokens]
         else:
             sizes = [self._memories(passages, count) for count in tokens]
+        sizes = [self.compressor.refine(one, passages, self.refine_steps, self.batch_size) for one in sizes]
         return [
             [self._pieces(ids, memory) for ids, memory in zip(passages, memories, strict=True)] for memories in sizes
         ]
@@ -103,7 +112,10 @@ class MemoryMethod:
     def _pieces(self, ids: list[int], memory: Memory) -> list[Piece]:
         pieces, start = [], 0
         for part in memory.split():
-            nbytes = part.tokens * self.compressor.encoder.values_per_token(self.base) * BF16
+            # Refined are keys and values, whatever the method computed them from.
+            encoder = self.compressor.encoder
+            values = part.keys.numel() + part.values.numel() if self.refine_steps else 0
+            nbytes = BF16 * (values or part.tokens * encoder.values_per_token(self.base))
             pieces.append(Piece(ids[start : start + part.passage_tokens], part, part.tokens, nbytes))
             start += part.passage_tokens
         return pieces

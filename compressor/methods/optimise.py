@@ -10,26 +10,22 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from torch import Tensor, nn
 
 from compressor.base import Base
-from compressor.data.collate import IGNORED, regeneration_pair, stack_pairs
-from compressor.generation import decode
-from compressor.layouts import decoder_start, memory_positions
 from compressor.memory import Memory, Prefix, Segment, memory_prefix
-from compressor.methods.interface import BF16, Piece
+from compressor.methods.interface import BF16, Piece, token_prefix
 from compressor.methods.registry import MethodSettings
+from compressor.refinement import refine
 
-LEARNING_RATE = 0.05
 LONGEST = 500
 
 
 class Optimise:
-    """The memory that makes the base most likely to write the passage, by AdamW from a start of random vectors.
+    """The memory that makes the base most likely to write the passage, refined from a start of random vectors.
 
     Args:
         base: without adapters.
-        steps: gradient steps; the rate falls from `LEARNING_RATE` to 0 along a cosine.
+        steps: gradient steps of `compressor/refinement.py`.
         batch_size: passages optimised together, each on its own.
     """
 
@@ -63,50 +59,24 @@ class Optimise:
             sizes.append([[next(pieces) for _ in segments] for segments in cut])
         return sizes
 
-    @torch.enable_grad()
     def memories(self, passages: Sequence[list[int]], tokens: int) -> list[Memory]:
         """Optimised memories of passages of at most 500 tokens, layout `spread`."""
-        base, batch = self.base, len(passages)
+        base = self.base
         generator = torch.Generator().manual_seed(self.seed)
-        shape = (2, base.layers, 1, base.kv_heads, tokens, base.head_size)
-        # One start for all: what a passage ends at must not depend on its place in a batch.
-        start = (torch.randn(shape, generator=generator) * 0.1).expand(-1, -1, batch, -1, -1, -1).to(base.device)
-        keys, values = (nn.Parameter(one.clone()) for one in start)
-        lengths = torch.tensor([len(ids) for ids in passages], device=base.device)
-        stacked = stack_pairs([regeneration_pair(base.bos, base.eos, ids) for ids in passages])
-        inputs, labels = stacked["inputs"].to(base.device), stacked["labels"].to(base.device)
-        optimizer = torch.optim.AdamW([keys, values], lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.0)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.steps)
-        for _ in range(self.steps):
-            prefix = self._placed(keys, values, lengths)
-            logits = decode(base, prefix, inputs).float()
-            losses = nn.functional.cross_entropy(
-                logits.flatten(0, 1), labels.flatten(), reduction="none", ignore_index=IGNORED
+        # One draw for all: what a passage ends at must not depend on its place in a batch.
+        noise = torch.randn((2, base.layers, base.kv_heads, tokens, base.head_size), generator=generator)
+        read = token_prefix(base, passages)
+        starts = []
+        for row, ids in enumerate(passages):
+            # As wide as the keys and values of the passage itself are.
+            kinds = (
+                torch.stack([layer[row, :, : len(ids) + 1] for layer in kind]) for kind in (read.keys, read.values)
             )
-            # A mean over each passage, summed over passages: none depends on the others.
-            loss = (losses.view(labels.shape).sum(1) / (lengths + 1)).sum()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-        return [
-            Memory(
-                keys[:, row].detach().clone(),
-                values[:, row].detach().clone(),
-                (Segment(tokens, len(ids)),),
-                "spread",
-                tokens,
-                base.fingerprint,
-            )
-            for row, ids in enumerate(passages)
-        ]
-
-    def _placed(self, keys: Tensor, values: Tensor, lengths: Tensor) -> Prefix:
-        slots = keys.shape[3]
-        positions = memory_positions("spread", lengths, slots, slots)
-        mask = torch.ones(len(lengths), slots, dtype=torch.bool, device=keys.device)
-        placed = self.base.rotate(keys.to(self.base.dtype), positions)
-        return Prefix(list(placed), list(values.to(self.base.dtype)), mask, decoder_start("spread", lengths, slots))
+            spread = torch.stack([kind.float().flatten(1).std(1) for kind in kinds]).cpu()
+            keys, values = (noise * spread[:, :, None, None, None]).to(base.device, base.dtype)
+            segment = Segment(tokens, len(ids))
+            starts.append(Memory(keys, values, (segment,), "spread", tokens, base.fingerprint))
+        return refine(base, starts, passages, self.steps, self.batch_size)
 
     def prefix(self, rows: Sequence[Sequence[Piece]]) -> Prefix:
         return memory_prefix(self.base, [Memory.concatenate([piece.held for piece in row]) for row in rows])

@@ -139,7 +139,7 @@ def efficiency(config: EvaluationConfig, accelerator: Accelerator) -> Findings |
 def check_settings(config: EvaluationConfig) -> None:
     """Raise a `CompressorError` for settings that this study cannot follow."""
     why_not = {"data": "costs do not depend on the text", "segment_tokens": "it is of one segment"}
-    for name in ("data", "methods", "split_date", "published", "segment_tokens"):
+    for name in ("data", "methods", "split_date", "published", "segment_tokens", "refine_steps"):
         if getattr(config, name):
             why = why_not.get(name, "only the checkpoint and full are compared")
             raise CompressorError(f"{name} cannot be used with --task efficiency ({why}): leave it out")

@@ -207,6 +207,7 @@ def all_schemes(
             summariser=config.summariser,
             keyword_language=config.keyword_language,
             batch=config.batch_size,
+            refine_steps=config.refine_steps,
             **more,
         )
 

@@ -55,7 +55,7 @@ def utilisation(config: EvaluationConfig, accelerator: Accelerator) -> Findings 
     if not model.encoder.trained_for(tokens):
         raise CompressorError(f"{config.checkpoint} is not meant to compress to {tokens} tokens: leave tokens out")
     config.question_template = config.question_template or model.config.question_template or QUESTION
-    method = MemoryMethod(model, config.batch_size, config.segment_tokens)
+    method = MemoryMethod(model, config.batch_size, config.segment_tokens, config.refine_steps)
     measured: dict[str, tuple[str, list[Result] | None]] = {}
     for source, (task, records) in loaded.items():
         items = with_donors(task.items(records, method.base.tokenizer, config), source)
