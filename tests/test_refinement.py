@@ -41,10 +41,12 @@ def test_every_passage_becomes_likelier_and_nothing_else_changes(
     before, after = nats(model, plain, passages), nats(model, refined, passages)
     assert all(late < 0.98 * early for early, late in zip(before, after, strict=True)), (before, after)
     for name, parameter in model.named_parameters():
-        assert torch.equal(parameter, frozen[name]) and parameter.grad is None, name
+        assert torch.equal(parameter, frozen[name]), name
+        assert parameter.grad is None, name
     for one, other in zip(plain, refined, strict=True):
         assert replace(other, keys=one.keys, values=one.values) == one
-        assert not other.keys.requires_grad and other.keys.dtype == one.keys.dtype
+        assert not other.keys.requires_grad
+        assert other.keys.dtype == one.keys.dtype
 
 
 def test_a_memory_does_not_depend_on_its_batch(tiny_compressor: Compressor, passages: list[list[int]]) -> None:
