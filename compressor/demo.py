@@ -161,17 +161,19 @@ def demonstrate(
     segment_tokens: int | None = None,
     question: str | None = None,
     refine_steps: int = 0,
+    both: bool = False,
 ) -> dict[str, Any]:
     """Compress a text, and regenerate it or answer a question about it.
 
     Args:
         tokens, segment_tokens, refine_steps: see `Compressor.compress`.
         length: use the first so many tokens of the text; by default all.
+        both: regenerate it also where there is a question.
 
     Returns:
-        `passage`, `tokens`, `segments`, `passage_tokens`, `text_tokens` (before cutting), `timings` (seconds to
-        compress, regenerate or answer) and `memory_bytes` (bfloat16); then `regeneration`, `bleu`, `rouge_l` (0-100 and
-        0-1), or, of a question, what `answer_question` returns.
+        `passage`, `tokens`, `segments`, `refine_steps`, `passage_tokens`, `text_tokens` (before cutting), `timings`
+        (seconds to compress, regenerate, answer) and `memory_bytes` (bfloat16); what `regenerate` returns, of a
+        question what `answer_question` returns.
     """
     import torch
 
@@ -180,29 +182,33 @@ def demonstrate(
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     cut = ids[:length]
     memory = model.compress_ids([cut], tokens, segment_tokens=segment_tokens, refine_steps=refine_steps)[0]
-    compressed = time.perf_counter()
     passage = tokenizer.decode(cut, skip_special_tokens=True)
-    if question is None:
-        work, made = "regenerate", regenerate(model, memory, passage)
-    else:
-        work, made = "answer", answer_question(model, memory, cut, question)
+    made: dict[str, Any] = {}
+    timings = {"compress": round(time.perf_counter() - started, 3)}
+    for work in ("regenerate", "answer"):
+        started = time.perf_counter()
+        if work == "answer" and question is not None:
+            made |= answer_question(model, memory, cut, question)
+        elif work == "regenerate" and (question is None or both):
+            made |= regenerate(model, memory, passage)
+        else:
+            continue
+        timings[work] = round(time.perf_counter() - started, 3)
     return {
         "passage": passage,
         "tokens": memory.tokens,
         "segments": len(memory.segments),
+        "refine_steps": refine_steps,
         "passage_tokens": len(cut),
         "text_tokens": len(ids),
         **made,
-        "timings": {
-            "compress": round(compressed - started, 3),
-            work: round(time.perf_counter() - compressed, 3),
-        },
+        "timings": timings,
         "memory_bytes": memory.to(dtype=torch.bfloat16).nbytes,
     }
 
 
 def regenerate(model: Compressor, memory: Memory, passage: str) -> dict[str, Any]:
-    """`regeneration`, `bleu` and `rouge_l` of a passage written back from its memory."""
+    """`regeneration`, `bleu` (0-100) and `rouge_l` (0-1) of a passage written back from its memory."""
     import numpy as np
 
     from compressor.evaluation.metrics import bleu, bleu_statistics, rouge_l
@@ -264,6 +270,7 @@ def show(result: dict[str, Any], colour: bool) -> str:
 
 
 def _shown_regeneration(result: dict[str, Any], colour: bool) -> list[str]:
+    wanting = result["regeneration"] != result["passage"] and not result["refine_steps"]
     return [
         "Regenerated from the memory alone, [-missing-] {+added+}:",
         "",
@@ -271,6 +278,7 @@ def _shown_regeneration(result: dict[str, Any], colour: bool) -> list[str]:
         "",
         f"BLEU {result['bleu']:.1f}   ROUGE-L {result['rouge_l']:.3f}   "
         f"exact match {'yes' if result['regeneration'] == result['passage'] else 'no'}",
+        *(["More comes back after gradient steps on the memory: --refine_steps 20"] if wanting else []),
     ]
 
 

@@ -91,8 +91,16 @@ def described(
     """Summary, regeneration with its differences, and answers (none without a question), as the page shows them."""
     if not text.strip():
         raise CompressorError("the passage is empty: give at least one word")
-    sizes: dict[str, Any] = {"tokens": tokens, "segment_tokens": segment_tokens, "refine_steps": refine_steps}
-    back = demonstrate(model, text.strip(), **sizes)
+    asked = question.strip() or None
+    back = demonstrate(
+        model,
+        text.strip(),
+        tokens,
+        segment_tokens=segment_tokens,
+        question=asked,
+        refine_steps=refine_steps,
+        both=True,
+    )
     ratio = back["passage_tokens"] / back["tokens"]
     segments = f" in {back['segments']} segments" if back["segments"] > 1 else ""
     summary = (
@@ -100,8 +108,6 @@ def described(
         f"ROUGE-L {back['rouge_l']:.3f}, BLEU {back['bleu']:.1f}; compressed in {back['timings']['compress']:.2f} s, "
         f"regenerated in {back['timings']['regenerate']:.2f} s."
     )
-    rows: list[list[Any]] = []
-    if question.strip():
-        found = demonstrate(model, text.strip(), **sizes, question=question)
-        rows = [[label, answer, round(logprob, 2)] for label, answer, logprob in answers_of(found)]
+    answers = answers_of(back) if asked else []
+    rows = [[label, answer, round(logprob, 2)] for label, answer, logprob in answers]
     return summary, differences(back["passage"], back["regeneration"]), rows

@@ -50,21 +50,61 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def headline() -> str:
-    """ROUGE-L by length and number of memory tokens."""
+    """ROUGE-L by length and number of memory tokens, in one pass and refined."""
     rows = results("regeneration.json")["rows"]
     lengths = sorted({row["length"] for row in rows})
     tokens = sorted({row["tokens"] for row in rows}, reverse=True)
-    by = {(row["tokens"], row["length"]): row for row in rows}
     header = ["ROUGE-L, unseen 2026 abstracts", *(f"{length} tokens" for length in lengths)]
     body = []
-    for k in tokens:
-        cells = [
-            f"{by[k, length]['rouge_l']:.3f} [{by[k, length]['rouge_l_low']:.3f}, {by[k, length]['rouge_l_high']:.3f}]"
-            for length in lengths
-        ]
-        body.append([f"{k} memory token{'s' * (k > 1)}", *cells])
-    body.append(["n", *(str(by[tokens[0], length]["n"]) for length in lengths)])
+    for steps in (0, REFINED_STEPS):
+        rows = [row for length in lengths for row in refined_rows(steps, length)]
+        by = {(row["tokens"], row["length"]): row for row in rows}
+        how = f", {steps} gradient steps on them" if steps else ""
+        for k in tokens:
+            name = f"{k} memory token{'s' * (k > 1)}{how if k > 1 else how.replace('them', 'it')}"
+            body.append([name, *(_interval(by[k, length], "rouge_l", 3) for length in lengths)])
+        body.append(["n", *(str(by[tokens[0], length]["n"]) for length in lengths)])
     return table(header, body)
+
+
+REFINED_STEPS = 20
+"""Gradient steps of the headline's refined memories."""
+
+
+RANDOM_STEPS = (20, 50)
+"""Gradient steps from random vectors that the encoder's memories are compared with."""
+
+
+def refined_rows(steps: int, length: int) -> list[dict[str, Any]]:
+    """Rows of an evaluation of regeneration with memories refined by so many steps; 0 is the plain evaluation."""
+    if not steps:
+        return [row for row in results("regeneration.json")["rows"] if row["length"] == length]
+    return list(results(f"refinement/{steps}-steps-{length}.json")["rows"])
+
+
+def refined() -> str:
+    """What the steps on a memory bring at 96 tokens, and what they cost."""
+    timed = results("refinement/seconds.json")
+    counts = [steps for steps in timed["steps"] if steps]
+    rows = {steps: {row["tokens"]: row for row in refined_rows(steps, 96)} for steps in (0, *counts)}
+    sizes = sorted(rows[0], reverse=True)
+    header = ["gradient steps", "seconds", *(f"{name}, k = {k}" for k in sizes for name in ("ROUGE-L", "exact"))]
+    body = []
+    for steps, found in rows.items():
+        cells = [cell for k in sizes for cell in (_interval(found[k], "rouge_l", 3), f"{found[k]['exact_match']:.0%}")]
+        body.append([str(steps), f"{timed['compress'][str(steps)]:.2f}", *cells])
+    for steps in RANDOM_STEPS:
+        found = {row["tokens"]: row for row in results(f"refinement/optimise-{steps}-steps-96.json")["rows"]}
+        cells = ["-", "-"] * len(sizes)
+        for place, k in enumerate(sizes):
+            if k in found:
+                cells[2 * place : 2 * place + 2] = [_interval(found[k], "rouge_l", 3), f"{found[k]['exact_match']:.0%}"]
+        body.append([f"{steps}, from random vectors", "", *cells])
+    return table(header, body) + (
+        f"\n\n{rows[0][sizes[0]]['n']} unseen passages of 96 tokens ({found[sizes[-1]]['n']} from random vectors), "
+        f"95% bootstrap intervals. Seconds:\nto compress one passage to {timed['tokens']} memory tokens on "
+        f"{timed['threads']} CPU core; writing it back takes {timed['regenerate']:.2f}."
+    )
 
 
 def details() -> str:
@@ -114,6 +154,7 @@ LABELS = {
     "summary": "extractive summary",
     "kv": "**memory tokens (ours)**",
     "recite": "**text they regenerate (ours)**",
+    "refined": "**text they regenerate, refined (ours)**",
     "reference-500x": "published 500x recipe",
     "icae": "ICAE",
     "anchor": "anchor tokens (SAC)",
@@ -152,7 +193,13 @@ def _questions(rows: list[dict[str, Any]]) -> str:
 
 def qa() -> str:
     """Questions about windows of 96 tokens, from memories, beside the bounds and hard prompts."""
-    return _questions(results("qa-windows.json")["rows"])
+    return _questions([*results("qa-windows.json")["rows"], *_refined_answers("windows")])
+
+
+def _refined_answers(name: str) -> list[dict[str, Any]]:
+    """Rows of answers from what refined memories regenerate."""
+    rows = results(f"refinement/qa-{name}.json")["rows"]
+    return [row | {"method": "refined"} for row in rows if row["method"] == "recite"]
 
 
 def qa_whole() -> str:
@@ -163,7 +210,8 @@ def qa_whole() -> str:
         for row in results("qa-segments.json")["rows"]
         if row["method"] in ("kv", "recite") and row["tokens"] in (16, 4)
     ]
-    return _questions([row for row in rows if row["method"] in ("kv", "full", "none") or row["tokens"] == 16] + apart)
+    chosen = [row for row in rows if row["method"] in ("kv", "full", "none") or row["tokens"] == 16]
+    return _questions([*chosen, *apart, *_refined_answers("whole")])
 
 
 def studies() -> str:
@@ -309,6 +357,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "base": base,
     "mini": mini,
     "details": details,
+    "refined": refined,
     "qa": qa,
     "qa-whole": qa_whole,
     "methods": compared,

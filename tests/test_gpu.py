@@ -12,6 +12,7 @@ import torch
 from accelerate.state import AcceleratorState
 
 from compressor.base import load_base
+from compressor.fidelity import passage_scores
 from compressor.generation import decode, generate
 from compressor.launch import train_main
 from compressor.memory import memory_prefix
@@ -118,3 +119,18 @@ def test_batches_equal_singles_on_the_gpu(tiny_base_folder: Path, make_tiny_comp
         together = generate(model.base, memory_prefix(model.base, memories), prompts, [8, 8, 8])
         for memory, prompt, expected in zip(memories, prompts, together, strict=True):
             assert generate(model.base, memory_prefix(model.base, [memory]), [prompt], [8])[0].ids == expected.ids
+
+
+def test_refinement_on_the_gpu(tiny_base_folder: Path) -> None:
+    from compressor.model_config import CompressorConfig
+
+    base = load_base(BaseConfig(path=str(tiny_base_folder), dtype="bfloat16"), "cuda")
+    model = Compressor(base, CompressorConfig(memory_tokens=8, lora_rank=4, max_passage_tokens=64))
+    plain, refined = (model.compress_ids(PASSAGES, 4, refine_steps=steps) for steps in (0, 20))
+    nats = []
+    for memories in (plain, refined):
+        with model.adapters(on=False):
+            scored = passage_scores(base, memory_prefix(base, memories), PASSAGES)
+        nats.append(-sum(float(one[:, 0].sum()) for one in scored))
+    assert nats[1] < nats[0]
+    assert refined[0].keys.dtype == plain[0].keys.dtype
