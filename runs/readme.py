@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from compressor.evaluation.report import loss_curve, markdown_table
+from compressor.evaluation.report import load_published, loss_curve, markdown_table, regeneration_plot
 
 ROOT = Path(__file__).resolve().parents[1]
 CARD = ROOT / "models" / "arxiv-mini" / "README.md"
@@ -225,7 +225,8 @@ def studies() -> str:
 def compared() -> str:
     """Every trained method after the same training."""
     written, answered = results("methods-regeneration.json")["rows"], results("methods-qa.json")["rows"]
-    header = ["method", "k", "passages", "minutes", "ROUGE-L 48", "ROUGE-L 96", "nats/token 96"]
+    stepped = {(row["method"], row["tokens"]): row for row in results("methods-refined.json")["rows"]}
+    header = ["method", "k", "passages", "minutes", "ROUGE-L 48", "ROUGE-L 96", "10 steps", "nats/token 96"]
     header += [f"{name} {figure}" for name in DATA.values() for figure in ("F1", "nats")]
     body = []
     for method, tokens in dict.fromkeys((row["method"], row["tokens"]) for row in written):
@@ -236,14 +237,14 @@ def compared() -> str:
             for stage in ("regenerate", "answer")
         ]
         cells = [f"{sum(end['passages'] for end in ends):,}", f"{sum(end['seconds'] for end in ends) / 60:.0f}"]
-        cells += [_interval(by[length], "rouge_l", 3) for length in (48, 96)]
+        cells += [_interval(row, "rouge_l", 3) for row in (by[48], by[96], stepped[method, tokens])]
         body.append(
             [LABELS.get(method, method), str(tokens), *cells, f"{by[96]['nll_per_token']:.2f}", *_answered(mine)]
         )
     n = {row["dataset"]: row["n"] for row in answered}
     return table(header, body) + (
-        f"\n\nRegeneration of {written[0]['n']} unseen abstracts cut to 48 and 96 tokens; {n['squad-dev']} and "
-        f"{n['arxivqa-test']} questions; 95% bootstrap intervals."
+        f"\n\nRegeneration of {written[0]['n']} unseen abstracts cut to 48 and 96 tokens, of 96 also after 10 gradient "
+        f"steps on each memory;\n{n['squad-dev']} and {n['arxivqa-test']} questions; 95% bootstrap intervals."
     )
 
 
@@ -469,6 +470,17 @@ def main() -> int:
             "together (6-500 tokens, and questions)",
         ],
         ROOT / "results" / "loss.png",
+    )
+    lengths = sorted({row["length"] for row in results("regeneration.json")["rows"]})
+    regeneration_plot(
+        [
+            row | {"method": f"{steps} gradient steps" if steps else "one pass"}
+            for steps in (0, REFINED_STEPS)
+            for length in lengths
+            for row in refined_rows(steps, length)
+        ],
+        ROOT / "results" / "regeneration.png",
+        load_published(),
     )
     names = [name for name in LABELS if (ROOT / "results" / "methods" / f"{name}-regenerate.jsonl").exists()]
     loss_curve(
