@@ -249,6 +249,11 @@ def answer_question(model: Compressor, memory: Memory, passage: list[int], quest
     return result
 
 
+def tokens_named(count: int) -> str:
+    """1 memory token, 16 memory tokens."""
+    return f"{count} memory token" + "s" * (count > 1)
+
+
 def show(result: dict[str, Any], colour: bool) -> str:
     """The result for people."""
     ratio = result["passage_tokens"] / result["tokens"]
@@ -260,7 +265,7 @@ def show(result: dict[str, Any], colour: bool) -> str:
         "",
         result["passage"],
         "",
-        f"{result['passage_tokens']} tokens -> {result['tokens']} memory tokens{segments} ({ratio:.3g}x); "
+        f"{result['passage_tokens']} tokens -> {tokens_named(result['tokens'])}{segments} ({ratio:.3g}x); "
         f"{len(result['passage'].encode()):,} bytes of text -> {result['memory_bytes']:,} bytes of keys and values",
         "",
         *(_shown_answers(result) if "question" in result else _shown_regeneration(result, colour)),
@@ -285,7 +290,7 @@ def _shown_regeneration(result: dict[str, Any], colour: bool) -> list[str]:
 def answers_of(result: dict[str, Any]) -> list[tuple[str, str, float]]:
     """What the base read, its answer, and the answer's log-probability, of each answer in `result`."""
     read = {
-        "": f"{result['tokens']} memory tokens",
+        "": tokens_named(result["tokens"]),
         "_recite": "what they regenerate",
         "_full": "the whole passage",
         "_none": "no passage",

@@ -9,11 +9,12 @@ backward pass of the decoder over the passage; the memory is as large as before,
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from compressor.base import Base
 from compressor.data.collate import IGNORED, regeneration_pair, stack_pairs
@@ -72,10 +73,12 @@ def refine(
             start += part.passage_tokens
     better: dict[int, Memory] = {}
     order = sorted(range(len(parts)), key=lambda i: (len(parts[i][1]), parts[i][0].tokens))
-    for first in range(0, len(order), batch_size):
-        chosen = order[first : first + batch_size]
-        found = _refined([parts[i][0] for i in chosen], base, [parts[i][1] for i in chosen], steps)
-        better.update(zip(chosen, found, strict=True))
+    groups = [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
+    # Shown on terminals, of what takes more than two seconds.
+    with tqdm(total=len(groups) * steps, desc="refining", unit=" steps", disable=None, delay=2, leave=False) as bar:
+        for chosen in groups:
+            found = _refined([parts[i][0] for i in chosen], base, [parts[i][1] for i in chosen], steps, bar.update)
+            better.update(zip(chosen, found, strict=True))
     place, refined = iter(range(len(parts))), []
     for memory in memories:
         whole = Memory.concatenate([better[next(place)] for _ in memory.segments])
@@ -83,11 +86,19 @@ def refine(
     return refined
 
 
+@torch.inference_mode(False)
 @torch.enable_grad()
-def _refined(memories: Sequence[Memory], base: Base, passages: Sequence[Sequence[int]], steps: int) -> list[Memory]:
+def _refined(
+    memories: Sequence[Memory],
+    base: Base,
+    passages: Sequence[Sequence[int]],
+    steps: int,
+    advance: Callable[[int], object],
+) -> list[Memory]:
     stacked = stack_pairs([regeneration_pair(base.bos, base.eos, list(ids)) for ids in passages])
     inputs, labels = stacked["inputs"].to(base.device), stacked["labels"].to(base.device)
-    starts = [kind.to(base.device, torch.float32) for m in memories for kind in (m.keys, m.values)]
+    # Clones: what was made in the caller's inference mode takes no part in autograd.
+    starts = [kind.clone().to(base.device, torch.float32) for m in memories for kind in (m.keys, m.values)]
     scales = [_spread(start) for start in starts]
     changes = [nn.Parameter(torch.zeros_like(start)) for start in starts]
     momenta = [torch.zeros_like(start) for start in starts]
@@ -106,6 +117,7 @@ def _refined(memories: Sequence[Memory], base: Base, passages: Sequence[Sequence
             size = gradient.flatten(1).square().mean(1).sqrt().clamp(min=1e-12)[:, None, None, None]
             momentum.lerp_(gradient / size, 1 - MOMENTUM)
             change.data.sub_(rate * (gradient / size).lerp(momentum, MOMENTUM))
+        advance(1)
     ends = [
         (start + scale * change).detach().to(memories[0].keys.device, memories[0].keys.dtype)
         for start, scale, change in zip(starts, scales, changes, strict=True)

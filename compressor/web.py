@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from compressor.demo import EXAMPLE_TOKENS, DemoConfig, answers_of, demonstrate, differences, load_model, read_passage
+from compressor.demo import (
+    EXAMPLE_TOKENS,
+    DemoConfig,
+    answers_of,
+    demonstrate,
+    differences,
+    load_model,
+    read_passage,
+    tokens_named,
+)
 from compressor.errors import CompressorError
 
 if TYPE_CHECKING:
@@ -104,7 +113,7 @@ def described(
     ratio = back["passage_tokens"] / back["tokens"]
     segments = f" in {back['segments']} segments" if back["segments"] > 1 else ""
     summary = (
-        f"**{back['passage_tokens']} tokens → {back['tokens']} memory tokens**{segments} ({ratio:.3g}x). "
+        f"**{back['passage_tokens']} tokens → {tokens_named(back['tokens'])}**{segments} ({ratio:.3g}x). "
         f"ROUGE-L {back['rouge_l']:.3f}, BLEU {back['bleu']:.1f}; compressed in {back['timings']['compress']:.2f} s, "
         f"regenerated in {back['timings']['regenerate']:.2f} s."
     )

@@ -9,365 +9,18 @@ A generated part lies between `<!-- begin: NAME -->` and `<!-- end: NAME -->`.
 
 from __future__ import annotations
 
-import json
 import re
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import yaml
 
-from compressor.evaluation.report import load_published, loss_curve, markdown_table, regeneration_plot
+sys.path.insert(0, str(Path(__file__).parent))
+from readme_parts import LABELS, PARTS, REFINED_STEPS, ROOT, log_rows, refined_rows, results
 
-ROOT = Path(__file__).resolve().parents[1]
+from compressor.evaluation.report import load_published, loss_curve, regeneration_plot
+
 CARD = ROOT / "models" / "arxiv-mini" / "README.md"
-
-
-def results(name: str) -> Any:
-    """A file of results/."""
-    return json.loads(_kept(name))
-
-
-def log_rows(name: str) -> list[dict[str, Any]]:
-    """Rows of a training log kept in results/."""
-    return [json.loads(line) for line in _kept(name).splitlines()]
-
-
-def _kept(name: str) -> str:
-    return (ROOT / "results" / name).read_text()
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table, aligned as text too; the first column to the left, the others to the right."""
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    cells = [
-        [row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]
-        for row in [header, *rows]
-    ]
-    rule = ["-" * widths[0], *("-" * (w - 1) + ":" for w in widths[1:])]
-    return "\n".join("| " + " | ".join(row) + " |" for row in [cells[0], rule, *cells[1:]])
-
-
-def headline() -> str:
-    """ROUGE-L by length and number of memory tokens, in one pass and refined."""
-    rows = results("regeneration.json")["rows"]
-    lengths = sorted({row["length"] for row in rows})
-    tokens = sorted({row["tokens"] for row in rows}, reverse=True)
-    header = ["ROUGE-L, unseen 2026 abstracts", *(f"{length} tokens" for length in lengths)]
-    body = []
-    for steps in (0, REFINED_STEPS):
-        rows = [row for length in lengths for row in refined_rows(steps, length)]
-        by = {(row["tokens"], row["length"]): row for row in rows}
-        how = f", {steps} gradient steps on them" if steps else ""
-        for k in tokens:
-            name = f"{k} memory token{'s' * (k > 1)}{how if k > 1 else how.replace('them', 'it')}"
-            body.append([name, *(_interval(by[k, length], "rouge_l", 3) for length in lengths)])
-        body.append(["n", *(str(by[tokens[0], length]["n"]) for length in lengths)])
-    return table(header, body)
-
-
-REFINED_STEPS = 20
-"""Gradient steps of the headline's refined memories."""
-
-
-RANDOM_STEPS = (20, 50)
-"""Gradient steps from random vectors that the encoder's memories are compared with."""
-
-
-def refined_rows(steps: int, length: int) -> list[dict[str, Any]]:
-    """Rows of an evaluation of regeneration with memories refined by so many steps; 0 is the plain evaluation."""
-    if not steps:
-        return [row for row in results("regeneration.json")["rows"] if row["length"] == length]
-    return list(results(f"refinement/{steps}-steps-{length}.json")["rows"])
-
-
-def refined() -> str:
-    """What the steps on a memory bring at 96 tokens, and what they cost."""
-    timed = results("refinement/seconds.json")
-    counts = [steps for steps in timed["steps"] if steps]
-    rows = {steps: {row["tokens"]: row for row in refined_rows(steps, 96)} for steps in (0, *counts)}
-    sizes = sorted(rows[0], reverse=True)
-    header = ["gradient steps", "seconds", *(f"{name}, k = {k}" for k in sizes for name in ("ROUGE-L", "exact"))]
-    body = []
-    for steps, found in rows.items():
-        cells = [cell for k in sizes for cell in (_interval(found[k], "rouge_l", 3), f"{found[k]['exact_match']:.0%}")]
-        body.append([str(steps), f"{timed['compress'][str(steps)]:.2f}", *cells])
-    for steps in RANDOM_STEPS:
-        found = {row["tokens"]: row for row in results(f"refinement/optimise-{steps}-steps-96.json")["rows"]}
-        cells = ["-", "-"] * len(sizes)
-        for place, k in enumerate(sizes):
-            if k in found:
-                cells[2 * place : 2 * place + 2] = [_interval(found[k], "rouge_l", 3), f"{found[k]['exact_match']:.0%}"]
-        body.append([f"{steps}, from random vectors", "", *cells])
-    return table(header, body) + (
-        f"\n\n{rows[0][sizes[0]]['n']} unseen passages of 96 tokens ({found[sizes[-1]]['n']} from random vectors), "
-        f"95% bootstrap intervals. Seconds:\nto compress one passage to {timed['tokens']} memory tokens on "
-        f"{timed['threads']} CPU core; writing it back takes {timed['regenerate']:.2f}."
-    )
-
-
-def details() -> str:
-    """All figures of the regeneration evaluation."""
-    data = results("regeneration.json")
-    return markdown_table(data["rows"], data["figures"], intervals=False)
-
-
-def base() -> str:
-    """The base's held-out figures."""
-    data = results("base.json")
-    copying = ", ".join(f"{value:.1%} at {length} tokens" for length, value in data["copying"].items())
-    return (
-        f"{data['parameters'] / 1e6:.1f}M parameters, {data['bits_per_byte']:.3f} bits per byte on {data['n']} unseen "
-        f"abstracts of 2026; in-context copying accuracy {copying}."
-    )
-
-
-def mini() -> str:
-    """The short run: loss at its start and end."""
-    rows = log_rows("train-mini-log.jsonl")
-    trained = [row for row in rows if "loss" in row]
-    checked = [row for row in rows if "validation_nats_16" in row][-1]
-    lengths = yaml.safe_load((ROOT / "configs" / "arxiv-mini" / "mini.yaml").read_text())["data"]["lengths"][0]
-    nats = {name: checked[f"validation_nats_{name}"] for name in ("16", "4", "swapped")}
-    first, last = trained[0], trained[-1]
-    return (
-        f"In {last['seconds'] / 60:.0f} minutes on one CPU core the training loss of a fresh compressor fell from "
-        f"{first['loss']:.2f} nats a token\n(steps 1 to {first['step']}) to {last['loss']:.2f}. Unseen passages of "
-        f"{lengths['low']} to {lengths['high']} tokens then cost {nats['16']:.2f} nats a token to write back\n"
-        f"from 16 memory tokens, {nats['4']:.2f} from 4, and {nats['swapped']:.2f} from another passage's memory."
-    )
-
-
-def snippet() -> str:
-    """What the README's Python prints; results/snippet.txt is written by running it (runs/evaluate.sh)."""
-    return "```\n" + (ROOT / "results" / "snippet.txt").read_text().rstrip() + "\n```"
-
-
-DATA = {"squad-dev": "SQuAD dev", "arxivqa-test": "ArxivQA cloze"}
-"""Names of the data sets of question answering."""
-LABELS = {
-    "full": "whole passage",
-    "none": "no passage",
-    "truncate": "first k tokens",
-    "keywords": "keywords (YAKE)",
-    "summary": "extractive summary",
-    "kv": "**memory tokens (ours)**",
-    "recite": "**text they regenerate (ours)**",
-    "refined": "**text they regenerate, refined (ours)**",
-    "reference-500x": "published 500x recipe",
-    "icae": "ICAE",
-    "anchor": "anchor tokens (SAC)",
-    "mean-pool": "mean pooling",
-    "sentence-embedding": "sentence embedding (xRAG)",
-}
-
-
-def _interval(row: dict[str, Any], figure: str, decimals: int) -> str:
-    value, low, high = (row[figure + end] for end in ("", "_low", "_high"))
-    return f"{value:.{decimals}f} [{low:.{decimals}f}, {high:.{decimals}f}]"
-
-
-def _answered(rows: list[dict[str, Any]]) -> list[str]:
-    """F1 and nats of one method at one size, for each data set."""
-    by = {row["dataset"]: row for row in rows}
-    return [cell for name in DATA for cell in (_interval(by[name], "f1", 1), f"{by[name]['answer_nats']:.2f}")]
-
-
-def _questions(rows: list[dict[str, Any]]) -> str:
-    """Methods and sizes of an evaluation of question answering."""
-    header = ["what the base reads", "k", "ratio"]
-    header += [f"{name} {figure}" for name in DATA.values() for figure in ("F1", "nats")]
-    header += ["F1 / full", "nats kept"]
-    body = []
-    for method, tokens in dict.fromkeys((row["method"], row["tokens"]) for row in rows):
-        mine = [row for row in rows if (row["method"], row["tokens"]) == (method, tokens)]
-        macro = next(row for row in mine if row["dataset"] == "macro")
-        ratio = f"{macro['token_ratio']:.0f}x" if macro["token_ratio"] else "-"
-        shares = ["-" if macro[name] is None else f"{macro[name]:.2f}" for name in ("retention_f1", "normalised_nats")]
-        body.append([LABELS[method], "-" if tokens is None else str(tokens), ratio, *_answered(mine), *shares])
-    n = {row["dataset"]: row["n"] for row in rows}
-    counts = ", ".join(f"{n[name]} questions of {label}" for name, label in DATA.items())
-    return f"{table(header, body)}\n\n{counts}; 95% bootstrap intervals."
-
-
-def qa() -> str:
-    """Questions about windows of 96 tokens, from memories, beside the bounds and hard prompts."""
-    return _questions([*results("qa-windows.json")["rows"], *_refined_answers("windows")])
-
-
-def _refined_answers(name: str) -> list[dict[str, Any]]:
-    """Rows of answers from what refined memories regenerate."""
-    rows = results(f"refinement/qa-{name}.json")["rows"]
-    return [row | {"method": "refined"} for row in rows if row["method"] == "recite"]
-
-
-def qa_whole() -> str:
-    """Questions about whole contexts, from one memory each and from one for each 96 tokens."""
-    rows = results("qa.json")["rows"]
-    apart = [
-        row | {"tokens": f"{row['tokens']} for each 96"}
-        for row in results("qa-segments.json")["rows"]
-        if row["method"] in ("kv", "recite") and row["tokens"] in (16, 4)
-    ]
-    chosen = [row for row in rows if row["method"] in ("kv", "full", "none") or row["tokens"] == 16]
-    return _questions([*chosen, *apart, *_refined_answers("whole")])
-
-
-def studies() -> str:
-    """What the memory tokens do and what they save, in the words of the studies' notes."""
-    used = next(
-        note for note in results("utilisation.json")["notes"] if note.startswith("regeneration") and "claim" in note
-    )
-    return f"- Use: {used}\n- Savings: {results('efficiency.json')['notes'][2]}"
-
-
-def compared() -> str:
-    """Every trained method after the same training."""
-    written, answered = results("methods-regeneration.json")["rows"], results("methods-qa.json")["rows"]
-    stepped = {(row["method"], row["tokens"]): row for row in results("methods-refined.json")["rows"]}
-    header = ["method", "k", "passages", "minutes", "ROUGE-L 48", "ROUGE-L 96", "10 steps", "nats/token 96"]
-    header += [f"{name} {figure}" for name in DATA.values() for figure in ("F1", "nats")]
-    body = []
-    for method, tokens in dict.fromkeys((row["method"], row["tokens"]) for row in written):
-        by = {row["length"]: row for row in written if (row["method"], row["tokens"]) == (method, tokens)}
-        mine = [row for row in answered if (row["method"], row["tokens"]) == (method, tokens)]
-        ends = [
-            [row for row in log_rows(f"methods/{method}-{stage}.jsonl") if "passages" in row][-1]
-            for stage in ("regenerate", "answer")
-        ]
-        cells = [f"{sum(end['passages'] for end in ends):,}", f"{sum(end['seconds'] for end in ends) / 60:.0f}"]
-        cells += [_interval(row, "rouge_l", 3) for row in (by[48], by[96], stepped[method, tokens])]
-        body.append(
-            [LABELS.get(method, method), str(tokens), *cells, f"{by[96]['nll_per_token']:.2f}", *_answered(mine)]
-        )
-    n = {row["dataset"]: row["n"] for row in answered}
-    return table(header, body) + (
-        f"\n\nRegeneration of {written[0]['n']} unseen abstracts cut to 48 and 96 tokens, of 96 also after 10 gradient "
-        f"steps on each memory;\n{n['squad-dev']} and {n['arxivqa-test']} questions; 95% bootstrap intervals."
-    )
-
-
-def lossless() -> str:
-    """Lossless packing against general-purpose tools."""
-    data = results("lossless.json")
-    header = ["text", "n", "bytes", "pack (bits/byte)", "zstd -19", "best other", "smaller than the best other"]
-    header += ["zpaq -m5", "pack, unpack (kB/s)"]
-    body = []
-    for name, found in data["sets"].items():
-        packers = found["packers"]
-        ours = packers["compressor pack"]
-        best = ours["best_other"]
-        body.append(
-            [
-                name,
-                str(found["n"]),
-                f"{found['bytes']:,}",
-                f"{ours['bits_per_byte']:.2f}",
-                f"{packers['zstd -19']['bits_per_byte']:.2f}",
-                f"{packers[best]['bits_per_byte']:.2f} ({best})",
-                f"{round(ours['smaller_than_best_other'], 2) + 0.0:.0%}",
-                f"{packers['zpaq -m5']['bits_per_byte']:.2f}" if "zpaq -m5" in packers else "-",
-                f"{ours['kilobytes_per_second']:,.1f}, {ours['unpack_kilobytes_per_second']:,.1f}",
-            ]
-        )
-    return table(header, body) + f"\n\nThe model's {data['model_bytes'] / 1e6:.0f} MB are not counted."
-
-
-CODECS = (
-    *("float32", "bf16", "int8+ans, calibrated", "int4", "int4+ans, calibrated", "int3+ans, calibrated"),
-    *("int2+ans, calibrated", "lowrank:0.3", "lowrank:0.15", "lowrank:0.1", "lowrank:0.07", "lowrank:0.04"),
-)
-"""Codecs of the table; results/codecs.json has more."""
-
-
-def codecs() -> str:
-    """Memory codecs: rate against ROUGE-L."""
-    data = results("codecs.json")
-    header = ["codec", "bits/value", "bytes of file", "bytes/byte of text", "ROUGE-L", "loss relative to float32"]
-    rows = [row for row in data["rows"] if (row["length"], row["tokens"]) == (96, 16) and row["codec"] in CODECS]
-    body = [
-        [
-            row["codec"],
-            f"{row['bits_per_value']:.2f}",
-            f"{row['bytes']:,.0f}",
-            f"{row['bytes_per_passage_byte']:.1f}",
-            f"{row['rouge_l']:.3f}",
-            f"{row['relative_loss']:.1%} [{row['relative_loss_low']:.1%}, {row['relative_loss_high']:.1%}]",
-        ]
-        for row in rows
-    ]
-    return table(header, body) + (
-        f"\n\n{rows[0]['n']} unseen passages of 96 tokens in 16 memory tokens; 95% bootstrap intervals; more "
-        "codecs, and 4 memory tokens, in `results/codecs.json`."
-    )
-
-
-def rounded() -> str:
-    """Training with rounded memories against training without, under the same codecs."""
-    rows = {name: results(f"quantisation-aware/{name}.json")["rows"] for name in ("plain", "rounded")}
-    header = ["codec", "k"]
-    header += [f"{figure}, trained {how}" for how in ("plainly", "rounded") for figure in ("bits/value", "ROUGE-L")]
-    body = []
-    for one in rows["plain"]:
-        key = (one["length"], one["tokens"], one["codec"])
-        cells = [
-            cell
-            for found in rows.values()
-            for row in found
-            if (row["length"], row["tokens"], row["codec"]) == key
-            for cell in (f"{row['bits_per_value']:.2f}", _interval(row, "rouge_l", 3))
-        ]
-        body.append([one["codec"], str(one["tokens"]), *cells])
-    return table(header, body) + f"\n\n{rows['plain'][0]['n']} unseen passages of 96 tokens; 95% bootstrap intervals."
-
-
-TASKS = {
-    "continuation": ("the text after the passage", "nats/token ↓", "nll_per_token", 2),
-    "retrieve": ("the passage a title belongs to", "MRR ↑", "mrr", 3),
-    "summarise": ("one-sentence summary (SciTLDR)", "ROUGE-L ↑", "rouge_l", 3),
-    "classify-roles": ("role of a sentence (CSAbstruct)", "accuracy ↑", "accuracy", 1),
-    "classify-sentiment": ("sentiment (SST-2)", "accuracy ↑", "accuracy", 1),
-    "paraphrase": ("whether two sentences agree (MRPC)", "accuracy ↑", "accuracy", 1),
-}
-"""Tasks of runs/tasks.sh: what is asked for, the figure shown, its column and decimals."""
-
-
-def tasks() -> str:
-    """The other tasks from nothing, from memories and from the whole passage."""
-    cells = {
-        "no passage": ("none", None),
-        "memory, k = 1": ("kv", 1),
-        "k = 4": ("kv", 4),
-        "k = 16": ("kv", 16),
-        "recited, k = 16": ("recite", 16),
-        "whole passage": ("full", None),
-    }
-    header = ["task", "n", "figure", *cells]
-    body = []
-    for name, (label, shown, figure, decimals) in TASKS.items():
-        rows = {(row["method"], row["tokens"]): row for row in results(f"tasks/{name}.json")["rows"]}
-        chosen = [rows[cell] for cell in cells.values()]
-        body.append([label, str(chosen[0]["n"]), shown, *(_interval(row, figure, decimals) for row in chosen)])
-    return table(header, body)
-
-
-PARTS: dict[str, Callable[[], str]] = {
-    "headline": headline,
-    "snippet": snippet,
-    "base": base,
-    "mini": mini,
-    "details": details,
-    "refined": refined,
-    "qa": qa,
-    "qa-whole": qa_whole,
-    "methods": compared,
-    "studies": studies,
-    "lossless": lossless,
-    "codecs": codecs,
-    "rounded": rounded,
-    "tasks": tasks,
-}
 
 
 def snippet_code() -> str:
@@ -407,7 +60,7 @@ tags: [prompt-compression]
 
 Generated by `runs/readme.py` from `results/` and `configs/arxiv-mini/`.
 
-- **Base** (`base/`): {base()} Recipes: `configs/arxiv-mini/base.yaml`, then `base-continue.yaml`
+- **Base** (`base/`): {part("base")} Recipes: `configs/arxiv-mini/base.yaml`, then `base-continue.yaml`
   ({grown["tokens"] / 1e6:.1f}M tokens more), `runs/base.sh`.
 - **Compressor** (`compressor/`): {settings["memory_tokens"]} memory tokens, layout `{settings["layout"]}`,
   {settings["passage_attention"]} passage attention, LoRA rank {settings["lora_rank"]}; one checkpoint regenerates and
@@ -422,22 +75,27 @@ Generated by `runs/readme.py` from `results/` and `configs/arxiv-mini/`.
 
 Regeneration of unseen abstracts (February to April 2026), greedy:
 
-{headline()}
+{part("headline")}
 
 Samples drawn from the base: {results("base.json")["sample"]}
 """
 
 
+def part(name: str) -> str:
+    """A generated part, or which result it lacks."""
+    try:
+        return PARTS[name]()
+    except FileNotFoundError as error:
+        return f"Not measured yet: there is no `{Path(str(error.filename)).relative_to(ROOT)}`."
+
+
 def fill(text: str) -> str:
     """README text with every generated part current."""
-    for name, make in PARTS.items():
+    for name in PARTS:
         pattern = re.compile(rf"(<!-- begin: {name} -->\n).*?(<!-- end: {name} -->)", re.S)
         if not pattern.search(text):
             raise SystemExit(f"README.md has no part <!-- begin: {name} -->")
-        try:
-            made = make()
-        except FileNotFoundError as error:
-            made = f"Not measured yet: there is no `{Path(str(error.filename)).relative_to(ROOT)}`."
+        made = part(name)
         text = pattern.sub(lambda match, made=made: match.group(1) + made + "\n" + match.group(2), text)
     return text
 

@@ -63,6 +63,14 @@ def test_no_steps_change_nothing(tiny_compressor: Compressor, passages: list[lis
         assert one is other
 
 
+def test_inference_mode_does_not_stand_in_the_way(tiny_compressor: Compressor, passages: list[list[int]]) -> None:
+    expected = tiny_compressor.compress_ids(passages, 4, refine_steps=2)
+    with torch.inference_mode():
+        found = tiny_compressor.compress_ids(passages, 4, refine_steps=2)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one.keys, other.keys)
+
+
 def test_segments_are_refined_apart(tiny_compressor: Compressor, texts: list[str]) -> None:
     model = tiny_compressor
     ids = model.base.tokenizer(texts[0], add_special_tokens=False)["input_ids"][:50]
