@@ -115,6 +115,8 @@ def describe(stage: Stage, config: RunConfig, accelerator: Accelerator) -> str:
         f"parameters: {trainable:,} trainable ({100 * trainable / (trainable + frozen):.1f}%), {frozen:,} frozen, "
         f"{sum(dead.values()):,} dead (trainable, but no gradient reaches them)",
         *(f"  dead: {name} ({count:,})" for name, count in list(dead.items())[:10]),
+        f"passes in {'bfloat16' if accelerator.mixed_precision == 'bf16' else 'the types of the weights'} on "
+        f"{accelerator.device.type} (training.mixed_precision: {settings.mixed_precision})",
         f"memory for each device, estimated: {memory_estimate(stage, config) / 2**30:.1f} GiB",
     ]
     return "\n".join(lines)

@@ -164,6 +164,24 @@ def test_muon_is_torchs_in_any_precision() -> None:
         torch.testing.assert_close(mine - before, other - before, atol=0.02, rtol=0.05)
 
 
+@pytest.mark.parametrize(("capabilities", "expected"), [({"avx512_bf16": True}, "bf16"), ({"avx2": True}, "no")])
+def test_bfloat16_only_where_the_processor_has_it(
+    capabilities: dict[str, bool], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from accelerate.state import AcceleratorState
+
+    from compressor.processes import make_accelerator
+
+    if torch.accelerator.is_available():
+        pytest.skip("about processors")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        assert make_accelerator("auto").mixed_precision == expected
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
 def test_every_micro_batch_is_asked_for_once_in_order(tmp_path: Path) -> None:
     stage = Scripted()
     state = run(stage, settings(tmp_path, steps=4, accumulation=3))

@@ -65,20 +65,20 @@ class Needs:
         summariser: see `methods.summary`.
         keyword_language: see `methods.keywords`.
         batch: rows the base writes at a time.
+        refine_steps: gradient steps on each memory (`compressor/refinement.py`).
     """
 
     load_base: Callable[[], Base | ExactBase]
     load_model: Callable[[], Compressor] | None = None
     load_calibration: Callable[[], Calibration | None] = lambda: None
     tokens: int | None = None
-    refine_steps: int = 0
-    """Gradient steps on each memory."""
     memory_codec: str = "bf16"
     bits: int = 8
     template: str | None = None
     summariser: str | None = None
     keyword_language: str = "en"
     batch: int = 16
+    refine_steps: int = 0
 
     @cached_property
     def exact(self) -> ExactBase:
