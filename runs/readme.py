@@ -100,6 +100,47 @@ def fill(text: str) -> str:
     return text
 
 
+def draw_training() -> None:
+    """Loss of the runs behind the bundled compressor."""
+    loss_curve(
+        [ROOT / "results" / f"{name}-log.jsonl" for name in ("train-mini", *STAGES_SHOWN)],
+        [
+            "short run (16-48 tokens)",
+            "regenerate (16-500 tokens)",
+            "dense (6-256 tokens)",
+            "answer (6-500 tokens, and questions)",
+            "together (6-500 tokens, and questions)",
+        ],
+        ROOT / "results" / "loss.png",
+    )
+
+
+def draw_regeneration() -> None:
+    """ROUGE-L against length, in one pass and refined."""
+    lengths = sorted({row["length"] for row in results("regeneration.json")["rows"]})
+    regeneration_plot(
+        [
+            row | {"method": f"{steps} gradient steps" if steps else "one pass"}
+            for steps in (0, REFINED_STEPS)
+            for length in lengths
+            for row in refined_rows(steps, length)
+        ],
+        ROOT / "results" / "regeneration.png",
+        load_published(),
+    )
+
+
+def draw_methods() -> None:
+    """Loss of every method."""
+    names = [name for name in LABELS if (ROOT / "results" / "methods" / f"{name}-regenerate.jsonl").exists()]
+    loss_curve(
+        [ROOT / "results" / "methods" / f"{name}-regenerate.jsonl" for name in names],
+        names,
+        ROOT / "results" / "methods-loss.png",
+        top=5.5,
+    )
+
+
 def main() -> int:
     if "--snippet" in sys.argv[1:]:
         print(snippet_code())
@@ -118,35 +159,11 @@ def main() -> int:
         return 1 if stale else 0
     path.write_text(wanted)
     CARD.write_text(card())
-    loss_curve(
-        [ROOT / "results" / f"{name}-log.jsonl" for name in ("train-mini", *STAGES_SHOWN)],
-        [
-            "short run (16-48 tokens)",
-            "regenerate (16-500 tokens)",
-            "dense (6-256 tokens)",
-            "answer (6-500 tokens, and questions)",
-            "together (6-500 tokens, and questions)",
-        ],
-        ROOT / "results" / "loss.png",
-    )
-    lengths = sorted({row["length"] for row in results("regeneration.json")["rows"]})
-    regeneration_plot(
-        [
-            row | {"method": f"{steps} gradient steps" if steps else "one pass"}
-            for steps in (0, REFINED_STEPS)
-            for length in lengths
-            for row in refined_rows(steps, length)
-        ],
-        ROOT / "results" / "regeneration.png",
-        load_published(),
-    )
-    names = [name for name in LABELS if (ROOT / "results" / "methods" / f"{name}-regenerate.jsonl").exists()]
-    loss_curve(
-        [ROOT / "results" / "methods" / f"{name}-regenerate.jsonl" for name in names],
-        names,
-        ROOT / "results" / "methods-loss.png",
-        top=5.5,
-    )
+    for draw in (draw_training, draw_regeneration, draw_methods):
+        try:
+            draw()
+        except FileNotFoundError as error:
+            print(f"not drawn: there is no {error.filename}", file=sys.stderr)
     return 0
 
 
