@@ -2,8 +2,9 @@
 # What gradient steps on each memory bring (--refine_steps): results/refinement/STEPS-steps-LENGTH.json and README.md's part;
 # with METHOD=optimise from random vectors.
 #   runs/refinement.sh STEPS LIMIT LENGTH...
-# The figures come from: runs/refinement.sh "5 10 20 50" 100 96; runs/refinement.sh 20 40 192 288 384 480;
-# METHOD=optimise runs/refinement.sh "20 50" 40 96; python benchmarks/refinement.py --output results/refinement/seconds.json
+# The figures come from: runs/refinement.sh "5 10 20 50" 100 96; runs/refinement.sh 20 40 192 480;
+# runs/refinement.sh 20 20 288 384; TOKENS=4 runs/refinement.sh 50 20 480; METHOD=optimise runs/refinement.sh "20 50" 40 96;
+# python benchmarks/refinement.py --output results/refinement/seconds.json
 set -euo pipefail
 cd "$(dirname "$0")/.."
 steps=${1:?usage: runs/refinement.sh STEPS LIMIT LENGTH...} limit=${2:?} lengths=("${@:3}")
@@ -13,7 +14,7 @@ trap 'rm -rf "$work"' EXIT
 for count in $steps; do
   for length in "${lengths[@]}"; do
     name=${METHOD:+$METHOD-}$count-steps-$length
-    python evaluate.py --checkpoint models/arxiv-mini/compressor --task regeneration --data arxiv-test --tokens 16 4 1 \
+    python evaluate.py --checkpoint models/arxiv-mini/compressor --task regeneration --data arxiv-test --tokens ${TOKENS:-16 4 1} \
       --lengths "$length" --limit "$limit" --batch_size 20 --refine_steps "$count" --optimise_steps "$count" \
       ${METHOD:+--methods "$METHOD"} --output "$work/$name"
     cp "$work/$name/metrics.json" "results/refinement/$name.json"
