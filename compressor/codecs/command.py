@@ -156,7 +156,7 @@ def chosen_sizes(options: CompressOptions) -> dict[str, Any]:
 
 def compress_text(options: CompressOptions) -> str:
     """Compress one passage into a memory file; returns a line about it."""
-    from compressor.demo import read_text
+    from compressor.demo import read_text, tokens_named
 
     passage, codec = read_text(options.text, stripped=not options.exact), chosen_codec(options)
     from compressor.codecs.artifact import compressor_name, signed
@@ -170,7 +170,7 @@ def compress_text(options: CompressOptions) -> str:
     kept = memory.tokens if options.keep_tokens is None else options.keep_tokens * len(memory.segments)
     residual = "" if memory.residual is None else f" (of which {len(memory.residual):,} make it exact)"
     return (
-        f"{memory.passage_tokens} tokens -> {kept} memory tokens in {len(memory.segments)} segment(s); "
+        f"{memory.passage_tokens} tokens -> {tokens_named(kept)} in {len(memory.segments)} segment(s); "
         f"{size:,} bytes of text -> {Path(options.output).stat().st_size:,} bytes{residual}: {options.output}"
     )
 
