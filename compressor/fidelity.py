@@ -36,10 +36,7 @@ def fidelities(
     """
     pieces: list[tuple[int, Memory, Sequence[int]]] = []
     for owner, (memory, ids) in enumerate(zip(memories, passages, strict=True)):
-        start = 0
-        for part in memory.split():
-            pieces.append((owner, part, ids[start : start + part.passage_tokens]))
-            start += part.passage_tokens
+        pieces += [(owner, part, segment) for part, segment in memory.split_with(ids)]
     right, total = [0.0] * len(memories), [0] * len(memories)
     order = sorted(range(len(pieces)), key=lambda i: len(pieces[i][2]))
     with model.adapters(on=False):

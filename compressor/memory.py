@@ -108,6 +108,14 @@ class Memory:
         parts = zip(self.segments, self.keys.split(sizes, dim=2), self.values.split(sizes, dim=2), strict=True)
         return [replace(self, keys=k, values=v, segments=(segment,), residual=None) for segment, k, v in parts]
 
+    def split_with(self, passage: Sequence[int]) -> list[tuple[Memory, Sequence[int]]]:
+        """`split`, each segment's memory with its tokens of the passage that was compressed."""
+        parts, start = [], 0
+        for part in self.split():
+            parts.append((part, passage[start : start + part.passage_tokens]))
+            start += part.passage_tokens
+        return parts
+
     def truncate(self, tokens: int) -> Memory:
         """The first `tokens` memory tokens of each segment: the memory that compressing to `tokens` gives.
 

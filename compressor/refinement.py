@@ -37,10 +37,9 @@ def refine(
     """Memories from which the base is more likely to write their passages; adapters must be off.
 
     Gradient descent with Nesterov momentum on the negative log-likelihood of each passage and its EOS. In every layer
-    the gradient of the keys, and of the values, is scaled to one norm, which falls linearly to 0: k = 1 with 30 steps
-    came to half the nats of Adam's, whose rate for each number hides which of them matter. No memory depends on the
-    others of its batch. Segments are refined apart. The first tokens of a refined memory are not what compressing to
-    fewer gives: truncate first, then refine.
+    the gradient of the keys, and of the values, is scaled to one norm, which falls linearly to 0; Adam, with a rate for
+    each number, needs twice the steps (docs/log.md). No memory depends on the others of its batch. Segments are refined
+    apart. The first tokens of a refined memory are not what compressing to fewer gives: truncate first, then refine.
 
     Args:
         memories: without residuals.
@@ -67,10 +66,7 @@ def refine(
                 f"cannot refine the memory of a passage of {memory.passage_tokens} tokens with one of {len(ids)}: "
                 "give the tokens it was compressed from"
             )
-        start = 0
-        for part in memory.split():
-            parts.append((part, ids[start : start + part.passage_tokens]))
-            start += part.passage_tokens
+        parts += memory.split_with(ids)
     better: dict[int, Memory] = {}
     order = sorted(range(len(parts)), key=lambda i: (len(parts[i][1]), parts[i][0].tokens))
     groups = [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
@@ -115,8 +111,9 @@ def _refined(
             # The norm of a step does not depend on the number of memory tokens.
             rate = RATE * (1 - step / steps) / math.sqrt(change.shape[2])
             size = gradient.flatten(1).square().mean(1).sqrt().clamp(min=1e-12)[:, None, None, None]
-            momentum.lerp_(gradient / size, 1 - MOMENTUM)
-            change.data.sub_(rate * (gradient / size).lerp(momentum, MOMENTUM))
+            unit = gradient / size
+            momentum.lerp_(unit, 1 - MOMENTUM)
+            change.data.sub_(rate * unit.lerp(momentum, MOMENTUM))
         advance(1)
     ends = [
         (start + scale * change).detach().to(memories[0].keys.device, memories[0].keys.dtype)

@@ -110,14 +110,13 @@ class MemoryMethod:
         return self.compressor.compress_ids(passages, tokens, self.batch_size, self.segment_tokens)
 
     def _pieces(self, ids: list[int], memory: Memory) -> list[Piece]:
-        pieces, start = [], 0
-        for part in memory.split():
+        pieces = []
+        for part, segment in memory.split_with(ids):
             # Refined are keys and values, whatever the method computed them from.
             encoder = self.compressor.encoder
             values = part.keys.numel() + part.values.numel() if self.refine_steps else 0
             nbytes = BF16 * (values or part.tokens * encoder.values_per_token(self.base))
-            pieces.append(Piece(ids[start : start + part.passage_tokens], part, part.tokens, nbytes))
-            start += part.passage_tokens
+            pieces.append(Piece(list(segment), part, part.tokens, nbytes))
         return pieces
 
     def prefix(self, rows: Sequence[Sequence[Piece]]) -> Prefix:
