@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Under ten minutes on one or two CPU cores: trains a freshly initialised compressor for the bundled base on the abstracts
+# Under ten minutes on a CPU core with bfloat16 instructions: trains a freshly initialised compressor for the bundled base on the abstracts
 # in data/, into a folder of its own. With --record, its log becomes results/train-mini-log.jsonl, which the README's loss
 # curve is drawn from.
 #   runs/train-mini.sh [--record] [settings of train.py]
