@@ -208,16 +208,18 @@ def demonstrate(
 
 
 def regenerate(model: Compressor, memory: Memory, passage: str) -> dict[str, Any]:
-    """`regeneration`, `bleu` (0-100) and `rouge_l` (0-1) of a passage written back from its memory."""
+    """`regeneration`, `bleu` and `chrf` (0-100) and `rouge_l` (0-1) of a passage written back from its memory."""
     import numpy as np
 
-    from compressor.evaluation.metrics import bleu, bleu_statistics, rouge_l
+    from compressor.evaluation.metrics import bleu, bleu_statistics, chrf, chrf_statistics, rouge_l
 
     regeneration = model.regenerate(memory)
-    counts = {name: np.array([value]) for name, value in bleu_statistics(regeneration, passage).items()}
+    statistics = bleu_statistics(regeneration, passage) | chrf_statistics(regeneration, passage)
+    counts = {name: np.array([float(value)]) for name, value in statistics.items()}
     return {
         "regeneration": regeneration,
         "bleu": round(float(bleu(counts)[0]), 2),
+        "chrf": round(float(chrf(counts)[0]), 2),
         "rouge_l": round(rouge_l(regeneration, passage), 4),
     }
 
@@ -281,7 +283,7 @@ def _shown_regeneration(result: dict[str, Any], colour: bool) -> list[str]:
         "",
         mark_differences(result["passage"], result["regeneration"], colour),
         "",
-        f"BLEU {result['bleu']:.1f}   ROUGE-L {result['rouge_l']:.3f}   "
+        f"BLEU {result['bleu']:.1f}   chrF {result['chrf']:.1f}   ROUGE-L {result['rouge_l']:.3f}   "
         f"exact match {'yes' if result['regeneration'] == result['passage'] else 'no'}",
         *(["More comes back after gradient steps on the memory: --refine_steps 20"] if wanting else []),
     ]

@@ -114,7 +114,8 @@ def described(
     segments = f" in {back['segments']} segments" if back["segments"] > 1 else ""
     summary = (
         f"**{back['passage_tokens']} tokens → {tokens_named(back['tokens'])}**{segments} ({ratio:.3g}x). "
-        f"ROUGE-L {back['rouge_l']:.3f}, BLEU {back['bleu']:.1f}; compressed in {back['timings']['compress']:.2f} s, "
+        f"ROUGE-L {back['rouge_l']:.3f}, BLEU {back['bleu']:.1f}, chrF {back['chrf']:.1f}; "
+        f"compressed in {back['timings']['compress']:.2f} s, "
         f"regenerated in {back['timings']['regenerate']:.2f} s."
     )
     answers = answers_of(back) if asked else []

@@ -6,16 +6,20 @@ numbers, any process can compute them, and resampling passages is a product of m
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 import pandas as pd
 from rouge_score.rouge_scorer import RougeScorer
+from rouge_score.tokenizers import Tokenizer
 from sacrebleu.metrics.bleu import BLEU
-from torchmetrics.functional.text import squad
+from sacrebleu.metrics.chrf import CHRF
+from sacrebleu.metrics.helpers import extract_all_char_ngrams
+
+from compressor.evaluation.words import answer_words, plain_words, words
 
 RESAMPLES = 1000
 LEVEL = 0.95
@@ -27,6 +31,10 @@ BLEU_COLUMNS = (
     "bleu_wanted",
 )
 """What a passage adds to corpus BLEU: n-grams matched, n-grams written, words written and words wanted."""
+CHRF_COLUMNS = tuple(
+    f"chrf_{what}_{n}" for what in ("written", "wanted", "match") for n in range(1, CHRF.CHAR_ORDER + 1)
+)
+"""What a passage adds to corpus chrF: for each order the character n-grams written, wanted and in both."""
 
 Sums = Mapping[str, np.ndarray]
 """For each column its sum over the passages of every resample, float64 `[resamples]`."""
@@ -46,6 +54,7 @@ class Figure:
 
 FIGURES = {
     "bleu": Figure("BLEU", 1, 1),
+    "chrf": Figure("chrF", 1, 1),
     "rouge_l": Figure("ROUGE-L", 1, 3),
     "exact_match": Figure("exact match", 1, 3),
     "token_accuracy": Figure("token accuracy", 1, 3),
@@ -197,11 +206,17 @@ def _divided(above: np.ndarray, below: np.ndarray) -> np.ndarray:
 
 
 def bleu(sums: Sums) -> np.ndarray:
-    """Corpus BLEU of every resample, 0 to 100, by sacrebleu's own formula (Post, arXiv 1804.08771)."""
+    """Corpus BLEU of every resample, 0 to 100, by sacrebleu's own formula (Post, arXiv 1804.08771).
+
+    The order is the effective one: where nothing of four words was written, shorter n-grams count alone, so that a copy
+    of a short text scores 100. Elsewhere it changes nothing.
+    """
     rows = np.stack([sums[name] for name in BLEU_COLUMNS], axis=1).round().astype(int).tolist()
     return np.array(
         [
-            BLEU.compute_bleu(row[:NGRAMS], row[NGRAMS : 2 * NGRAMS], row[-2], row[-1], smooth_method="exp").score
+            BLEU.compute_bleu(
+                row[:NGRAMS], row[NGRAMS : 2 * NGRAMS], row[-2], row[-1], smooth_method="exp", effective_order=True
+            ).score
             for row in rows
         ]
     )
@@ -210,36 +225,78 @@ def bleu(sums: Sums) -> np.ndarray:
 CORPUS_BLEU = FigureOf(BLEU_COLUMNS, bleu)
 
 
+def chrf(sums: Sums) -> np.ndarray:
+    """Corpus chrF of every resample, 0 to 100: F2 of character n-grams, which needs no words (Popović 2015).
+
+    Sacrebleu's definition, whose own function takes texts and not sums.
+    """
+    written, wanted, match = np.split(np.stack([sums[name] for name in CHRF_COLUMNS]), 3)
+    effective = (written > 0) & (wanted > 0)
+    orders = np.maximum(effective.sum(axis=0), 1)
+    precision, recall = (
+        np.divide(match, of, out=np.zeros_like(match), where=effective).sum(axis=0) / orders for of in (written, wanted)
+    )
+    factor = CHRF.BETA**2
+    below = factor * precision + recall
+    return 100 * np.divide((1 + factor) * precision * recall, below, out=np.zeros_like(below), where=below > 0)
+
+
+CORPUS_CHRF = FigureOf(CHRF_COLUMNS, chrf)
+
+
 @lru_cache(maxsize=1)
 def bleu_signature() -> str:
     """sacrebleu's description of how `bleu` tokenises and counts, for reports."""
-    metric = BLEU()
+    metric = _bleu()
     metric.corpus_score(["a"], [["a"]])  # the signature names the number of references, known after a score
     return str(metric.get_signature())
 
 
 @lru_cache(maxsize=1)
-def _sentence_bleu() -> BLEU:
-    # Counts do not depend on the effective order; without it sacrebleu warns at every sentence.
+def chrf_signature() -> str:
+    """sacrebleu's description of how `chrf` counts, for reports."""
+    metric = CHRF()
+    metric.corpus_score(["a"], [["a"]])
+    return str(metric.get_signature())
+
+
+@lru_cache(maxsize=1)
+def _bleu() -> BLEU:
     return BLEU(effective_order=True)
+
+
+class _Words(Tokenizer):  # type: ignore[misc]  # rouge-score has no types
+    """What rouge-score calls for the words of a text."""
+
+    def tokenize(self, text: str) -> list[str]:
+        return words(text)
 
 
 @lru_cache
 def _rouge(*kinds: str) -> RougeScorer:
-    return RougeScorer(list(kinds), use_stemmer=False)
+    return RougeScorer(list(kinds), tokenizer=_Words())
 
 
 def bleu_statistics(written: str, wanted: str) -> dict[str, int]:
     """What a passage adds to corpus BLEU, under the names `BLEU_COLUMNS`."""
-    score = _sentence_bleu().sentence_score(written, [wanted])
+    score = _bleu().sentence_score(written, [wanted])
     values = [*score.counts, *score.totals, score.sys_len, score.ref_len]
     return dict(zip(BLEU_COLUMNS, map(int, values), strict=True))
+
+
+def chrf_statistics(written: str, wanted: str) -> dict[str, int]:
+    """What a passage adds to corpus chrF, under the names `CHRF_COLUMNS`."""
+    ours, theirs = (extract_all_char_ngrams(text, CHRF.CHAR_ORDER) for text in (written, wanted))
+    both = [(one & other).total() for one, other in zip(ours, theirs, strict=True)]
+    # As sacrebleu: n-grams longer than what was wanted do not count against what was written.
+    counts = [one.total() if other else 0 for one, other in zip(ours, theirs, strict=True)]
+    return dict(zip(CHRF_COLUMNS, [*counts, *(one.total() for one in theirs), *both], strict=True))
 
 
 def rouge_l(written: str, wanted: str) -> float:
     """F-measure of the longest common subsequence of words, 0 to 1 (Lin 2004; the rouge-score package).
 
-    Words are runs of ASCII letters and digits in lower case: only an exact copy of a text without any scores above 0.
+    Words are those of any script (`words`). A text without any scores 1 for an exact copy and 0 for anything else.
     """
     return 1.0 if written == wanted else float(_rouge("rougeL").score(wanted, written)["rougeL"].fmeasure)
 
@@ -259,12 +316,21 @@ def exact_match(written: str, wanted: str) -> bool:
 def answer_scores(written: str, answers: Sequence[str]) -> tuple[float, float]:
     """Exact match and F1 of an answer, 0 to 1 each, against the best of the right ones.
 
-    Normalisation is that of SQuAD's official script (Rajpurkar et al. 2016, arXiv 1606.05250): lower case, no
-    punctuation, no articles; torchmetrics implements it.
+    On English these are the figures of SQuAD's official script (Rajpurkar et al. 2016, arXiv 1606.05250);
+    `answer_words` says how other scripts are read. A right answer of which normalisation leaves nothing ("%", "A") is
+    compared as it stands: else an empty answer would match it. A question without right answers is answered right by
+    nothing, as in SQuAD 2.0.
     """
-    right: Any = {"id": "0", "answers": {"text": list(answers), "answer_start": [0] * len(answers)}}
-    found = squad([{"id": "0", "prediction_text": written}], [right])
-    return float(found["exact_match"]) / 100, float(found["f1"]) / 100
+    if not answers:
+        right = float(not answer_words(written))
+        return right, right
+    found = []
+    for answer in answers:
+        normal = answer_words if answer_words(answer) else plain_words
+        ours, theirs = normal(written), normal(answer)
+        shared = (Counter(ours) & Counter(theirs)).total()
+        found.append((float(ours == theirs), 2 * shared / max(1, len(ours) + len(theirs))))
+    return max(exact for exact, _ in found), max(f1 for _, f1 in found)
 
 
 def spearman(first: Sequence[float], second: Sequence[float]) -> float | None:

@@ -10,10 +10,14 @@ from compressor.data.records import load_texts
 from compressor.errors import CompressorError
 from compressor.evaluation.metrics import (
     BLEU_COLUMNS,
+    CHRF_COLUMNS,
     CORPUS_BLEU,
+    CORPUS_CHRF,
     FigureOf,
     bleu_signature,
     bleu_statistics,
+    chrf_signature,
+    chrf_statistics,
     exact_match,
     ratio,
     rouge_l,
@@ -62,6 +66,7 @@ class Regeneration(Task):
     settings: tuple[str, ...] = ("lengths", "split_date", "text_field", "published")
     figures: Mapping[str, FigureOf] = {
         "bleu": CORPUS_BLEU,
+        "chrf": CORPUS_CHRF,
         "rouge_l": ratio("rouge_l", "passages"),
         "exact_match": ratio("exact_match", "passages"),
         "token_accuracy": ratio("correct_tokens", "target_tokens"),
@@ -135,6 +140,7 @@ class Regeneration(Task):
                     "passage_bytes": len(reference.encode()),
                     "memory_bytes": sum(piece.nbytes for piece in pieces),
                     **bleu_statistics(prediction, reference),
+                    **chrf_statistics(prediction, reference),
                 }
             )
         return results
@@ -142,7 +148,8 @@ class Regeneration(Task):
     def columns(self, result: Result) -> dict[str, float]:
         names = (
             *("rouge_l", "exact_match", "nats", "correct_tokens", "target_tokens"),
-            *("passage_tokens", "memory_tokens", "passage_bytes", "memory_bytes", *BLEU_COLUMNS),
+            *("passage_tokens", "memory_tokens", "passage_bytes", "memory_bytes"),
+            *(*BLEU_COLUMNS, *CHRF_COLUMNS),
         )
         return {"passages": 1.0, **{name: float(result[name]) for name in names}}
 
@@ -152,7 +159,8 @@ class Regeneration(Task):
 
     def note(self) -> str:
         return (
-            f"BLEU: {bleu_signature()}. nats/token and token accuracy: teacher-forced, EOS included. token ratio: "
+            f"BLEU: {bleu_signature()}. chrF: {chrf_signature()}. "
+            "nats/token and token accuracy: teacher-forced, EOS included. token ratio: "
             "passage tokens / memory tokens. byte ratio: UTF-8 bytes of the passage / bytes of its memory held in "
             "bfloat16."
         )
