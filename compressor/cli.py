@@ -160,22 +160,35 @@ def _memory_and_base(options: MemoryOptions) -> tuple[Memory, Base]:
     return memory, base
 
 
+@dataclass
+class RegenerateOptions(MemoryOptions):
+    """What `compressor regenerate` takes."""
+
+    exact: bool = False
+    """Give the text that `compress --keep-text` kept, the same bytes, instead of what the memory tokens give."""
+
+
 def regenerate(argv: list[str]) -> int:
     """write the passage of a memory file back"""
     from compressor.parsing import parse_config
 
-    options, _ = parse_config(MemoryOptions, argv, f"compressor regenerate: {regenerate.__doc__}")
+    options, _ = parse_config(RegenerateOptions, argv, f"compressor regenerate: {regenerate.__doc__}")
     from compressor import generation
 
     memory, base = _memory_and_base(options)
-    sampling = generation.Sampling(temperature=options.temperature, seed=options.seed)
-    text = generation.regenerate(base, [memory], sampling)[0]
-    if memory.residual is not None and options.temperature == 0:
+    if options.exact:
+        from compressor.codecs.lossless import unpack_passage
+
+        if memory.text is None:
+            raise CompressorError(
+                f"{options.memory} keeps no text: leave --exact out, or compress the passage again with --keep-text"
+            )
         sys.stdout.flush()
-        sys.stdout.buffer.write(text.encode())  # the same bytes, without a line end of our own
+        sys.stdout.buffer.write(unpack_passage(memory.text, base).encode())  # without a line end of our own
         sys.stdout.buffer.flush()
-    else:
-        print(text)
+        return 0
+    sampling = generation.Sampling(temperature=options.temperature, seed=options.seed)
+    print(generation.regenerate(base, [memory], sampling)[0])
     return 0
 
 

@@ -312,22 +312,6 @@ def regenerate_ids(
 def regenerate(
     base: Base, memories: Sequence[Memory], sampling: Sampling | None = None, batch_size: int = 16
 ) -> list[str]:
-    """Texts of the passages, written back from their memories.
-
-    A memory with a residual gives its passage exactly (`codecs/residual.py`), unless a temperature asks for another.
-
-    Raises:
-        CompressorError: a residual does not fit its memory or the base, or its text does not come out.
-    """
-    greedy = sampling is None or sampling.temperature == 0
-    exact = [i for i, memory in enumerate(memories) if memory.residual is not None and greedy]
-    others = [i for i in range(len(memories)) if i not in set(exact)]
-    texts = [""] * len(memories)
-    for i, ids in zip(others, regenerate_ids(base, [memories[i] for i in others], sampling, batch_size), strict=True):
-        texts[i] = base.tokenizer.decode(ids, skip_special_tokens=True)
-    if exact:
-        from compressor.codecs.residual import restore_texts
-
-        for i, text in zip(exact, restore_texts(base, [memories[i] for i in exact], batch_size), strict=True):
-            texts[i] = text
-    return texts
+    """Texts of the passages, written back from their memories."""
+    written = regenerate_ids(base, memories, sampling, batch_size)
+    return [base.tokenizer.decode(ids, skip_special_tokens=True) for ids in written]

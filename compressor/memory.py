@@ -52,8 +52,8 @@ class Memory:
     """Fingerprint of the base's tokenizer; empty where not recorded."""
     base_name: str = ""
     """Folder or hub id of the base; empty where not recorded."""
-    residual: bytes | None = None
-    """What makes regeneration exact (`codecs/residual.py`), if the passage was compressed so."""
+    text: bytes | None = None
+    """The passage itself, packed (`codecs.lossless.pack_passage`), if it is kept."""
 
     def __post_init__(self) -> None:
         if self.keys.dim() != 4 or self.keys.shape != self.values.shape or self.keys.shape[2] != self.tokens:
@@ -101,12 +101,12 @@ class Memory:
         return load_memory(path, calibration)
 
     def split(self) -> list[Memory]:
-        """One memory for each segment; a residual is of all segments together, and is left out if there are several."""
+        """One memory for each segment; a kept text is of all segments, and is left out if there are several."""
         if len(self.segments) == 1:
             return [self]
         sizes = [segment.tokens for segment in self.segments]
         parts = zip(self.segments, self.keys.split(sizes, dim=2), self.values.split(sizes, dim=2), strict=True)
-        return [replace(self, keys=k, values=v, segments=(segment,), residual=None) for segment, k, v in parts]
+        return [replace(self, keys=k, values=v, segments=(segment,), text=None) for segment, k, v in parts]
 
     def split_with(self, passage: Sequence[int]) -> list[tuple[Memory, Sequence[int]]]:
         """`split`, each segment's memory with its tokens of the passage that was compressed."""
@@ -120,8 +120,7 @@ class Memory:
         """The first `tokens` memory tokens of each segment: the memory that compressing to `tokens` gives.
 
         Raises:
-            CompressorError: the layout puts tokens elsewhere when there are fewer, there are not so many, or the memory
-                has a residual, which fits all of its tokens.
+            CompressorError: the layout puts tokens elsewhere when there are fewer, or there are not so many.
         """
         fewest = min(segment.tokens for segment in self.segments)
         if not 1 <= tokens <= fewest:
@@ -133,12 +132,6 @@ class Memory:
             )
         if all(segment.tokens == tokens for segment in self.segments):
             return self
-        if self.residual is not None:
-            raise CompressorError(
-                f"cannot truncate to {tokens} memory tokens: the memory is exact, and its residual fits all of them; "
-                f"compress with {tokens} tokens and exact=True (--tokens {tokens} --exact), or drop the residual: "
-                "dataclasses.replace(memory, residual=None)"
-            )
         parts = self.split()
         return replace(
             self,
@@ -149,21 +142,16 @@ class Memory:
 
     @staticmethod
     def concatenate(memories: Sequence[Memory]) -> Memory:
-        """The memories one after the other, as if their passages followed each other.
+        """The memories one after the other, as if their passages followed each other; kept texts are left out.
 
         Raises:
-            CompressorError: none given, they are of different bases, layouts or sizes, or one has a residual.
+            CompressorError: none given, or they are of different bases, layouts or sizes.
         """
         if not memories:
             raise CompressorError("cannot concatenate an empty list of memories")
         first = memories[0]
         if len(memories) == 1:
             return first
-        if any(memory.residual is not None for memory in memories):
-            raise CompressorError(
-                "cannot concatenate exact memories: a residual is of one passage; compress the joined text with "
-                "exact=True, or drop the residuals first: dataclasses.replace(memory, residual=None)"
-            )
         for other in memories[1:]:
             for name in ("base", "layout", "most"):
                 if getattr(other, name) != getattr(first, name):
@@ -176,6 +164,7 @@ class Memory:
             keys=torch.cat([memory.keys for memory in memories], dim=2),
             values=torch.cat([memory.values for memory in memories], dim=2),
             segments=tuple(segment for memory in memories for segment in memory.segments),
+            text=None,
         )
 
     def to_cache(self, base: Base) -> DynamicCache:

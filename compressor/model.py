@@ -155,8 +155,6 @@ class Compressor(nn.Module):
         target_fidelity: float | None = None,
         segment_tokens: int | None = None,
         refine_steps: int = 0,
-        exact: bool = False,
-        codec: str | Codec | None = None,
     ) -> Memory: ...
     @overload
     def compress(
@@ -168,8 +166,6 @@ class Compressor(nn.Module):
         target_fidelity: float | None = None,
         segment_tokens: int | None = None,
         refine_steps: int = 0,
-        exact: bool = False,
-        codec: str | Codec | None = None,
     ) -> list[Memory]: ...
 
     def compress(
@@ -181,8 +177,6 @@ class Compressor(nn.Module):
         target_fidelity: float | None = None,
         segment_tokens: int | None = None,
         refine_steps: int = 0,
-        exact: bool = False,
-        codec: str | Codec | None = None,
     ) -> Memory | list[Memory]:
         """Compress one passage, or several in batches.
 
@@ -196,9 +190,6 @@ class Compressor(nn.Module):
                 which holds less; by default segments are as long as the compressor takes.
             refine_steps: gradient steps on each memory itself (`compressor/refinement.py`), each of which takes a
                 forward and a backward pass over the passage: 10 to 50 keep far more with few memory tokens.
-            exact: add to each memory what makes `regenerate` give its passage byte for byte (`codecs/residual.py`);
-                needs the extra `codecs`. The memory is then rounded as its file will have it.
-            codec: of `exact`, by which the memory will be saved, by default `bf16`.
 
         Returns:
             A memory, or a list of them.
@@ -207,10 +198,6 @@ class Compressor(nn.Module):
             CompressorError: an empty text, more memory tokens than the compressor has, or a fidelity out of range.
         """
         texts = [passages] if isinstance(passages, str) else list(passages)
-        if exact:
-            from compressor.codecs.residual import check_texts
-
-            check_texts(texts)
         ids = self.base.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
         if target_fidelity is None:
             memories = self.compress_ids(ids, tokens, batch_size, segment_tokens, refine_steps)
@@ -220,12 +207,6 @@ class Compressor(nn.Module):
             memories = compress_to_fidelity(
                 self, ids, target_fidelity, tokens, batch_size, segment_tokens, refine_steps
             )
-        if exact:
-            from compressor.codecs.residual import make_exact
-
-            memories = make_exact(self, texts, memories, codec)
-        elif codec is not None:
-            raise CompressorError("compress takes a codec with exact=True only: otherwise give it to Memory.save")
         return memories[0] if isinstance(passages, str) else memories
 
     @torch.no_grad()

@@ -82,6 +82,20 @@ def list_types(config: type, prefix: str = "") -> dict[str, Any]:
     return found
 
 
+def _plain_names(config: type, argv: list[str]) -> list[str]:
+    """Underscores for the dashes of option names, and `--exact true` for `--exact`."""
+    known, kinds = set(known_keys(config)), get_type_hints(config)
+    found = []
+    for place, argument in enumerate(argv):
+        name, given, value = argument.partition("=")
+        if name.startswith("--") and (key := name[2:].replace("-", "_")) in known:
+            name = f"--{key}"
+            if kinds.get(key) is bool and not given and (argv[place + 1 : place + 2] or ["--"])[0].startswith("--"):
+                given, value = "=", "true"
+        found.append(name + given + value)
+    return found
+
+
 def join_lists(config: type, argv: list[str]) -> list[str]:
     """Let lists be written with spaces: `--tokens 16 4 1` becomes `--tokens [16,4,1]`."""
     lists = list_types(config)
@@ -123,7 +137,7 @@ def parse_config(
     Raises:
         CompressorError: unknown key or value out of range.
     """
-    argv = join_lists(config, list(sys.argv[1:] if argv is None else argv))
+    argv = join_lists(config, _plain_names(config, list(sys.argv[1:] if argv is None else argv)))
     # The texts under the fields of a configuration are what --help says about them.
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(description=description, exit_on_error=False)

@@ -42,13 +42,11 @@ def refine(
     apart. The first tokens of a refined memory are not what compressing to fewer gives: truncate first, then refine.
 
     Args:
-        memories: without residuals.
         passages: token ids that the memories were compressed from.
         steps: gradient steps; 0 returns the memories as they are.
 
     Raises:
-        CompressorError: fewer than 0 steps, a memory with a residual or of another base, or a passage of another length
-            than its memory's.
+        CompressorError: fewer than 0 steps, a memory of another base, or a passage of another length than its memory's.
     """
     if steps < 0:
         raise CompressorError(f"refine_steps = {steps} is out of range: give 0 (none) or more")
@@ -56,11 +54,6 @@ def refine(
         return list(memories)
     parts: list[tuple[Memory, Sequence[int]]] = []
     for memory, ids in zip(memories, passages, strict=True):
-        if memory.residual is not None:
-            raise CompressorError(
-                "cannot refine an exact memory: its residual fits it as it is; compress with refine_steps and "
-                "exact=True instead"
-            )
         if memory.passage_tokens != len(ids):
             raise CompressorError(
                 f"cannot refine the memory of a passage of {memory.passage_tokens} tokens with one of {len(ids)}: "

@@ -8,6 +8,7 @@ import random
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,13 @@ import pytest
 import torch
 
 from compressor.cli import main
+from compressor.codecs import container
 from compressor.codecs import frequencies as fr
 from compressor.codecs.blocks import RAW, TEXT, ZSTD, Block, parse, serialise
+from compressor.codecs.collection import Collection
 from compressor.codecs.exact import ExactBase, Lockstep
-from compressor.codecs.lossless import pack_bytes, split_text, unpack_bytes
+from compressor.codecs.inspection import byte_ledger
+from compressor.codecs.lossless import pack_bytes, pack_passage, split_text, unpack_bytes, unpack_passage
 from compressor.codecs.ranges import RangeDecoder, RangeEncoder
 from compressor.codecs.token_coder import (
     Unencodable,
@@ -29,7 +33,7 @@ from compressor.codecs.token_coder import (
     encode_tokens,
 )
 from compressor.errors import CompressorError
-from compressor.memory import empty_prefix
+from compressor.memory import Memory, empty_prefix
 
 pytest.importorskip("zstandard")
 
@@ -653,3 +657,62 @@ def test_progress_is_lines_where_there_is_no_terminal(
         for done in range(0, 1001, 7):
             progress("packing", done, 1000)
     assert len(capsys.readouterr().err.splitlines()) == 9
+
+
+@pytest.mark.parametrize("text", ["  white space \r\n\n", "naïve 𝛼≤β </s> \t", "x"])
+def test_a_passage_is_kept_with_and_without_a_base(exact: ExactBase, text: str) -> None:
+    assert unpack_passage(pack_passage(text, exact), exact) == text
+    plain = pack_passage(text)
+    assert unpack_passage(plain, exact) == text
+    for kept in (plain, pack_passage(text, exact)):
+        with pytest.raises(CompressorError):
+            unpack_passage(kept[:-1] + bytes([kept[-1] ^ 1]), exact)
+    with pytest.raises(CompressorError, match="surrogates"):
+        pack_passage("\ud800 x", exact)
+
+
+def test_a_text_is_kept_with_its_memory(
+    tiny_compressor: Any, tiny_base_folder: Path, abstracts: list[str], tmp_path: Path, capsysbinary: Any
+) -> None:
+    tiny_compressor.save_pretrained(tmp_path / "checkpoint")
+    base = ["--base", str(tiny_base_folder)]
+    options = ["--keep-text", "--tokens", "2", "--checkpoint", str(tmp_path / "checkpoint"), *base]
+    source, target = tmp_path / "text.txt", tmp_path / "m"
+    source.write_bytes(f"  {abstracts[0][:90]} \r\n\n".encode())
+    assert main(["compress", str(source), "-o", str(target), *options]) == 0
+    assert b"are the text" in capsysbinary.readouterr().out
+    memory = Memory.load(target)
+    assert memory.text is not None
+    assert memory.truncate(1).text == memory.text
+    assert Memory.concatenate([memory, memory]).text is None
+    assert byte_ledger(target)["text"] == len(memory.text)
+    assert sum(byte_ledger(target).values()) == target.stat().st_size
+    for tokens in ([], ["--tokens", "1"]):
+        assert main(["regenerate", "--memory", str(target), "--exact", *tokens, *base]) == 0
+        assert capsysbinary.readouterr().out == source.read_bytes()
+    assert main(["regenerate", "--memory", str(target), *base]) == 0
+    assert capsysbinary.readouterr().out != source.read_bytes()
+
+    replace(memory, text=None).save(target)
+    assert main(["regenerate", "--memory", str(target), "--exact", *base]) == 2
+    assert b"compress the passage again with --keep-text" in capsysbinary.readouterr().err
+
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text('{"id": "a", "text": " exactly this  "}\n{"id": "b", "text": "and that"}\n')
+    assert main(["compress", str(corpus), "-o", str(tmp_path / "many"), *options]) == 0
+    kept = Collection(tmp_path / "many").load("b").text
+    assert kept is not None
+    assert unpack_passage(kept, tiny_compressor.base) == "and that"
+
+
+def test_a_residual_of_an_older_file_is_left_out(tiny_compressor: Any, tmp_path: Path) -> None:
+    memory = tiny_compressor.compress("A passage of a few words.", 2)
+    memory.save(tmp_path / "m")
+    content = container.read(tmp_path / "m", "memory", "a memory file", 2)
+    settings = {name: value for name, value in content.settings.items() if name != "sha256"}
+    tensors = {**content.tensors, "residual": torch.ones(9, dtype=torch.uint8)}
+    (tmp_path / "m").write_bytes(container.serialise("memory", settings, tensors)[0])
+    with pytest.warns(UserWarning, match="compress again with --keep-text"):
+        found = Memory.load(tmp_path / "m")
+    assert torch.equal(found.keys, memory.keys)
+    assert found.text is None

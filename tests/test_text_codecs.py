@@ -42,7 +42,7 @@ def models(load: Callable[[], Any]) -> dict[str, Compressor]:
     settings = {"memory_tokens": 4, "lora_rank": 4, "lora_alpha": 8.0, "max_passage_tokens": 48}
     kv = Compressor(load(), CompressorConfig(**settings)).eval()
     embedding = Compressor(load(), CompressorConfig(method="sentence-embedding", layout="front", **settings)).eval()
-    return {"memory": kv, "exact": kv, "sentence-embedding": embedding}
+    return {"memory": kv, "sentence-embedding": embedding}
 
 
 @pytest.fixture(scope="module")
@@ -64,8 +64,6 @@ def test_a_file_stands_for_one_text(name: str, text: str, needs: Callable[..., N
     assert alone.blob != two[1].blob
     for batch in (1, 7):
         assert unpack_text(alone.blob, needs(name, batch=batch, tokens=None)) == alone.text
-    if name == "exact":
-        assert alone.text == text
     assert 0 < alone.decoder_tokens <= 4 * len(text) / 10
     # No greater than it has to be: a prompt of four tokens takes a few bytes.
     if name in ("keywords", "summary"):
@@ -104,13 +102,10 @@ def test_memory_codecs(text: str, needs: Callable[..., Needs], models: dict[str,
     sizes = {}
     for name in ("bf16", "int8", "int4+ans", "lowrank:0.5", "int3+range"):
         fitted = {"load_calibration": lambda: calibration} if name in ("lowrank:0.5", "int3+range") else {}
-        for codec in ("memory", "exact"):
-            made = needs(codec, memory_codec=name, **fitted)
-            packed = pack_texts([text], text_codec(codec, made))[0]
-            assert unpack_text(packed.blob, needs(codec, **fitted)) == packed.text
-            assert codec == "memory" or packed.text == text
-            sizes[codec, name] = len(packed.blob)
-    assert sizes["memory", "bf16"] > sizes["memory", "int8"] > sizes["memory", "lowrank:0.5"]
+        packed = pack_texts([text], text_codec("memory", needs("memory", memory_codec=name, **fitted)))[0]
+        assert unpack_text(packed.blob, needs("memory", **fitted)) == packed.text
+        sizes[name] = len(packed.blob)
+    assert sizes["bf16"] > sizes["int8"] > sizes["lowrank:0.5"]
     made = needs("memory", memory_codec="lowrank:0.5", load_calibration=lambda: calibration)
     blob = pack_texts([text], text_codec("memory", made))[0].blob
     with pytest.raises(CompressorError, match=r"needs the calibration .* none was given"):
@@ -135,7 +130,7 @@ def test_embeddings_need_their_checkpoint(text: str, needs: Callable[..., Needs]
             pack_texts([text], text_codec(name, needs(name, **wrong)))
 
 
-@pytest.mark.parametrize("name", ["keywords", "memory", "sentence-embedding", "exact"])
+@pytest.mark.parametrize("name", ["keywords", "memory", "sentence-embedding"])
 def test_damaged_files_are_refused(name: str, text: str, needs: Callable[..., Needs]) -> None:
     made = needs(name)
     blob = pack_texts([text[:80]], text_codec(name, made))[0].blob
@@ -203,10 +198,7 @@ def test_commands(
     assert main(["pack", str(source), "--codec", "summary", *base]) == 2  # gzip's way: what exists is left alone
     assert main(["pack", str(source), "-f", "--codec", "memory", "--memory-codec", "int4+ans", *with_model]) == 0
     assert main(["unpack", "-t", str(packed), *base]) == 0
-    assert main(["pack", str(source), "-f", "--codec", "exact", *with_model]) == 0
-    assert not source.exists()  # nothing is lost with this one
-    assert main(["unpack", str(packed), *base]) == 0
-    assert source.read_text() == text
+    packed.unlink()
     source.write_bytes(b"\xff\xfe\x00")
     assert main(["pack", str(source), "--codec", "summary", *base]) == 1
     assert b"not UTF-8" in capsysbinary.readouterr().err

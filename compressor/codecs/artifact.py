@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -43,8 +44,10 @@ MOST_LAYERS = 1 << 12
 MOST_EXPANSION = 1 << 11
 """Most values for a byte of a file; a small file that claims to be a vast memory is refused before it is decoded."""
 WHAT = "a memory file"
-RESIDUAL = "residual"
-"""Name of the tensor that holds a memory's residual (`codecs/residual.py`)."""
+TEXT = "text"
+"""Name of the tensor that holds a memory's passage, packed."""
+_RESIDUAL = "residual"
+"""Tensor of files before 0.2.0 that made regeneration exact."""
 _PROBE = "The 3 quick brown foxes—naïve, 𝛼≤β—jump over\n\n\t12,345.67 lazy dogs; can't they?  $x_{i}^2$ <s></s>"
 
 
@@ -162,10 +165,6 @@ def encode(memory: Memory, codec: Codec) -> tuple[dict[str, Tensor], dict[str, A
         CompressorError: the memory is larger than files may be, or the codec leaves next to nothing of it.
     """
     tensors, details = codec.encode(memory)
-    if memory.residual is not None:
-        from compressor.codecs.residual import check_stored
-
-        check_stored(memory, codec)
     values, stored = 2 * memory.keys.numel(), sum(tensor.nbytes for tensor in tensors.values())
     if memory.most > MOST_TOKENS or values > MOST_VALUES:
         raise CompressorError(f"a memory of {values:,} values, {memory.most} tokens a segment, is too large for a file")
@@ -173,8 +172,8 @@ def encode(memory: Memory, codec: Codec) -> tuple[dict[str, Tensor], dict[str, A
         raise CompressorError(
             f"this codec leaves {stored:,} bytes of {values:,} values, which is next to nothing: choose a higher rate"
         )
-    if memory.residual is not None:
-        tensors = {**tensors, RESIDUAL: torch.frombuffer(bytearray(memory.residual), dtype=torch.uint8)}
+    if memory.text is not None:
+        tensors = {**tensors, TEXT: torch.frombuffer(bytearray(memory.text), dtype=torch.uint8)}
     return tensors, details
 
 
@@ -208,10 +207,16 @@ def restore(
     from compressor.memory import Memory, Segment
 
     try:
-        residual = tensors.get(RESIDUAL)
-        if residual is not None and (residual.dtype != torch.uint8 or residual.dim() != 1 or not len(residual)):
-            raise CompressorError(f"{path} is damaged: its residual is {residual.dtype} {tuple(residual.shape)}")
-        tensors = {name: tensor for name, tensor in tensors.items() if name != RESIDUAL}
+        kept = tensors.get(TEXT)
+        if kept is not None and (kept.dtype != torch.uint8 or kept.dim() != 1 or not len(kept)):
+            raise CompressorError(f"{path} is damaged: its text is {kept.dtype} {tuple(kept.shape)}")
+        if _RESIDUAL in tensors:
+            warnings.warn(
+                f"{path} has a residual, with which versions before 0.2.0 regenerated its passage exactly; it is left "
+                "out: compress again with --keep-text where that matters",
+                stacklevel=2,
+            )
+        tensors = {name: tensor for name, tensor in tensors.items() if name not in (TEXT, _RESIDUAL)}
         layout, most = settings["layout"], whole(settings["most"], 1, MOST_TOKENS)
         if layout not in get_args(Layout):
             raise CompressorError(f"{path} has layout {str(layout)[:20]!r}, which this version does not know")
@@ -231,11 +236,11 @@ def restore(
         texts = (settings["base"]["weights"], settings["compressor"], settings["tokenizer"], settings["base"]["name"])
         if not all(isinstance(text, str) for text in texts):
             raise TypeError("a name is no text")
-        exact = None if residual is None else residual.numpy().tobytes()
-        return Memory(keys, values_, parts, layout, most, *texts, residual=exact)
+        text = None if kept is None else kept.numpy().tobytes()
+        return Memory(keys, values_, parts, layout, most, *texts, text=text)
     except CompressorError as error:
-        text = str(error)
-        raise CompressorError(text if str(path) in text else f"{path}: {text}") from None
+        message = str(error)
+        raise CompressorError(message if str(path) in message else f"{path}: {message}") from None
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RuntimeError) as error:
         raise CompressorError(f"{path} is damaged: its header does not describe a memory ({error!r})") from None
 

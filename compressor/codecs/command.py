@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from tqdm import tqdm
 
 from compressor.errors import CompressorError, require
 
+if TYPE_CHECKING:
+    from compressor.base import Base
+
+MOST_PARAMETERS = 500_000_000
+"""Parameters of the largest base under which kept texts are packed: it is evaluated in float64."""
 LINES = 10
 """Progress lines of a command that does not run on a terminal."""
 
@@ -44,8 +50,9 @@ class CompressOptions:
     """Layers that are not stored."""
     keep_tokens: int | None = None
     """Store only the first so many memory tokens of each segment."""
-    exact: bool = False
-    """Store also what the memory lacks, so that `regenerate` gives back the same bytes."""
+    keep_text: bool = False
+    """Keep the text with the memory, packed under the base's predictions (about a second for each 100 tokens), for
+    `compressor regenerate --exact`."""
     device: str = "cpu"
     batch_size: int = 16
     """Segments compressed together."""
@@ -144,9 +151,18 @@ def chosen_codec(options: CompressOptions) -> Any:
     return Codec.parse(name, options.calibration, options.drop_layers, options.keep_tokens)
 
 
-def exactness(options: CompressOptions, codec: Any) -> dict[str, Any]:
-    """Arguments of `Compressor.compress` that make memories exact, if the options ask for it."""
-    return {"exact": True, "codec": codec} if options.exact else {}
+def text_packer(options: CompressOptions, base: Base) -> Callable[[str], bytes | None]:
+    """What packs a text to be kept with its memory, if the options ask for it."""
+    if not options.keep_text:
+        return lambda text: None
+    from compressor.codecs.lossless import pack_passage
+
+    if sum(parameter.numel() for parameter in base.parameters()) > MOST_PARAMETERS:
+        return pack_passage
+    from compressor.codecs.exact import ExactBase
+
+    exact = ExactBase(base)
+    return lambda text: pack_passage(text, exact)
 
 
 def chosen_sizes(options: CompressOptions) -> dict[str, Any]:
@@ -158,20 +174,21 @@ def compress_text(options: CompressOptions) -> str:
     """Compress one passage into a memory file; returns a line about it."""
     from compressor.demo import read_text, tokens_named
 
-    passage, codec = read_text(options.text, stripped=not options.exact), chosen_codec(options)
+    passage, codec = read_text(options.text, stripped=not options.keep_text), chosen_codec(options)
     from compressor.codecs.artifact import compressor_name, signed
     from compressor.model import Compressor
 
     model = Compressor.from_pretrained(options.checkpoint, base=options.base, device=options.device)
-    memory = model.compress(passage, **chosen_sizes(options), **exactness(options, codec))
+    memory = model.compress(passage, **chosen_sizes(options))
     memory = signed(memory, model.base, compressor_name(model, options.checkpoint))
+    memory = replace(memory, text=text_packer(options, model.base)(passage))
     size = len(passage.encode())
     memory.save(options.output, codec, size)
     kept = memory.tokens if options.keep_tokens is None else options.keep_tokens * len(memory.segments)
-    residual = "" if memory.residual is None else f" (of which {len(memory.residual):,} make it exact)"
+    text = "" if memory.text is None else f" (of which {len(memory.text):,} are the text)"
     return (
         f"{memory.passage_tokens} tokens -> {tokens_named(kept)} in {len(memory.segments)} segment(s); "
-        f"{size:,} bytes of text -> {Path(options.output).stat().st_size:,} bytes{residual}: {options.output}"
+        f"{size:,} bytes of text -> {Path(options.output).stat().st_size:,} bytes{text}: {options.output}"
     )
 
 
@@ -197,6 +214,7 @@ def compress_corpus(options: CompressOptions) -> str:
         records = load_texts(options.text, field=options.text_field, limit=options.limit)
     names, texts = list(records["id"]), list(records["text"])
     model = Compressor.from_pretrained(options.checkpoint, base=options.base, device=device)
+    packed = text_packer(options, model.base)
     writer = CollectionWriter(options.output, codec, accelerator.process_index)
     stamp = signed(model.compress(texts[0], options.tokens), model.base, compressor_name(model, options.checkpoint))
     if accelerator.is_main_process:
@@ -212,9 +230,9 @@ def compress_corpus(options: CompressOptions) -> str:
         memories = []
         for first in range(0, len(chosen), options.batch_size):
             some = [texts[i] for i in chosen[first : first + options.batch_size]]
-            for memory in model.compress(some, **chosen_sizes(options), **exactness(options, codec)):
+            for text, memory in zip(some, model.compress(some, **chosen_sizes(options)), strict=True):
                 origin = {name: getattr(stamp, name) for name in ("compressor", "tokenizer", "base_name")}
-                memories.append(replace(memory.to("cpu", torch.float32), **origin))
+                memories.append(replace(memory.to("cpu", torch.float32), text=packed(text), **origin))
             progress.add(len(some))
         writer.write([names[i] for i in chosen], [texts[i] for i in chosen], memories)
     progress.close()

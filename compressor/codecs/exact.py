@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from transformers import DynamicCache
@@ -67,7 +68,7 @@ def _with_exact_angles(model: Any) -> None:
 class ExactBase:
     """A float64 copy of a base, and an identity that changes with its weights or its vocabulary.
 
-    Adapters must be off (`Compressor.adapters(on=False)`) when the copy is made and are left out of the identity.
+    A compressor's adapters are off in the copy, and left out of the identity.
 
     Attributes:
         base: the copy; `base.tokenizer` and `base.fingerprint` are those of the original.
@@ -82,6 +83,9 @@ class ExactBase:
         _with_exact_angles(model)
         self.base = copy.copy(base)
         self.base._modules = {**base._modules, "model": model}
+        for module in model.modules():
+            if isinstance(module, BaseTunerLayer):
+                module._disable_adapters = True
         self.vocabulary = self.base.embeddings.weight.shape[0]
         check_vocabulary(self.vocabulary)
         self.window = min(512, getattr(model.config.get_text_config(), "max_position_embeddings", 512))

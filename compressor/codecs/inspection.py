@@ -37,22 +37,22 @@ def byte_ledger(path: str | Path) -> dict[str, int]:
     ledger = {"header": content.header_bytes}
     try:
         record, layers = content.settings["codec"], content.settings["shape"][0]
-        residual = content.tensors.get(artifact.RESIDUAL)
-        exact = {} if residual is None else {artifact.RESIDUAL: residual.nbytes}
+        text = content.tensors.get(artifact.TEXT)
+        kept_text = {} if text is None else {artifact.TEXT: text.nbytes}
         kept = [
             layer
             for layer in range(artifact.whole(layers, 1, artifact.MOST_LAYERS))
             if layer not in record["drop_layers"]
         ]
         if record["name"] == "lowrank":
-            coded = content.total_bytes - content.header_bytes - sum(exact.values())
-            return ledger | {"all layers": coded} | exact
+            coded = content.total_bytes - content.header_bytes - sum(kept_text.values())
+            return ledger | {"all layers": coded} | kept_text
         sizes = record.get("sizes", [0] * len(kept))
-        own = ("payload", artifact.RESIDUAL)
+        own = ("payload", artifact.TEXT)
         shared = sum(t.nbytes // len(kept) for name, t in content.tensors.items() if name not in own)
         for place, layer in enumerate(kept):
             ledger[f"layer {layer}"] = shared + int(sizes[place])
-        ledger |= exact
+        ledger |= kept_text
     except (KeyError, TypeError, IndexError, ValueError, ZeroDivisionError) as error:
         raise CompressorError(f"{path} is damaged: its header does not describe a memory ({error!r})") from None
     return ledger

@@ -7,10 +7,12 @@ they are smaller than what zstd and bzip2 make of them; everything else is their
 from __future__ import annotations
 
 import codecs
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 
 from compressor.base import Base
 from compressor.codecs.blocks import (
+    MAGIC,
     RAW,
     TEXT,
     Block,
@@ -29,6 +31,8 @@ from compressor.errors import CompressorError
 TEXT_BLOCK = 1 << 18
 SEPARATORS = ("", "\n", "\n\n", "\r\n")
 """What lies between a text block's documents. With "" the lanes' tokens are one text."""
+MOST_KEPT = 1 << 26
+"""Most bytes of a text that is kept without a base's predictions."""
 _SHORTEST_DOCUMENT = 100
 _SAMPLE = 6_000
 _PAGE = 4_096
@@ -143,6 +147,37 @@ def unpack_bytes(
         done += len(block.body)
         within(0, done)
     return b"".join(parts)
+
+
+def pack_passage(text: str, base: Base | ExactBase | None = None) -> bytes:
+    """A passage as a memory keeps it: packed under the base's predictions, or without a base by zlib.
+
+    Raises:
+        CompressorError: no valid Unicode, or see `pack_bytes`.
+    """
+    try:
+        data = text.encode()
+    except UnicodeEncodeError:
+        raise CompressorError("the text holds lone surrogates, which no file of text can: remove them") from None
+    return zlib.compress(data, 9) if base is None else pack_bytes(data, base)
+
+
+def unpack_passage(kept: bytes, base: Base | ExactBase | Callable[[], Base | ExactBase]) -> str:
+    """The text that `pack_passage` packed, exactly.
+
+    Raises:
+        CompressorError: damaged, or packed under another base.
+    """
+    if kept[0] == MAGIC:
+        return unpack_bytes(kept, base).decode()
+    try:
+        stream = zlib.decompressobj()
+        text = stream.decompress(kept, MOST_KEPT).decode()
+    except (zlib.error, UnicodeDecodeError) as error:
+        raise CompressorError(f"the text kept with this memory is damaged: {error}") from None
+    if not stream.eof:
+        raise CompressorError(f"the text kept with this memory is cut off, or has more than {MOST_KEPT:,} bytes")
+    return text
 
 
 def split_text(data: bytes) -> Iterator[tuple[bool, bytes]]:

@@ -142,7 +142,7 @@ def _one(name: str, options: argparse.Namespace, load: Callable[[], Any]) -> Non
             temporary.write_bytes(result)
             if source is not None:
                 shutil.copystat(source, temporary)
-        lossy = not options.decompress and options.codec not in text_command.LOSSLESS
+        lossy = not options.decompress and options.codec != "lossless"
         if source is not None and not (options.keep or options.output or lossy):
             source.unlink()
     elif not options.test:

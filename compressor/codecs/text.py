@@ -45,7 +45,6 @@ TEXT_CODECS: dict[str, str] = {
     "summary": "text_prompts:SummaryCodec",
     "sentence-embedding": "text_codecs:EmbeddingCodec",
     "memory": "text_codecs:MemoryCodec",
-    "exact": "text_codecs:ExactCodec",
 }
 """Where each codec is."""
 
@@ -83,10 +82,8 @@ class Needs:
     @cached_property
     def exact(self) -> ExactBase:
         """The base in float64."""
-        from compressor.codecs.residual import exact_base
-
         base = self.load_base()
-        return base if isinstance(base, ExactBase) else exact_base(base)
+        return base if isinstance(base, ExactBase) else ExactBase(base)
 
     @cached_property
     def model(self) -> Compressor:

@@ -1,11 +1,11 @@
-"""Text codecs that send numbers: a quantised memory, alone or with a residual, and a quantised embedding."""
+"""Text codecs that send numbers: a quantised memory, and a quantised embedding."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, get_args
 
 import numpy as np
@@ -162,35 +162,6 @@ class MemoryCodec(TextCodec):
 
     def decoder_tokens(self, prepared: Memory) -> int:
         return prepared.tokens
-
-
-class ExactCodec(MemoryCodec):
-    """The memory, and the residual that makes the text come back byte for byte (`residual.py`)."""
-
-    name, number = "exact", 5
-
-    def prepare(self, texts: Sequence[str]) -> list[Memory]:
-        """See `Compressor.compress`."""
-        needs, codec = self.needs, self.codec()
-        return needs.model.compress(
-            list(texts), needs.tokens, needs.batch, refine_steps=needs.refine_steps, exact=True, codec=codec
-        )
-
-    def encode(self, prepared: Memory) -> bytes:
-        """See `TextCodec.encode`: the residual, then the memory."""
-        assert prepared.residual is not None
-        return varint(len(prepared.residual)) + prepared.residual + super().encode(prepared)
-
-    def decode(self, bodies: Sequence[bytes], sampling: Sampling) -> list[str]:
-        """See `TextCodec.decode`; the sampling does not matter."""
-        from compressor.codecs.residual import restore_texts
-
-        return restore_texts(self.needs.exact, self.memories(bodies), self.needs.batch)
-
-    def read(self, reader: Reader) -> Memory:
-        """The memory of a body, with its residual."""
-        residual = reader.bytes(reader.number(1, 1 << 24))
-        return replace(super().read(reader), residual=residual)
 
 
 @dataclass(frozen=True)

@@ -11,19 +11,15 @@ from compressor.errors import CompressorError
 from compressor.generation import Sampling
 
 DEFAULT_BASE = "models/arxiv-mini/base"
-LOSSLESS = ("lossless", "exact")
-"""Codecs that give the same bytes back."""
-_WITH_MODEL = ("memory", "exact", "sentence-embedding")
+_WITH_MODEL = ("memory", "sentence-embedding")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """What the text codecs can be told; it goes into the file where a reader needs it."""
-    group = parser.add_argument_group("text codecs", "lossy, except for exact: the input is kept")
+    group = parser.add_argument_group("text codecs", "lossy: the input is kept")
     group.add_argument("--codec", default="lossless", choices=["lossless", *TEXT_CODECS], help="packing: what to store")
     group.add_argument("--tokens", type=int, help="packing: tokens of the prompt or memory, for each piece of the text")
-    group.add_argument(
-        "--checkpoint", default="models/arxiv-mini/compressor", help="of memory, exact, sentence-embedding"
-    )
+    group.add_argument("--checkpoint", default="models/arxiv-mini/compressor", help="of memory, sentence-embedding")
     group.add_argument("--memory-codec", default="bf16", help="packing: bf16, int4+ans, lowrank:0.15 ...")
     group.add_argument("--calibration", help="of the memory codec, by `compressor calibrate`")
     group.add_argument("--bits", type=int, default=8, help="packing: of a number of a sentence embedding")

@@ -1,6 +1,6 @@
 """Study `rate-distortion`: every way of storing a text on the same unseen passages, bytes against what comes back.
 
-Memories under several codecs, memories made exact by a residual, keywords, summaries and sentence embeddings that the
+Memories under several codecs, keywords, summaries and sentence embeddings that the
 base expands, lossless packing, and gzip, xz and zstd. Bytes are those of the files that `compressor pack` writes, for
 each passage apart. Neither the models nor the calibration, which both sides hold, are counted; nor is the header of
 memory files (`compressor compress`), which a collection shares.
@@ -22,9 +22,9 @@ from accelerate import Accelerator
 from compressor.codecs.artifact import compressor_name, public_name
 from compressor.codecs.blocks import zstandard
 from compressor.codecs.calibration import Calibration
+from compressor.codecs.exact import ExactBase
 from compressor.codecs.fitting import calibrate
 from compressor.codecs.lossless import pack_bytes
-from compressor.codecs.residual import exact_base
 from compressor.codecs.text import Needs, Packed, pack_texts, text_codec
 from compressor.data.questions import load_questions
 from compressor.data.records import load_texts
@@ -186,7 +186,7 @@ def all_schemes(
     config: EvaluationConfig, model: Compressor, sizes: Sequence[int], embedding: str | None
 ) -> Iterator[Scheme]:
     """Every way of storing a text."""
-    exact = exact_base(model.base)
+    exact = ExactBase(model.base)
     codecs = config.codecs or CODECS
     calibrations: dict[int, Calibration] = {}
 
@@ -214,8 +214,6 @@ def all_schemes(
     for name in codecs:
         for tokens in sizes:
             yield coded(f"memory, {name}", tokens, "memory", needs(tokens, memory_codec=name))
-    for tokens in sizes:
-        yield coded(f"exact, {codecs[-1]}", tokens, "exact", needs(tokens, memory_codec=codecs[-1]))
     for name in ("keywords", "summary"):
         for tokens in sizes:
             yield coded(name, tokens, name, needs(tokens))
@@ -331,8 +329,7 @@ def notes(config: EvaluationConfig) -> list[str]:
     return [
         "bytes / byte: bytes of the packed file of each passage over UTF-8 bytes of the passage; the base, and for "
         "some codecs a checkpoint or a calibration, are on both sides and not counted. decoder tokens / token: "
-        "positions of the decoder's context over passage tokens; of lossless codecs the passage itself; of exact "
-        "memories those of the memory, to which the residual adds the text. Memory codecs "
+        "positions of the decoder's context over passage tokens; of lossless codecs the passage itself. Memory codecs "
         f"are calibrated ({fitted_on}), bf16 needs none. F1: the decoder reads the memory, where there is one; F1 from "
         "the text: what comes back from the file.",
         f"BLEU: {bleu_signature()}. n: passages; [low, high]: {LEVEL:.0%} bootstrap interval over passages.",
