@@ -8,9 +8,10 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
+from compressor.checkpoints import VALIDATION
 from compressor.compression import CompressionStage
 from compressor.config import RunConfig
-from compressor.data.asked import Asked, Draw, QuestionPlan, ask
+from compressor.data.asked import Asked, Draw, QuestionPlan, ask, questions_digest
 from compressor.data.collate import WIDTH_MULTIPLE, answer_pair, stack_pairs
 from compressor.data.questions import load_questions
 from compressor.errors import CompressorError
@@ -92,6 +93,13 @@ class AnswerStage(CompressionStage):
             "answer_weight": objective.answer,
             "distillation_weight": objective.distillation,
             "teacher_answers": teacher_answers,
+        }
+
+    def origin(self) -> dict[str, str]:
+        """See `Stage`."""
+        return super().origin() | {
+            "data.questions": questions_digest(self.asked),
+            VALIDATION: f"{super().origin()[VALIDATION]}, {questions_digest(self.held_out_questions)}",
         }
 
     @torch.no_grad()

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import re
 import shutil
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,11 +19,15 @@ from accelerate import Accelerator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from compressor.config import RunConfig
 from compressor.errors import CompressorError
 from compressor.files import atomic_path, read_json, write_json
 
 if TYPE_CHECKING:
     from compressor.training import Stage
+
+VALIDATION = "data.validation"
+"""The one part of a run's origin that may change: the losses of two validation sets are not compared."""
 
 
 @dataclass
@@ -37,6 +43,10 @@ class TrainingState:
     best_loss: float | None = None
     interval: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
     """Loss, targets and passages since the last row of the log."""
+    micro_batches: int = 0
+    """Micro-batches of a step, those of all processes together; 0 in checkpoints that did not record it."""
+    origin: dict[str, str] = field(default_factory=dict)
+    """What the run is made from (`Stage.origin`)."""
 
     def note_validation(self, loss: float) -> None:
         """Remember the step with the lowest validation loss."""
@@ -68,6 +78,55 @@ class Checkpoints:
                 "or choose another --output"
             )
 
+    def keep_batch(self, config: RunConfig) -> RunConfig:
+        """The configuration with the accumulation that keeps a resumed run's batch for this number of processes.
+
+        A step's place in the data follows from its number and the micro-batches of a step, so these must stay the same.
+
+        Raises:
+            CompressorError: this many processes cannot share the batch equally.
+        """
+        processes, accumulation = self.accelerator.num_processes, config.training.accumulation
+        newest = self.newest()
+        stored = read_json(self.path(newest) / "state.json") if newest else {}
+        batch = stored.get("micro_batches", 0) if isinstance(stored, dict) else 0
+        if not batch or batch == processes * accumulation:
+            return config
+        if batch % processes:
+            fitting = ", ".join(str(count) for count in range(1, batch + 1) if batch % count == 0)
+            raise CompressorError(
+                f"{self.output} trains with {batch} micro-batches a step, which {processes} processes cannot share "
+                f"equally: resume with one of {fitting} processes"
+            )
+        if self.accelerator.is_main_process:
+            print(
+                f"note: training.accumulation is {batch // processes} and not {accumulation}, so that a step keeps its "
+                f"{batch} micro-batches with {processes} process{'es' * (processes > 1)}"
+            )
+        return replace(config, training=replace(config.training, accumulation=batch // processes))
+
+    def compare(self, stage: Stage, state: TrainingState, path: Path) -> None:
+        """Refuse to go on from `state` with another base, other data or another optimiser; name what is not refused.
+
+        Raises:
+            CompressorError: names all that differs.
+        """
+        before, now = state.origin or _recorded_base(path), stage.origin()
+        changed = {key: (before[key], now[key]) for key in now if key in before and before[key] != now[key]}
+        if changed.pop(VALIDATION, None):
+            state.best_step, state.best_loss = 0, None
+            if self.accelerator.is_main_process:
+                print(f"note: {VALIDATION} differs from step {state.step} on: the best checkpoint is looked for anew")
+        if changed:
+            shown = "; ".join(f"{key}: {_short(then)}, now {_short(this)}" for key, (then, this) in changed.items())
+            raise CompressorError(
+                f"{self.output} was trained to step {state.step} with other settings ({shown}): resume with those, or "
+                f"start another run from its weights with --init {path / 'model'} and another --output"
+            )
+        if self.accelerator.is_main_process and (unknown := sorted(set(now) - set(before))):
+            print(f"note: checkpoint {path.name} does not record {', '.join(unknown)}: not compared")
+        state.origin = now
+
     def path(self, step: int) -> Path:
         return self.folder / f"step-{step:07d}"
 
@@ -77,8 +136,8 @@ class Checkpoints:
         """Create the folder or, with `resume`, load the newest checkpoint.
 
         Raises:
-            CompressorError: the folder holds a run and `resume` is off, or the checkpoint is damaged or of another
-                model.
+            CompressorError: the folder holds a run and `resume` is off, or the checkpoint is damaged, of another
+                model, or was trained with other settings (`compare`).
         """
         self.refuse_existing(resume)
         steps = self.steps()
@@ -88,20 +147,14 @@ class Checkpoints:
                 shutil.rmtree(leftover, ignore_errors=True)
         self.accelerator.wait_for_everyone()
         if not steps:
-            return TrainingState()
+            return TrainingState(origin=stage.origin())
         path = self.path(steps[-1])
-        try:
+        with _naming(path):
             state = TrainingState(**read_json(path / "state.json"))
+        self.compare(stage, state, path)
+        with _naming(path):
             moments = load_file(path / "optimizer.safetensors")
             stage.load(path / "model")
-        except torch.OutOfMemoryError:
-            raise
-        except (SafetensorError, OSError, TypeError, RuntimeError, ValueError, KeyError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise CompressorError(
-                f"checkpoint {path} is of another model or damaged ({type(error).__name__}: {reason}): give the "
-                "settings it was trained with, or delete this folder to resume from the one before it"
-            ) from None
         by_name: dict[str, dict[str, torch.Tensor]] = {}
         for key, value in moments.items():
             name, moment = key.rsplit("/", 1)
@@ -144,3 +197,28 @@ class Checkpoints:
             with atomic_path(self.output / "final") as path:
                 stage.save(path)
         self.accelerator.wait_for_everyone()
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Turn what a damaged or foreign checkpoint raises into a `CompressorError` that names it."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (SafetensorError, OSError, TypeError, RuntimeError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise CompressorError(
+            f"checkpoint {path} is of another model or damaged ({type(error).__name__}: {reason}): give the "
+            "settings it was trained with, or delete this folder to resume from the one before it"
+        ) from None
+
+
+def _recorded_base(path: Path) -> dict[str, str]:
+    """The origin of checkpoints that did not record it: the base that their model names."""
+    settings = path / "model" / "compressor.json"
+    return {"base": read_json(settings)["base"]["fingerprint"]} if settings.exists() else {}
+
+
+def _short(value: str) -> str:
+    return value if len(value) <= 40 else value[:12]

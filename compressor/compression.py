@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ import torch
 from accelerate import Accelerator
 
 from compressor.base import load_base
+from compressor.checkpoints import VALIDATION
+from compressor.codecs.artifact import tokenizer_fingerprint
 from compressor.codecs.codec import Codec
 from compressor.config import RunConfig
 from compressor.data.collate import WIDTH_MULTIPLE, continuation_pair, regeneration_pair, stack_pairs
-from compressor.data.passages import BatchPlan, Piece, load_passages
+from compressor.data.passages import BatchPlan, Piece, load_passages, passages_digest
 from compressor.errors import CompressorError
 from compressor.generation import regenerate_ids
 from compressor.methods.encoder import pad
@@ -24,6 +27,8 @@ from compressor.training import Batch
 
 CONTINUATION_TOKENS = 64
 """Most tokens of what follows a passage in the continuation objective."""
+STARTS = ("compressor.lora_dropout", "compressor.initialisation")
+"""Settings of a compressor that may differ in what a run is resumed with: where it started, and noise in training."""
 COLLAPSE = 0.05
 """Nats a token: if reading another passage's memory costs less than this, the decoder ignores memories."""
 
@@ -208,6 +213,19 @@ class CompressionStage:
             for label, ids in (("passage", passage), ("regenerated", back)):
                 lines.append(f"{label:>11}: {' '.join(tokenizer.decode(ids, skip_special_tokens=True).split())[:160]}")
         return lines
+
+    def origin(self) -> dict[str, str]:
+        """See `Stage`: base, method, data and optimiser."""
+        model = self.module
+        settings = {f"compressor.{name}": str(value) for name, value in asdict(model.config).items()}
+        return {
+            "base": model.base.fingerprint,
+            "tokenizer": tokenizer_fingerprint(model.base.tokenizer),
+            **{name: value for name, value in settings.items() if name not in STARTS},
+            "training.optimizer": self.config.training.optimizer,
+            "data.train": passages_digest(self.passages),
+            VALIDATION: passages_digest(self.held_out),
+        }
 
     def save(self, folder: Path) -> None:
         self.module.save_pretrained(folder)

@@ -17,6 +17,7 @@ from compressor.provenance import run_record
 
 FREE_TO_CHANGE = {
     "training.resume",
+    "training.accumulation",  # `Checkpoints.keep_batch` sees to it
     "training.log_every",
     "training.checkpoint_every",
     "training.threads",
@@ -55,15 +56,16 @@ def train_main(argv: list[str] | None = None) -> int:
     checkpoints = Checkpoints(Path(config.output), config.training.keep_last, accelerator)
     # Before minutes of tokenising, and before anything of the earlier run is touched.
     checkpoints.refuse_existing(config.training.resume)
+    config = checkpoints.keep_batch(config)
     Path(config.output).mkdir(parents=True, exist_ok=True)
     stage = make_stage(config, accelerator)
     if accelerator.is_main_process:
         print(describe(stage, config, accelerator), flush=True)
-    train(stage, config, accelerator, on_start=lambda step: record_start(config, step))
+    train(stage, config, accelerator, on_start=lambda step: record_start(config, step, accelerator.num_processes))
     return 0
 
 
-def record_start(config: RunConfig, step: int) -> None:
+def record_start(config: RunConfig, step: int, processes: int) -> None:
     """Write `config.yaml` and add this start to `run.json`; say which settings a resumed run changes."""
     output, settings = Path(config.output), asdict(config)
     stored = output / "config.yaml"
@@ -72,7 +74,7 @@ def record_start(config: RunConfig, step: int) -> None:
         for key in sorted(key for key in now if before.get(key) != now[key] and key not in FREE_TO_CHANGE):
             print(f"note: {key} was {before.get(key)!r} before step {step} and is {now[key]!r} from here on")
     starts = read_json(output / "run.json") if step and (output / "run.json").exists() else []
-    write_json(output / "run.json", [*starts, run_record(step)])
+    write_json(output / "run.json", [*starts, {**run_record(step), "processes": processes}])
     with atomic_path(stored) as path:
         path.write_text(yaml.safe_dump(settings, sort_keys=False))
 

@@ -270,6 +270,9 @@ class BaseStage:
         self.module.train()
         return figures, samples
 
+    def origin(self) -> dict[str, str]:
+        return {"training.optimizer": self.config.training.optimizer}
+
     def save(self, folder: Path) -> None:
         """Checkpoints keep float32, so that a resumed run is exact; `export_base` writes the bundled bfloat16."""
         self.module.model.save_pretrained(folder)

@@ -44,6 +44,12 @@ class Stage(Protocol):
     def probe_batch(self) -> Batch:
         """The smallest useful batch, to see which parameters get a gradient."""
 
+    def origin(self) -> dict[str, str]:
+        """What the weights and batches are made from, a short text each: hashes of base and data, the optimiser.
+
+        A run is resumed only where these are what they were.
+        """
+
     def validate(self, accelerator: Accelerator) -> tuple[dict[str, float], list[str]]:
         """Figures (with `loss`, lower is better) and sample lines; called on every process."""
 
@@ -189,13 +195,16 @@ def train(
         The state at the end: `state.step` is smaller than `training.steps` when a signal stopped the run.
 
     Raises:
-        CompressorError: a loss or gradient that is not finite; `output` holds another run.
+        CompressorError: a loss or gradient that is not finite; `output` holds another run, or one that was trained
+            from another base or other data, or whose batch these processes cannot share.
     """
+    checkpoints = Checkpoints(Path(config.output), config.training.keep_last, accelerator)
+    config = checkpoints.keep_batch(config)
     settings = config.training
     optimizer = make_optimizer(stage.module, settings)
     names = {id(parameter): name for name, parameter in stage.module.named_parameters()}
-    checkpoints = Checkpoints(Path(config.output), settings.keep_last, accelerator)
     state = checkpoints.start(stage, optimizer, names, resume=settings.resume)
+    state.micro_batches = settings.accumulation * accelerator.num_processes
     if on_start is not None and accelerator.is_main_process:
         on_start(state.step)
     if settings.compile != "no":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 from pathlib import Path
 from types import SimpleNamespace
@@ -71,6 +72,23 @@ def test_two_killed_and_resumed_processes_repeat_the_run_bit_for_bit(
     assert command.rows(output) == command.rows(pair[0])
     for name in ("adapter_model.safetensors", "memory_tokens.safetensors", "compressor.json"):
         assert (output / "final" / name).read_bytes() == (pair[0] / "final" / name).read_bytes()
+
+
+def test_a_run_goes_on_with_more_processes_where_it_was(
+    single: Path, tmp_path: Path, training_options: list[str], command: Any
+) -> None:
+    # The same command line, now on two processes: they share the batch, so that none is left out or repeated.
+    output = tmp_path / "run"
+    shutil.copytree(single, output)
+    shutil.rmtree(output / "final")
+    shutil.rmtree(output / "checkpoints" / f"step-{STEPS:07d}")
+    argv = [*training_options, *SCHEDULE, "--training.accumulation=2", f"--output={output}", "--training.resume=true"]
+    printed = command.finish(command.start(argv, processes=2))
+    assert printed.count("note: training.accumulation is 1 and not 2, so that a step keeps its 2 micro-batches") == 1
+    for ours, theirs in zip(command.rows(output), command.rows(single), strict=True):
+        for key, value in ours.items():
+            exact = key in ("step", "passages", "tokens", "learning_rate")
+            assert value == (theirs[key] if exact else pytest.approx(theirs[key], rel=2e-3))
 
 
 def test_the_launcher_passes_a_signal_on_and_both_processes_save(

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file, save_file
+
+from compressor.launch import train_main
 
 STEPS = 24
 SCHEDULE = [
@@ -106,3 +113,108 @@ def test_a_run_goes_on_where_a_signal_stopped_it(stopped: list[tuple[int, str, i
     assert 4 <= first < second
     assert f"step {first + 1:>6}/100000" in stopped[1][1]
     assert f"step {first:>6}/100000" not in stopped[1][1]
+
+
+# -- what shaped a run must be as it was -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def begun(
+    tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path, corpus: tuple[str, str], training_options: Any
+) -> tuple[Path, list[str]]:
+    """A folder with a base, data and a run of two steps from them, and the run's options with FOLDER for the folder."""
+    folder = tmp_path_factory.mktemp("begun")
+    shutil.copytree(tiny_base_folder, folder / "base")
+    shutil.copy(corpus[0], folder / "train.jsonl")
+    shutil.copy(corpus[1], folder / "validation.jsonl")
+    options = {"base.path": "base", "data.train": "[train.jsonl]", "data.validation": "[validation.jsonl]"}
+    argv = [one for one in training_options if one[2:].split("=")[0] not in options]
+    argv += [f"--{key}={value.replace('[', '[FOLDER/')}" for key, value in options.items() if key != "base.path"]
+    argv += ["--base.path=FOLDER/base", "--output=FOLDER/run"]
+    assert _go_on(folder, argv, "--training.steps=2") == 0
+    return folder, argv
+
+
+def _go_on(folder: Path, argv: list[str], *more: str) -> int:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        return train_main([*(one.replace("FOLDER", str(folder)) for one in argv), "--training.resume=true", *more])
+
+
+def _other_weights(folder: Path) -> None:
+    path = folder / "base" / "model.safetensors"
+    save_file({name: value + 0.01 for name, value in load_file(path).items()}, path, metadata={"format": "pt"})
+
+
+def _other_tokenizer(folder: Path) -> None:
+    path = folder / "base" / "tokenizer.json"
+    settings = json.loads(path.read_text())
+    vocabulary = settings["model"]["vocab"]
+    one, other = sorted(vocabulary, key=vocabulary.get)[-2:]
+    vocabulary[one], vocabulary[other] = vocabulary[other], vocabulary[one]
+    path.write_text(json.dumps(settings))
+
+
+def _other_text(name: str) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        lines = (folder / name).read_text().splitlines()
+        lines[2] = json.dumps(json.loads(lines[2]) | {"text": "Another text stands here than that of before."})
+        (folder / name).write_text("\n".join(lines) + "\n")
+
+    return change
+
+
+def _as_before(folder: Path) -> None:
+    (folder / "base").rename(folder / "moved")
+    (folder / "moved").rename(folder / "base")
+
+
+OTHERS: dict[str, tuple[Callable[[Path], None], list[str], str]] = {
+    "nothing": (_as_before, [], ""),
+    "base": (_other_weights, [], "(base: "),
+    "tokenizer": (_other_tokenizer, [], "tokenizer: "),
+    "training data": (_other_text("train.jsonl"), [], "(data.train: 60 records "),
+    "fewer records": (_as_before, ["--data.limit=50"], ", now 50 records "),
+    "optimiser": (_as_before, ["--training.optimizer=muon"], "(training.optimizer: adamw, now muon)"),
+    "layout": (_as_before, ["--compressor.layout=after"], "(compressor.layout: nested, now after)"),
+    "validation data": (_other_text("validation.jsonl"), [], "note: data.validation differs from step 2 on"),
+    "dropout": (_as_before, ["--compressor.lora_dropout=0"], "note: compressor.lora_dropout was 0.1 before step 2"),
+}
+
+
+@pytest.mark.parametrize("what", list(OTHERS))
+def test_a_run_goes_on_only_with_what_shaped_it(
+    begun: tuple[Path, list[str]], what: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    change, more, message = OTHERS[what]
+    folder = tmp_path / "copy"
+    shutil.copytree(begun[0], folder)
+    change(folder)
+    status = _go_on(folder, begun[1], "--training.steps=3", *more)
+    printed = capsys.readouterr()
+    if not message or message.startswith("note"):
+        assert status == 0
+        assert message in printed.out
+        assert (folder / "run" / "checkpoints" / "step-0000003").exists()
+    else:
+        assert status == 2
+        assert message in printed.err
+        assert "--init" in printed.err
+        assert [path.name for path in (folder / "run" / "checkpoints").iterdir()] == ["step-0000002"]
+
+
+def test_a_checkpoint_that_does_not_record_its_origin_is_still_compared_with_its_base(
+    begun: tuple[Path, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(begun[0], folder)
+    path = folder / "run" / "checkpoints" / "step-0000002" / "state.json"
+    state = json.loads(path.read_text())
+    path.write_text(json.dumps({key: value for key, value in state.items() if key not in ("origin", "micro_batches")}))
+    shutil.copytree(folder, tmp_path / "same")
+    assert _go_on(tmp_path / "same", begun[1], "--training.steps=3") == 0
+    assert "does not record" in capsys.readouterr().out
+    _other_weights(folder)
+    assert _go_on(folder, begun[1], "--training.steps=3") == 2
+    assert "(base: " in capsys.readouterr().err

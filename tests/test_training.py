@@ -7,7 +7,9 @@ import math
 import shutil
 import signal
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import compressor.objectives
 from compressor.base import load_base
+from compressor.checkpoints import Checkpoints
 from compressor.compression import CompressionStage
 from compressor.config import RunConfig, TrainingConfig
 from compressor.data.collate import WIDTH_MULTIPLE
@@ -90,6 +93,9 @@ class Scripted:
 
     def probe_batch(self) -> dict[str, Any]:
         return self.micro_batch(0)
+
+    def origin(self) -> dict[str, str]:
+        return {"data.train": "scripted"}
 
     def validate(self, accelerator: Accelerator) -> tuple[dict[str, float], list[str]]:
         self.calls += 1
@@ -385,6 +391,24 @@ def test_a_damaged_checkpoint_is_refused_by_name(tmp_path: Path, name: str, dama
     assert run(Scripted(), settings(tmp_path, steps=6, resume=True)).step == 6
 
 
+@pytest.mark.parametrize(("processes", "accumulation"), [(1, 6), (2, 3), (3, 2), (6, 1)])
+def test_the_batch_of_a_resumed_run_is_divided_among_its_processes(
+    tmp_path: Path, processes: int, accumulation: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(Scripted(), settings(tmp_path, steps=2, accumulation=6))
+    config = settings(tmp_path, resume=True, accumulation=6)
+    kept = Checkpoints(tmp_path, 1, SimpleNamespace(num_processes=processes, is_main_process=True)).keep_batch(config)  # type: ignore[arg-type]
+    assert kept.training == replace(config.training, accumulation=accumulation)
+    assert ("note: training.accumulation" in capsys.readouterr().out) == (processes > 1)
+
+
+def test_processes_that_cannot_share_the_batch_of_a_run_are_refused(tmp_path: Path) -> None:
+    run(Scripted(), settings(tmp_path, steps=2, accumulation=6))
+    checkpoints = Checkpoints(tmp_path, 1, SimpleNamespace(num_processes=4, is_main_process=True))  # type: ignore[arg-type]
+    with pytest.raises(CompressorError, match="6 micro-batches a step, which 4 processes .* one of 1, 2, 3, 6"):
+        checkpoints.keep_batch(settings(tmp_path, resume=True))
+
+
 # -- stops and failures --------------------------------------------------------------------------------------------
 
 
@@ -666,7 +690,7 @@ def test_a_checkpoint_of_another_size_is_not_resumed(training_options: list[str]
     written = {name: (tmp_path / name).read_text() for name in ("config.yaml", "run.json", "log.jsonl")}
     assert train_main([*argv, "--training.resume=true", "--compressor.lora_rank=3"]) == 2
     assert written == {name: (tmp_path / name).read_text() for name in written}
-    assert "step-0000001 is of another model or damaged" in capsys.readouterr().err
+    assert "was trained to step 1 with other settings (compressor.lora_rank: 2, now 3)" in capsys.readouterr().err
 
 
 def test_activation_checkpointing_trains_the_same(configure: Callable[..., RunConfig]) -> None:

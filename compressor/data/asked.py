@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +35,15 @@ class Asked:
     @property
     def length(self) -> int:
         return len(self.ids)
+
+
+def questions_digest(asked: Sequence[Asked]) -> str:
+    """Number of passages with questions, and a hash over the tokens of passages, questions and answers."""
+    found = hashlib.sha256()
+    for one in asked:
+        for ids in (one.ids, *one.prompts, *one.answers):
+            found.update(len(ids).to_bytes(4, "little") + np.array(ids, dtype=np.int64).tobytes())
+    return f"{len(asked):,} passages with questions {found.hexdigest()[:16]}"
 
 
 def ask(

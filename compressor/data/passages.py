@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -13,6 +14,9 @@ from compressor.data.records import load_texts
 from compressor.data.rounds import ROUND, Rounds
 from compressor.errors import CompressorError
 from compressor.processes import bars_on_terminals
+
+DIGESTED = 20_000
+"""Records whose tokens a digest reads at least, where there are so many."""
 
 
 class Piece(NamedTuple):
@@ -54,6 +58,15 @@ def load_passages(
             remove_columns=texts.column_names,
             desc="tokenising",
         )
+
+
+def passages_digest(passages: Dataset) -> str:
+    """Number of records, and a hash over their token counts and the tokens of evenly spaced ones (at least 20,000)."""
+    found = hashlib.sha256(np.asarray(passages["tokens"], dtype=np.int64).tobytes())
+    chosen = passages.select(range(0, len(passages), max(1, len(passages) // DIGESTED)))
+    for batch in chosen.select_columns(["input_ids"]).with_format("arrow").iter(batch_size=1000):
+        found.update(batch["input_ids"].combine_chunks().flatten().to_numpy().astype(np.int64).tobytes())
+    return f"{len(passages):,} records {found.hexdigest()[:16]}"
 
 
 class BatchPlan(Rounds[Piece]):
