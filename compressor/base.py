@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
 
+from compressor.bases import locate, remedy
 from compressor.errors import CompressorError
 from compressor.model_config import BaseConfig
 from compressor.processes import bars_on_terminals
@@ -292,13 +293,13 @@ def check_device(device: str | torch.device) -> None:
 
 
 def load_base(config: BaseConfig, device: str | torch.device = "cpu") -> Base:
-    """Load the base from a folder or the hub.
+    """Load the base from a folder, the hub or a GGUF file, or by name (`compressor/bases.py`).
 
     Raises:
         CompressorError: it is not there, is damaged, or is of a kind that cannot work; or there is no such device.
     """
     check_device(device)
-    path = resolve(config.path)
+    path = locate(config.path, config.revision)
     extra: dict[str, Any] = {}
     if config.quantisation != "none":
         try:
@@ -332,7 +333,7 @@ def load_base(config: BaseConfig, device: str | torch.device = "cpu") -> Base:
     except Exception as error:  # transformers, the hub and safetensors raise many kinds
         raise CompressorError(
             f"cannot load the base {config.path!r} ({type(error).__name__}: {first_line(error)}): "
-            "give a folder or hub id of a causal LM with --base.path; an existing folder may be incomplete"
+            f"{remedy(config.path)}"
         ) from None
     if not extra:
         model = model.to(device)  # type: ignore[arg-type]

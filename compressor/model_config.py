@@ -28,7 +28,8 @@ class BaseConfig:
     """The frozen base language model."""
 
     path: str = "models/arxiv-mini/base"
-    """Folder or hub id of a causal LM that transformers loads."""
+    """Folder or hub id of a causal LM that transformers loads, a GGUF file, `REPO_ID:FILE.gguf` of the hub, or a name
+    (`smollm2-135m`)."""
     revision: str | None = None
     """Hub revision (branch, tag or commit)."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"

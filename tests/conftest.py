@@ -188,6 +188,62 @@ def tiny_base_folder(tmp_path_factory: pytest.TempPathFactory, texts: list[str])
     return folder
 
 
+@pytest.fixture(scope="session")
+def tiny_gguf(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) -> Path:
+    """The tiny base as llama.cpp would write it: Q8_0 matrices, its byte-level BPE, and a chat template.
+
+    Begins and ends texts, and turns of a chat, with the same tokens, as SmolLM2-Instruct does.
+    """
+    import gguf
+    from gguf.quants import quantize
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("gguf")
+    model = AutoModelForCausalLM.from_pretrained(tiny_base_folder)
+    config, tokenizer = model.config, AutoTokenizer.from_pretrained(tiny_base_folder)
+    writer = gguf.GGUFWriter(folder / "tiny.Q8_0.gguf", "llama")
+    writer.add_name("tiny")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    vocabulary = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().__getitem__)
+    writer.add_token_list(vocabulary)
+    writer.add_token_types([3 if token in tokenizer.all_special_tokens else 1 for token in vocabulary])
+    writer.add_token_merges([" ".join(m) for m in json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]])
+    writer.add_bos_token_id(tokenizer.bos_token_id)
+    writer.add_eos_token_id(tokenizer.eos_token_id)
+    writer.add_pad_token_id(tokenizer.eos_token_id)
+    writer.add_chat_template(
+        "{% for m in messages %}<bos>{{ m['role'] }}\n{{ m['content'] }}<eos>\n{% endfor %}"
+        "{% if add_generation_prompt %}<bos>assistant\n{% endif %}"
+    )
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    for name, weight in model.state_dict().items():
+        if name == "lm_head.weight":
+            continue
+        data = weight.numpy()
+        if count := heads.get(name.split(".")[-2]):  # llama.cpp turns neighbouring dimensions, transformers halves
+            data = data.reshape(count, 2, -1, data.shape[1]).swapaxes(1, 2).reshape(data.shape)
+        kind = gguf.GGMLQuantizationType.Q8_0 if data.ndim == 2 else None
+        writer.add_tensor(
+            names.get_name(name, try_suffixes=(".weight",)), quantize(data, kind) if kind else data, raw_dtype=kind
+        )
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return folder / "tiny.Q8_0.gguf"
+
+
 @pytest.fixture
 def tiny_base(tiny_base_folder: Path) -> Any:
     """The tiny base, freshly loaded: a compressor puts its adapters into it."""
