@@ -75,6 +75,11 @@ class Base(nn.Module):
         return self.model.dtype
 
     @property
+    def positions(self) -> int | None:
+        """Positions that the base was made for, beyond which it writes noise; None where its configuration has none."""
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+
+    @property
     def bos(self) -> int:
         """Token that starts a regeneration; bases without BOS (Qwen) use their end-of-text token."""
         return start_token(self.tokenizer)

@@ -388,3 +388,31 @@ def test_loss_curve(tmp_path: Path) -> None:
         loss_curve([log], ["nested"], tmp_path / "loss.png")
     with pytest.raises(CompressorError, match="labels"):
         loss_curve([log], [], tmp_path / "loss.png")
+
+
+def test_a_figure_that_cannot_be_trusted_has_a_note_with_its_share(
+    checkpoint: str, tmp_path: Path, texts: list[str]
+) -> None:
+    path = tmp_path / "mixed.jsonl"
+    records = [
+        {"id": str(i), "text": text} for i, text in enumerate([texts[0][:90], "我们用它压缩长文本", "?!", "Tidy text."])
+    ]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert evaluate_main(["--checkpoint", checkpoint, "--data", str(path), "--output", str(tmp_path / "out")]) == 0
+    notes = _metrics(tmp_path / "out")["notes"]
+    assert any("mixed: 1 of 4 items (25.0%) are in a script without spaces" in note for note in notes)
+    assert any("mixed: 1 of 4 items (25.0%) have no word that ROUGE-L could count" in note for note in notes)
+    assert not any("lose something in the tokenizer" in note for note in notes)
+
+
+class _Lossy:
+    """A tokenizer that writes everything in lower case, as many of BERT's do."""
+
+    def decode(self, ids: list[int], **options: Any) -> str:
+        return bytes(ids).decode(errors="replace").lower()
+
+
+def test_tokens_that_do_not_say_the_text() -> None:
+    assert tasks_module.says(_Lossy(), list(b"tidy"), "tidy text")
+    assert tasks_module.says(_Lossy(), list("día".encode()[:2]), "día")  # cut within a character
+    assert not tasks_module.says(_Lossy(), list(b"Tidy"), "Tidy text")

@@ -140,7 +140,12 @@ class Methods:
         return load_base(BaseConfig(path=config.base, dtype=config.dtype), device)
 
     def _note_base(self, base: Base) -> None:
-        self._base = {"path": base.name, "fingerprint": base.fingerprint, "dtype": self.config.dtype}
+        self._base = {
+            "path": base.name,
+            "fingerprint": base.fingerprint,
+            "dtype": self.config.dtype,
+            "positions": base.positions,
+        }
 
     def describe(self, name: str) -> dict[str, Any]:
         """Checkpoint and its hash, of a method that has one."""

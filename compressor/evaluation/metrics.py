@@ -265,7 +265,7 @@ def _bleu() -> BLEU:
     return BLEU(effective_order=True)
 
 
-class _Words(Tokenizer):  # type: ignore[misc]  # rouge-score has no types
+class _Words(Tokenizer):
     """What rouge-score calls for the words of a text."""
 
     def tokenize(self, text: str) -> list[str]:

@@ -10,6 +10,7 @@ import numpy as np
 from compressor.evaluation.command import EvaluationConfig
 from compressor.evaluation.metrics import interval, resampled_figures, spearman
 from compressor.evaluation.tasks import Item, Result, Task
+from compressor.evaluation.tasks.interface import LEFT_OUT
 
 Results = Mapping[int | None, Sequence[Result]]
 """Results of a method: for each size (None where it has none), one for each item."""
@@ -30,6 +31,17 @@ def row_key(method: str, dataset: str, part: str | None, tokens: int | None, len
     }
 
 
+def left_out_of(results: Mapping[str, Results]) -> dict[int, tuple[str, str]]:
+    """Reason and first method of each item that some method did not run: no row has it, so that all rows are alike."""
+    found: dict[int, tuple[str, str]] = {}
+    for method, sizes in results.items():
+        for of_size in sizes.values():
+            for place, result in enumerate(of_size):
+                if LEFT_OUT in result:
+                    found.setdefault(place, (result[LEFT_OUT], method))
+    return found
+
+
 def make_rows(
     task: Task, items: Sequence[Item], datasets: Sequence[str], results: Mapping[str, Results], config: EvaluationConfig
 ) -> list[dict[str, Any]]:
@@ -37,8 +49,12 @@ def make_rows(
 
     Of several data sets there is also the macro average, whose resamples are those of the data sets.
     """
+    without = left_out_of(results)
     columns = {
-        method: {count: [task.columns(result) for result in of_size] for count, of_size in sizes.items()}
+        method: {
+            count: [{} if place in without else task.columns(result) for place, result in enumerate(of_size)]
+            for count, of_size in sizes.items()
+        }
         for method, sizes in results.items()
     }
     bounds = {name: next(iter(columns[name].values())) for name in BOUNDS if name in columns}
@@ -51,7 +67,7 @@ def make_rows(
                     places = [
                         i
                         for i, item in enumerate(items)
-                        if (item.dataset, item.part, item.length) == (dataset, part, length)
+                        if (item.dataset, item.part, item.length) == (dataset, part, length) and i not in without
                     ]
                     found = _resampled(task, of_size, bounds, places, config, number)
                     of_data.append((len(places), found))
@@ -100,8 +116,10 @@ def quality_flags(task: Task, items: Sequence[Item], results: Mapping[str, Resul
     Over the items of one row of the table, because data sets and lengths differ in both, which is no prediction.
     """
     groups: dict[tuple[str, str | None, int | None], list[int]] = {}
+    without = left_out_of(results)
     for place, item in enumerate(items):
-        groups.setdefault((item.dataset, item.part, item.length), []).append(place)
+        if place not in without:
+            groups.setdefault((item.dataset, item.part, item.length), []).append(place)
     rows = []
     for method, sizes in results.items():
         for count, of_size in sizes.items():

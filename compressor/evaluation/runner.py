@@ -8,7 +8,8 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -26,13 +27,14 @@ from compressor.data.sources import stem_of
 from compressor.errors import CompressorError
 from compressor.evaluation.command import EvaluationConfig
 from compressor.evaluation.methods import Methods
-from compressor.evaluation.metrics import LEVEL, bleu_signature
+from compressor.evaluation.metrics import FIGURES, LEVEL, bleu_signature, chrf_signature
 from compressor.evaluation.report import load_published, markdown_table, regeneration_plot
-from compressor.evaluation.rows import MACRO, Results, make_rows, quality_flags, row_key
+from compressor.evaluation.rows import MACRO, Results, left_out_of, make_rows, quality_flags, row_key
 from compressor.evaluation.studies import STUDIES, load_study
 from compressor.evaluation.tasks import TASKS, Item, Result, Task
+from compressor.evaluation.tasks.interface import BEYOND, LEFT_OUT
 from compressor.files import atomic_path, sha256
-from compressor.methods.interface import Method
+from compressor.methods.interface import Method, Piece
 from compressor.provenance import versions
 
 LINES = 10
@@ -87,6 +89,11 @@ def evaluate(
         return None
     if not results:
         raise CompressorError(f"{' '.join(left_out)} Nothing is left to measure: ask for other tokens")
+    if len(left_out_of(results)) == len(items):
+        raise CompressorError(
+            f"{' '.join(beyond_notes(items, results, methods))} Nothing is left to measure: ask for windows "
+            "(--question_tokens) or lengths that fit, or leave out the methods that read whole passages"
+        )
 
     order = [name for name, _ in methods.specs]
     results = {name: results[name] for name in order if name in results}
@@ -99,7 +106,14 @@ def evaluate(
         "quality": quality_flags(task, items, results),
         "intervals": {"level": LEVEL, "resamples": config.resamples, "seed": config.seed, "over": "items"},
         "sacrebleu": bleu_signature(),
-        "notes": [*notes(task, config, rows), *left_out],
+        "chrf": chrf_signature(),
+        "notes": [
+            *notes(task, config, rows),
+            *cautions(task, items, results),
+            *left_out,
+            *beyond_notes(items, results, methods),
+        ],
+        "left_out": left_out_counts(items, results),
         "methods": {name: methods.describe(name) for name in order},
         "checkpoint": methods.checkpoint_record(),
         "base": methods.base_record(),
@@ -277,7 +291,7 @@ def run_batches(
         place = {id(passage): number for number, passage in enumerate(passages)}
         for size, compressed in enumerate(method.compress(passages, tokens)):
             contexts = [compressed[place[id(item.passage)]] for item in chosen]
-            results = task.run(method, chosen, contexts)
+            results = run_fitting(task, method, chosen, contexts)
             done += [(size, i, result) for i, result in zip(batch, results, strict=True)]
         progress.advance()
     progress.close()
@@ -286,6 +300,14 @@ def run_batches(
         return None
     found = {(size, i): result for size, i, result in gathered}
     return [[found[size, i] for i in range(len(items))] for size in range(len(tokens))]
+
+
+def run_fitting(task: Task, method: Method, items: Sequence[Item], contexts: Sequence[list[Piece]]) -> list[Result]:
+    """Results of a batch; items beyond the base's positions are not run."""
+    beyond = task.beyond(method, items, contexts)
+    fitting = [place for place, over in enumerate(beyond) if not over]
+    found = iter(task.run(method, [items[i] for i in fitting], [contexts[i] for i in fitting]) if fitting else [])
+    return [{LEFT_OUT: BEYOND} if over else next(found) for over in beyond]
 
 
 class Progress:
@@ -322,8 +344,62 @@ def notes(task: Task, config: EvaluationConfig, rows: Sequence[dict[str, Any]]) 
     for dataset in dict.fromkeys(row["dataset"] for row in rows if row["n"] == 0):
         lengths = sorted({row["length"] or 0 for row in rows if row["n"] == 0 and row["dataset"] == dataset})
         of_length = f" of length {', '.join(map(str, lengths))}" if any(lengths) else ""
-        lines.append(f"{dataset} has no passages for some rows{of_length}.")
+        lines.append(f"{dataset} has no items for some rows{of_length}.")
+    for row in rows:
+        for name in task.figures if row["method"] == "none" else ():
+            if name.endswith("_difference") and row.get(f"{name}_high") is not None and row[f"{name}_high"] >= 0:
+                shown = ", ".join(f"{row[name + end]:.{FIGURES[name].decimals}f}" for end in ("", "_low", "_high"))
+                lines.append(
+                    f"{row['dataset']}: reading the whole passage is not better than reading none for certain "
+                    f"({FIGURES[name].label} of none, with its interval: {shown}): shares of what it adds say little."
+                )
     return [line for line in lines if line]
+
+
+def cautions(task: Task, items: Sequence[Item], results: Mapping[str, Results]) -> list[str]:
+    """What makes a figure of a data set untrustworthy, with the share of its items."""
+    without = left_out_of(results)
+    first = next(iter(next(iter(results.values())).values()))  # what a caution is about is the same for all methods
+    lines = []
+    for dataset in dict.fromkeys(item.dataset for item in items):
+        of_data = [
+            result
+            for place, (item, result) in enumerate(zip(items, first, strict=True))
+            if item.dataset == dataset and place not in without
+        ]
+        lines += [
+            f"{dataset}: {share_of(count, len(of_data))} {what}."
+            for what, count in task.cautions(of_data).items()
+            if count
+        ]
+    return lines
+
+
+def left_out_counts(items: Sequence[Item], results: Mapping[str, Results]) -> dict[str, Any]:
+    """For each data set how many items no row has, and the first of them, by reason."""
+    found: dict[str, Any] = {item.dataset: {} for item in items}
+    for place, (reason, method) in left_out_of(results).items():
+        counted = found[items[place].dataset].setdefault(reason, {"count": 0, "first": items[place].id, "by": method})
+        counted["count"] += 1
+    return found
+
+
+def beyond_notes(items: Sequence[Item], results: Mapping[str, Results], methods: Methods) -> list[str]:
+    """A sentence for each data set with items that do not fit into the base."""
+    counts = Counter(item.dataset for item in items)
+    positions = methods.base_record()["positions"]
+    return [
+        f"{dataset}: {share_of(one['count'], counts[dataset])} are left out of every row: with {one['by']} they do not "
+        f"fit into the base's {positions:,} positions, beyond which it writes noise."
+        for dataset, reasons in left_out_counts(items, results).items()
+        for one in [reasons.get(BEYOND)]
+        if one
+    ]
+
+
+def share_of(count: int, total: int) -> str:
+    """3 of 40 items (7.5%)."""
+    return f"{count:,} of {total:,} items ({count / total:.1%})"
 
 
 def describe_data(source: str, config: EvaluationConfig, records: Any) -> dict[str, Any]:

@@ -60,6 +60,9 @@ class Method(Protocol):
     def prefix(self, rows: Sequence[Sequence[Piece]]) -> Prefix:
         """A batch of decoder contexts; the pieces of a row (of one passage) follow each other."""
 
+    def reach(self, pieces: Sequence[Piece]) -> int:
+        """Position of the decoder's first token after a row of `prefix`."""
+
     def decoding(self) -> AbstractContextManager[None]:
         """The state the base must be in while it decodes after `prefix`."""
 
@@ -122,6 +125,9 @@ class MemoryMethod:
     def prefix(self, rows: Sequence[Sequence[Piece]]) -> Prefix:
         return memory_prefix(self.base, [Memory.concatenate([piece.held for piece in row]) for row in rows])
 
+    def reach(self, pieces: Sequence[Piece]) -> int:
+        return memory_reach(pieces)
+
     def decoding(self) -> AbstractContextManager[None]:
         return self.compressor.adapters(on=False)
 
@@ -159,6 +165,9 @@ class TokenMethod:
     def prefix(self, rows: Sequence[Sequence[Piece]]) -> Prefix:
         """Keys and values of `BOS tokens`, read by the base as they would be in a prompt."""
         return token_prefix(self.base, [[token for piece in row for token in piece.held] for row in rows])
+
+    def reach(self, pieces: Sequence[Piece]) -> int:
+        return token_reach(pieces)
 
     def decoding(self) -> AbstractContextManager[None]:
         return nullcontext()
@@ -198,6 +207,17 @@ def token_prefix(base: Base, rows: Sequence[Sequence[int]]) -> Prefix:
     allowed = encoder_attention(lengths, width, 0, bidirectional=False)
     keys, values = base.keys_and_values(base.embeddings(ids), columns.expand(len(rows), -1), allowed)
     return Prefix(list(keys), list(values), columns[None] < lengths[:, None], lengths)
+
+
+def memory_reach(pieces: Sequence[Piece]) -> int:
+    """`Method.reach` of pieces that hold memories."""
+    return int(Memory.concatenate([piece.held for piece in pieces]).positions()[1])
+
+
+def token_reach(pieces: Sequence[Piece]) -> int:
+    """`Method.reach` of pieces that hold token ids, which are read after BOS."""
+    tokens = sum(len(piece.held) for piece in pieces)
+    return tokens + 1 if tokens else 0
 
 
 def check_tokens(tokens: Sequence[int], most: int | None, checkpoint: str) -> None:

@@ -13,7 +13,7 @@ import torch
 
 from compressor.base import Base
 from compressor.memory import Memory, Prefix, Segment, memory_prefix
-from compressor.methods.interface import BF16, Piece, token_prefix
+from compressor.methods.interface import BF16, Piece, memory_reach, token_prefix
 from compressor.methods.registry import MethodSettings
 from compressor.refinement import refine
 
@@ -80,6 +80,9 @@ class Optimise:
 
     def prefix(self, rows: Sequence[Sequence[Piece]]) -> Prefix:
         return memory_prefix(self.base, [Memory.concatenate([piece.held for piece in row]) for row in rows])
+
+    def reach(self, pieces: Sequence[Piece]) -> int:
+        return memory_reach(pieces)
 
     def decoding(self) -> AbstractContextManager[None]:
         return nullcontext()

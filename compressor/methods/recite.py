@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from compressor.base import Base
 from compressor.generation import regenerate
 from compressor.memory import Memory, Prefix
-from compressor.methods.interface import MemoryMethod, Piece, token_prefix
+from compressor.methods.interface import MemoryMethod, Piece, token_prefix, token_reach
 
 
 class Recite(MemoryMethod):
@@ -29,6 +29,9 @@ class Recite(MemoryMethod):
     def _recited(self, rows: Sequence[Sequence[Piece]]) -> list[list[Piece]]:
         written = iter(recite(self.base, [piece.held for row in rows for piece in row], self.batch_size))
         return [[Piece(piece.ids, ids := next(written), len(ids), piece.nbytes) for piece in row] for row in rows]
+
+    def reach(self, pieces: Sequence[Piece]) -> int:
+        return token_reach(pieces)
 
     def prefix(self, rows: Sequence[Sequence[Piece]]) -> Prefix:
         """Keys and values of `BOS tokens`, as the base reads them in a prompt."""

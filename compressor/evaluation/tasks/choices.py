@@ -80,6 +80,11 @@ def choose(method: Method, items: Sequence[Item], contexts: Sequence[list[Piece]
     return results
 
 
+def choice_room(item: Item) -> int:
+    """`Task.room` of a choice."""
+    return 1 + len(item.asked["prompt"]) + max(map(len, item.asked["label_ids"]))
+
+
 def choice_columns(result: Result) -> dict[str, float]:
     """Columns of `ACCURACY`."""
     return {

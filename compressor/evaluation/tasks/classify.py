@@ -9,7 +9,15 @@ from compressor.data.records import record_id, string_value, text_value
 from compressor.data.sources import Row
 from compressor.errors import CompressorError
 from compressor.evaluation.metrics import FigureOf
-from compressor.evaluation.tasks.choices import ACCURACY, NOTE, choice_columns, choose, label_ids, most_frequent
+from compressor.evaluation.tasks.choices import (
+    ACCURACY,
+    NOTE,
+    choice_columns,
+    choice_room,
+    choose,
+    label_ids,
+    most_frequent,
+)
 from compressor.evaluation.tasks.interface import Item, Result, Task, tokenised
 from compressor.evaluation.tasks.records import field_of, task_rows, texts_of
 from compressor.methods.interface import Method, Piece
@@ -73,6 +81,9 @@ class Classify(Task):
             for place, ids in tokenised([record["text"] for record in records], tokenizer)
             if ids
         ]
+
+    def room(self, item: Item) -> int:
+        return choice_room(item)
 
     def run(self, method: Method, items: Sequence[Item], contexts: Sequence[list[Piece]]) -> list[Result]:
         return choose(method, items, contexts)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from compressor.evaluation.metrics import FigureOf, ratio, retained
-from compressor.evaluation.tasks.interface import Item, Result, tokenised
+from compressor.evaluation.tasks.interface import Item, Result, Task, tokenised
 from compressor.evaluation.tasks.regeneration import Regeneration, part_of
 from compressor.generation import after, score
 from compressor.methods.interface import Method, Piece
@@ -55,6 +55,12 @@ class Continuation(Regeneration):
                 break
         return [item for row in found.values() for item in row]
 
+    def room(self, item: Item) -> int:
+        return 1 + len(item.asked["following"])
+
+    def beyond(self, method: Method, items: Sequence[Item], contexts: Sequence[list[Piece]]) -> list[bool]:
+        return Task.beyond(self, method, items, contexts)
+
     def run(self, method: Method, items: Sequence[Item], contexts: Sequence[list[Piece]]) -> list[Result]:
         base = method.base
         following = [item.asked["following"] for item in items]
@@ -79,6 +85,9 @@ class Continuation(Regeneration):
         return {name: float(result[name]) for name in names}
 
     def quality(self, results: Sequence[Result]) -> dict[str, tuple[list[float], list[float]]]:
+        return {}
+
+    def cautions(self, results: Sequence[Result]) -> dict[str, int]:
         return {}
 
     def note(self) -> str:

@@ -13,7 +13,11 @@ if TYPE_CHECKING:
     from compressor.evaluation.command import EvaluationConfig
 
 Result = dict[str, Any]
-"""What an item left at one size, ready for JSON: a line of `predictions.jsonl` and the columns of its figures."""
+"""What an item left at one size, ready for JSON: a line of `predictions.jsonl` and the columns of its figures. Of an
+item that was not run it holds the reason under `LEFT_OUT` and nothing else."""
+LEFT_OUT = "left_out"
+BEYOND = "beyond_positions"
+"""Reason: what the decoder would read does not fit into the positions of the base."""
 
 TOKENISED_TOGETHER = 256
 
@@ -64,6 +68,18 @@ class Task:
         """Indices of the items that are run together."""
         return make_batches(items, batch_size)
 
+    def room(self, item: Item) -> int:
+        """Positions that the decoder takes after the item's context: prompt, and what is written or scored."""
+        raise NotImplementedError
+
+    def beyond(self, method: Method, items: Sequence[Item], contexts: Sequence[list[Piece]]) -> list[bool]:
+        """Which items of a batch do not fit into the base's positions, where it would write noise."""
+        most = method.base.positions
+        return [
+            most is not None and method.reach(pieces) + self.room(item) > most
+            for item, pieces in zip(items, contexts, strict=True)
+        ]
+
     def run(self, method: Method, items: Sequence[Item], contexts: Sequence[list[Piece]]) -> list[Result]:
         """Results of a batch at one size; `contexts` holds the pieces of each item's passage."""
         raise NotImplementedError
@@ -79,6 +95,10 @@ class Task:
     def note(self) -> str:
         """What a reader of the table must know about its figures."""
         return ""
+
+    def cautions(self, results: Sequence[Result]) -> dict[str, int]:
+        """Of the results of a data set, how many give a reason not to trust a figure: a sentence's end, and a count."""
+        return {}
 
 
 def make_batches(items: Sequence[Item], batch_size: int) -> list[list[int]]:

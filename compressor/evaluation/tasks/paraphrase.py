@@ -12,7 +12,15 @@ from compressor.data.records import record_id, text_value
 from compressor.data.sources import Row
 from compressor.errors import CompressorError
 from compressor.evaluation.metrics import FigureOf, Sums
-from compressor.evaluation.tasks.choices import ACCURACY, NOTE, choice_columns, choose, label_ids, most_frequent
+from compressor.evaluation.tasks.choices import (
+    ACCURACY,
+    NOTE,
+    choice_columns,
+    choice_room,
+    choose,
+    label_ids,
+    most_frequent,
+)
 from compressor.evaluation.tasks.interface import Item, Result, Task, tokenised
 from compressor.evaluation.tasks.records import field_of, task_rows
 from compressor.methods.interface import Method, Piece
@@ -69,6 +77,9 @@ class Paraphrase(Task):
             for place, ids in tokenised([record["text"] for record in records], tokenizer)
             if ids
         ]
+
+    def room(self, item: Item) -> int:
+        return choice_room(item)
 
     def run(self, method: Method, items: Sequence[Item], contexts: Sequence[list[Piece]]) -> list[Result]:
         return choose(method, items, contexts)

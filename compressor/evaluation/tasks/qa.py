@@ -10,6 +10,7 @@ from compressor.data.questions import Question, load_questions
 from compressor.evaluation.metrics import FigureOf, answer_scores, difference, ratio, retained
 from compressor.evaluation.tasks.interface import Item, Result, Task, tokenised
 from compressor.evaluation.tasks.quality import passage_nats
+from compressor.evaluation.words import answer_words
 from compressor.generation import ANSWER_TOKENS, after, generate, score
 from compressor.methods.encoder import equal_segments
 from compressor.methods.interface import Method, Piece
@@ -65,6 +66,9 @@ class QuestionAnswering(Task):
             if ids[record.context]
         ]
 
+    def room(self, item: Item) -> int:
+        return 1 + len(item.asked["prompt"]) + ANSWER_TOKENS
+
     def run(self, method: Method, items: Sequence[Item], contexts: Sequence[list[Piece]]) -> list[Result]:
         base = method.base
         texts = [answer_text(item.asked["answers"][0]) for item in items]
@@ -102,15 +106,24 @@ class QuestionAnswering(Task):
 
     def quality(self, results: Sequence[Result]) -> dict[str, tuple[list[float], list[float]]]:
         """Flags known without the right answer, each beside the F1 it should predict."""
-        f1 = [result["f1"] for result in results]
+        flags = {}
+        for name in ("passage_nats_per_token", "prediction_logprob"):
+            known = [result for result in results if result[name] is not None]
+            flags[f"{name}~f1"] = ([result[name] for result in known], [result["f1"] for result in known])
+        return flags
+
+    def cautions(self, results: Sequence[Result]) -> dict[str, int]:
+        longer = sum(result["answer_tokens"] - 1 > ANSWER_TOKENS for result in results)
+        bare = sum(not answer_words(one) for result in results for one in result["answers"][:1])
         return {
-            "passage_nats_per_token~f1": ([result["passage_nats_per_token"] for result in results], f1),
-            "prediction_logprob~f1": ([result["prediction_logprob"] for result in results], f1),
+            f"have a first right answer of more than {ANSWER_TOKENS} tokens, where written ones are cut": longer,
+            "have a first right answer of punctuation or articles alone, which is compared as it stands": bare,
         }
 
     def note(self) -> str:
         return (
-            "EM, F1: SQuAD's official normalisation, best of the right answers. F1 - full: paired difference to the "
-            "full passage. EM / full, F1 / full: retention as published. nats/answer: negative log-likelihood of the "
-            "first right answer, EOS included. token ratio: passage tokens / memory tokens."
+            "EM, F1: SQuAD's official normalisation, best of the right answers; scripts without spaces by characters. "
+            "F1 - full: paired difference to the full passage. EM / full, F1 / full: retention as published. "
+            "nats/answer: negative log-likelihood of the first right answer, EOS included. token ratio: "
+            "passage tokens / memory tokens."
         )

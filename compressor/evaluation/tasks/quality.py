@@ -8,15 +8,25 @@ from compressor.fidelity import passage_scores
 from compressor.methods.interface import Method, Piece
 
 
-def passage_nats(method: Method, contexts: Sequence[Sequence[Piece]]) -> list[float]:
+def passage_nats(method: Method, contexts: Sequence[Sequence[Piece]]) -> list[float | None]:
     """Negative log-likelihood of each passage under its own memory, nats a token, EOS included.
 
-    Pieces that occur more than once (several questions about one passage) are scored once.
+    Pieces that occur more than once (several questions about one passage) are scored once. None where a piece and what
+    stands for it do not fit together into the base's positions.
     """
+    most = method.base.positions
     pieces = list({id(piece): piece for row in contexts for piece in row}.values())
+    if most is not None:
+        pieces = [piece for piece in pieces if method.reach([piece]) + 2 + len(piece.ids) <= most]
+    if not pieces:
+        return [None] * len(contexts)
     prefix = method.prefix([[piece] for piece in pieces])
     with method.decoding():
         scored = passage_scores(method.base, prefix, [piece.ids for piece in pieces])
     found = {id(piece): (-float(one[:, 0].double().sum()), len(one)) for piece, one in zip(pieces, scored, strict=True)}
-    totals = [[found[id(piece)] for piece in row] for row in contexts]
-    return [sum(nats for nats, _ in row) / max(1, sum(count for _, count in row)) for row in totals]
+    nats: list[float | None] = []
+    for row in contexts:
+        scores = [found[id(piece)] for piece in row if id(piece) in found]
+        tokens = max(1, sum(count for _, count in scores))
+        nats.append(sum(one for one, _ in scores) / tokens if len(scores) == len(row) else None)
+    return nats

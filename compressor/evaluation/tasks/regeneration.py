@@ -23,6 +23,7 @@ from compressor.evaluation.metrics import (
     rouge_l,
 )
 from compressor.evaluation.tasks.interface import Item, Result, Task, tokenised
+from compressor.evaluation.words import unspaced, words
 from compressor.generation import after, generate, regeneration_limit, score
 from compressor.methods.interface import Method, Piece
 
@@ -52,6 +53,11 @@ def part_of(record: Mapping[str, Any], config: EvaluationConfig) -> str | None:
             "dates must be yyyy-mm-dd; correct it or leave split_date out"
         )
     return f"{BEFORE if date[:10] < config.split_date else AFTER} {config.split_date}"
+
+
+def says(tokenizer: Any, ids: Sequence[int], text: str) -> bool:
+    """Whether the first tokens of a text say how it begins, but for a character that they end within."""
+    return text.startswith(tokenizer.decode(ids, skip_special_tokens=True).rstrip("\ufffd"))
 
 
 class Regeneration(Task):
@@ -92,7 +98,8 @@ class Regeneration(Task):
             for length in lengths:
                 row = found[part, length]
                 if ids and len(ids) >= (length or 1) and len(row) != config.limit:
-                    row.append(Item(record["id"], ids[:length], length, part))
+                    lossy = not says(tokenizer, ids[:length], record["text"])
+                    row.append(Item(record["id"], ids[:length], length, part, asked={"lossy": lossy}))
             if config.limit is not None and all(len(row) == config.limit for row in found.values()):
                 break
         return [item for row in found.values() for item in row]
@@ -100,6 +107,15 @@ class Regeneration(Task):
     def groups(self, config: EvaluationConfig) -> list[tuple[str | None, int | None]]:
         lengths: list[int | None] = list(config.lengths) or [None]
         return [(part, length) for part in parts(config) for length in lengths]
+
+    def beyond(self, method: Method, items: Sequence[Item], contexts: Sequence[list[Piece]]) -> list[bool]:
+        """Pieces are written back apart: each must fit."""
+        most = method.base.positions
+        return [
+            most is not None
+            and any(method.reach([piece]) + 1 + regeneration_limit(len(piece.ids)) > most for piece in pieces)
+            for pieces in contexts
+        ]
 
     def run(self, method: Method, items: Sequence[Item], contexts: Sequence[list[Piece]]) -> list[Result]:
         base = method.base
@@ -128,6 +144,7 @@ class Regeneration(Task):
             results.append(
                 {
                     "reference": reference,
+                    "lossy": bool(item.asked.get("lossy")),
                     "prediction": prediction,
                     "finished": all(finished[i] for i in mine),
                     "rouge_l": rouge_l(prediction, reference),
@@ -156,6 +173,20 @@ class Regeneration(Task):
     def quality(self, results: Sequence[Result]) -> dict[str, tuple[list[float], list[float]]]:
         nats = [result["nats"] / max(1, result["target_tokens"]) for result in results]
         return {"passage_nats_per_token~rouge_l": (nats, [result["rouge_l"] for result in results])}
+
+    def cautions(self, results: Sequence[Result]) -> dict[str, int]:
+        references = [result["reference"] for result in results]
+        return {
+            "are in a script without spaces, a stretch of which is one word to BLEU: read chrF and ROUGE-L": sum(
+                unspaced(text) for text in references
+            ),
+            "have no word that ROUGE-L could count: it is 1 for a copy and 0 for anything else": sum(
+                not words(text) for text in references
+            ),
+            "lose something in the tokenizer already: figures are against what its tokens say, not the text": sum(
+                result["lossy"] for result in results
+            ),
+        }
 
     def note(self) -> str:
         return (

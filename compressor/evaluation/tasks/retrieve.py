@@ -83,6 +83,15 @@ class Retrieve(Task):
         order = range(len(items))
         return [list(group) for _, group in groupby(order, key=lambda i: (items[i].dataset, items[i].asked["group"]))]
 
+    def room(self, item: Item) -> int:
+        return 1 + len(item.asked["prompt"]) + len(item.asked["query"])
+
+    def beyond(self, method: Method, items: Sequence[Item], contexts: Sequence[list[Piece]]) -> list[bool]:
+        """A group as a whole: every passage is read with every query, and ranks are among as many."""
+        longest, most = max(self.room(item) for item in items), method.base.positions
+        over = most is not None and any(method.reach(pieces) + longest > most for pieces in contexts)
+        return [over] * len(items)
+
     def run(self, method: Method, items: Sequence[Item], contexts: Sequence[list[Piece]]) -> list[Result]:
         """Results of a group, whose passages are the candidates of each other's queries."""
         base = method.base

@@ -60,6 +60,9 @@ class Summarise(Task):
             if ids
         ]
 
+    def room(self, item: Item) -> int:
+        return 1 + len(item.asked["prompt"]) + SUMMARY_TOKENS
+
     def run(self, method: Method, items: Sequence[Item], contexts: Sequence[list[Piece]]) -> list[Result]:
         base = method.base
         firsts = [answer_text(item.asked["targets"][0]) for item in items]
@@ -89,6 +92,10 @@ class Summarise(Task):
     def columns(self, result: Result) -> dict[str, float]:
         names = ("rouge_1", "rouge_2", "rouge_l", "nats", "target_tokens", "passage_tokens", "memory_tokens")
         return {"items": 1.0, **{name: float(result[name]) for name in names}}
+
+    def cautions(self, results: Sequence[Result]) -> dict[str, int]:
+        longer = sum(result["target_tokens"] - 1 > SUMMARY_TOKENS for result in results)
+        return {f"have a first reference of more than {SUMMARY_TOKENS} tokens, where summaries are cut": longer}
 
     def note(self) -> str:
         return (
