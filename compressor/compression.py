@@ -14,7 +14,6 @@ from accelerate import Accelerator
 from compressor.base import load_base
 from compressor.checkpoints import VALIDATION
 from compressor.codecs.artifact import tokenizer_fingerprint
-from compressor.codecs.codec import Codec
 from compressor.config import RunConfig
 from compressor.data.collate import WIDTH_MULTIPLE, continuation_pair, regeneration_pair, stack_pairs
 from compressor.data.passages import BatchPlan, Piece, load_passages, passages_digest
@@ -54,9 +53,6 @@ class CompressionStage:
             self.module = Compressor(base, config.compressor, config.seed)
         self.module.train()
         self.module.activation_checkpointing = config.training.activation_checkpointing
-        if config.objective.codec is not None:
-            self.module.trained_codec = Codec.parse(config.objective.codec, config.objective.calibration)
-            self.module.codec_noise = config.objective.codec_noise
         most = self.module.config.memory_tokens
         for share in config.objective.tokens:
             if share.tokens > most:

@@ -170,13 +170,6 @@ class ObjectiveConfig:
     teacher_answers: float = 0.0
     """Share of the micro-batches of questions whose targets are the answers that the base itself gives from the whole
     passage (PISCO, arXiv 2501.16075) instead of the right ones."""
-    codec: str | None = None
-    """Train with memories as they come back from this codec of memory files, for instance int3 or lowrank:0.1
-    (quantisation-aware: gradients pass as if nothing had been rounded)."""
-    codec_noise: bool = False
-    """Add uniform noise of a step's width instead of rounding."""
-    calibration: str | None = None
-    """File of `compressor calibrate` that the codec needs or may use."""
 
     def __post_init__(self) -> None:
         require(bool(self.tokens), "objective.tokens", self.tokens, "a non-empty list")

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from compressor.base import Base
-from compressor.codecs.codec import Codec
 from compressor.errors import CompressorError
 from compressor.layouts import decoder_start, memory_positions
 from compressor.lora import lora_config
@@ -57,9 +56,6 @@ class Compressor(nn.Module):
             self.encoder = chosen(base, config)
         self._lora_layers = [module for module in base.model.modules() if isinstance(module, BaseTunerLayer)]
         self.activation_checkpointing = False
-        self.trained_codec: Codec | None = None
-        """Codec whose rounding the memories are trained to bear."""
-        self.codec_noise = False
         self.to(base.device)
 
     @contextmanager

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from compressor.codecs.quantise import straight_through
 from compressor.data.collate import IGNORED, answer_pair, stack_pairs
 from compressor.generation import decode, generate
 from compressor.memory import Prefix
@@ -50,8 +49,6 @@ def loss(model: Compressor, batch: dict[str, Any]) -> Tensor:
     """
     tokens = batch["memory_tokens"]
     keys, values = model.encode(batch["input_ids"], batch["lengths"], int(tokens.max()))
-    if model.trained_codec is not None and model.training:
-        keys, values = straight_through(keys, values, model.trained_codec, model.codec_noise)
     prefix = model.prefix(keys, values, batch["lengths"], tokens)
     total = torch.zeros((), device=keys.device)
     for name in OBJECTIVES:

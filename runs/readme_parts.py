@@ -297,25 +297,6 @@ def codecs() -> str:
     )
 
 
-def rounded() -> str:
-    """Training with rounded memories against training without, under the same codecs."""
-    rows = {name: results(f"quantisation-aware/{name}.json")["rows"] for name in ("plain", "rounded")}
-    header = ["codec", "k"]
-    header += [f"{figure}, trained {how}" for how in ("plainly", "rounded") for figure in ("bits/value", "ROUGE-L")]
-    body = []
-    for one in rows["plain"]:
-        key = (one["length"], one["tokens"], one["codec"])
-        cells = [
-            cell
-            for found in rows.values()
-            for row in found
-            if (row["length"], row["tokens"], row["codec"]) == key
-            for cell in (f"{row['bits_per_value']:.2f}", _interval(row, "rouge_l", 3))
-        ]
-        body.append([one["codec"], str(one["tokens"]), *cells])
-    return table(header, body) + f"\n\n{rows['plain'][0]['n']} unseen passages of 96 tokens; 95% bootstrap intervals."
-
-
 TASKS = {
     "continuation": ("the text after the passage", "nats/token ↓", "nll_per_token", 2),
     "retrieve": ("the passage a title belongs to", "MRR ↑", "mrr", 3),
@@ -359,6 +340,5 @@ PARTS: dict[str, Callable[[], str]] = {
     "studies": studies,
     "lossless": lossless,
     "codecs": codecs,
-    "rounded": rounded,
     "tasks": tasks,
 }

@@ -59,7 +59,7 @@ def test_every_codec_is_a_row(run: tuple[Path, dict[str, Any]]) -> None:
     folder, metrics = run
     assert metrics["figures"] == ["bytes_per_byte", "decoder_ratio", "bleu", "rouge_l", "exact_match", "f1", "text_f1"]
     rows = {(row["dataset"], row["codec"], row["tokens"]): row for row in metrics["rows"]}
-    assert len(rows) == len(metrics["rows"]) == 2 * (2 * 2 + 2 + 2 * 2 + 3 + 4)
+    assert len(rows) == len(metrics["rows"]) == 2 * (2 * 2 + 2 * 2 + 3 + 4)
     codecs = {codec for _, codec, _ in rows}
     assert {"memory, bf16", "memory, lowrank:0.5", "keywords", "summary"} <= codecs
     assert {f"sentence-embedding, int{bits}" for bits in (8, 4, 2)} | LOSSLESS <= codecs

@@ -554,30 +554,6 @@ def test_shares_of_memory_tokens_keep_to_their_lengths(configure: Callable[..., 
     assert {tokens for _ in range(20) for tokens in stage.draw_tokens(rng, [10])} == {1, 4}
 
 
-def test_memories_can_be_trained_as_their_codec_leaves_them(configure: Callable[..., RunConfig]) -> None:
-    losses = {}
-    for argv in ([], ["--objective.codec=int2"], ["--objective.codec=int2", "--objective.codec_noise=true"]):
-        config = configure("--compressor.lora_dropout=0", *argv)
-        stage = CompressionStage(config, start_run(config))
-        batch = stage.micro_batch(0)
-        torch.manual_seed(0)
-        loss = stage.module(batch)
-        loss.backward()
-        losses[tuple(argv)] = float(loss.detach())
-        # Rounding has no gradient of its own: all that is trained still gets one.
-        for name, parameter in stage.module.named_parameters():
-            assert (parameter.grad is not None) == parameter.requires_grad, name
-        stage.module.eval()
-        with torch.no_grad():
-            losses[(*argv, "validated")] = float(stage.module(batch))
-    trained = [loss for key, loss in losses.items() if "validated" not in key]
-    validated = [loss for key, loss in losses.items() if "validated" in key]
-    assert len(set(trained)) == 3
-    assert validated == [validated[0]] * 3  # validation is without the codec
-    with pytest.raises(CompressorError, match="needs a calibration"):
-        CompressionStage(config := configure("--objective.codec=lowrank"), start_run(config))
-
-
 def test_a_run_writes_a_compressor_a_log_and_its_configuration(
     training_options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

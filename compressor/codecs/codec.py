@@ -25,7 +25,6 @@ from torch import Tensor
 from compressor.codecs import entropy, quantise
 from compressor.codecs.calibration import Calibration, flatten_tokens, unflatten_tokens
 from compressor.codecs.entropy import Coder
-from compressor.codecs.lowrank import step_size
 from compressor.errors import CompressorError
 
 if TYPE_CHECKING:
@@ -279,45 +278,6 @@ class Codec:
                 values = entropy.decode(data, here, self.coder, (-half, half - 1))
             integers[:, layer] = torch.from_numpy(values).reshape(shape[0], *shape[2:])
         return quantise.dequantise(integers, steps)
-
-    def degrade(self, pair: Tensor, noise: bool = False, generator: torch.Generator | None = None) -> Tensor:
-        """Keys and values `[2, layers, ..., kv_heads, tokens, head_size]` as they come back; see `straight_through`."""
-        # Batch dimensions go first, so that a calibration's tensors broadcast.
-        pair = pair.movedim((0, 1), (-5, -4))
-        device = pair.device
-        mean = torch.zeros(pair.shape[-5:], device=device)
-        if self.calibration is not None:
-            mean = self.calibration.mean[:, :, :, : pair.shape[-2]].to(device)
-        if self.name in FLOATS:
-            changed = quantise.rounded(pair, pair.to(FLOATS[self.name]).float())
-        elif self.name == "lowrank":
-            transform, step = self._fitted().transform.to(device), step_size(self.level)
-            coded = torch.from_numpy(transform.models(self.level) != entropy.DROPPED).to(device)
-            components = transform.project(flatten_tokens(pair - mean)) / step
-            components = quantise.rounded(components, components.round()) * step * coded
-            changed = mean + unflatten_tokens(transform.synthesise(components), pair.shape[-4:]).float()
-        else:
-            bits, centred = BITS[self.name], pair - mean
-            if self.calibration is not None:
-                steps = self._steps().to(device)
-            else:
-                steps = quantise.step_of(quantise.fit_steps(centred, bits))
-            integers = quantise.symbols(centred, steps, bits)
-            wide = steps.unsqueeze(-2)
-            reach = wide * (1 << (bits - 1))
-            if noise:
-                centred = centred + (torch.rand(centred.shape, device=device, generator=generator) - 0.5) * wide
-            within = torch.minimum(torch.maximum(centred, -reach), reach)
-            if self.calibration is not None:
-                place = list(quantise.STEPS).index(bits)
-                constant = self.calibration.models[place].to(device).unsqueeze(3) == entropy.DROPPED
-                integers, within = integers.masked_fill(constant, 0), within.masked_fill(constant, 0.0)
-            changed = mean + (within if noise else quantise.rounded(within, quantise.dequantise(integers, steps)))
-        if self.drop_layers:
-            changed = changed.clone()
-            for layer in self.drop_layers:
-                changed[..., layer, :, :, :] = mean[:, layer]
-        return changed.movedim((-5, -4), (0, 1))
 
     def _kept(self, layers: int) -> list[int]:
         if any(not 0 <= layer < layers for layer in self.drop_layers) or len(self.drop_layers) >= layers:

@@ -10,7 +10,7 @@ bits, the others log2(deviation / step) each (Cover and Thomas, Elements of Info
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -76,14 +76,6 @@ class Transform:
             scaled = torch.from_numpy(integers * MANTISSAS[level % 4]).double()
             total = scaled @ self.synthesis.cpu().double()
         return torch.ldexp(total, self.exponents.cpu().to(torch.int64) + (level // 4 - _RESOLUTION))
-
-    def synthesise(self, components: Tensor) -> Tensor:
-        """Centred tokens of components, float64 `[..., channels]`, to rounding; `reconstruct` is exact."""
-        return components @ self._basis()
-
-    def to(self, device: torch.device) -> Transform:
-        """This transform on another device."""
-        return Transform(*(getattr(self, item.name).to(device) for item in fields(self)))
 
     def models(self, level: int) -> np.ndarray:
         """Entropy model of each component at step 2^(level/4), uint8 `[rank]`; integer arithmetic only."""

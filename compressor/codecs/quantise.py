@@ -10,14 +10,9 @@ every machine with IEEE arithmetic gives the same bits.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from compressor.codecs.codec import Codec
 
 STEPS = {2: 0.9957, 3: 0.5860, 4: 0.3352, 8: 0.0308}
 """Bits to the step, in deviations, that is best for a Gaussian (Max, Quantizing for minimum distortion, 1960)."""
@@ -78,32 +73,3 @@ def unpack(data: np.ndarray, bits: int, count: int) -> np.ndarray:
     """The `count` integers that `pack` was given, int64."""
     planes = np.unpackbits(data, count=count * bits).reshape(count, bits)
     return planes @ (1 << np.arange(bits - 1, -1, -1, dtype=np.int64)) - (1 << (bits - 1))
-
-
-def straight_through(
-    keys: Tensor, values: Tensor, codec: Codec, noise: bool = False, generator: torch.Generator | None = None
-) -> tuple[Tensor, Tensor]:
-    """Keys and values as they come back from a codec, with gradients as if nothing had been rounded.
-
-    For training that makes memories robust against their codec. Rounding has a gradient of zero nearly everywhere; the
-    straight-through estimator takes the identity's instead (Bengio et al., arXiv 1308.3432). What a codec clips or
-    leaves out has no gradient: with the identity's there, values drift ever further out of the codec's reach.
-
-    Args:
-        keys, values: position-free, `[layers, ..., kv_heads, tokens, head_size]`: a memory's, or a batch of memories of
-            one segment each. With a calibration, tokens are the first of a segment.
-        codec: which; its entropy coder and `keep_tokens` do not matter here.
-        noise: add uniform noise of one step's width instead of rounding (Ballé et al., arXiv 1611.01704): smoother
-            gradients, the same error on average. Codecs without steps (float types, low rank) round all the same.
-        generator: of the noise.
-
-    Returns:
-        Two tensors of the shapes and types given.
-    """
-    changed = codec.degrade(torch.stack([keys, values]).float(), noise, generator)
-    return changed[0].to(keys.dtype), changed[1].to(values.dtype)
-
-
-def rounded(exact: Tensor, to: Tensor) -> Tensor:
-    """`to`, with the gradient of `exact`."""
-    return exact + (to - exact).detach()
