@@ -38,9 +38,7 @@ class CompressionStage:
     def __init__(self, config: RunConfig, accelerator: Accelerator):
         self.config = config
         self.module: Compressor
-        if config.init is not None and config.transplant:
-            self.module = Compressor.transplanted(config.init, load_base(config.base, accelerator.device))
-        elif config.init is not None:
+        if config.init is not None:
             self.module = Compressor.from_pretrained(
                 config.init,
                 device=accelerator.device,

@@ -275,8 +275,6 @@ class RunConfig:
     compressor: CompressorConfig = field(default_factory=CompressorConfig)
     init: str | None = None
     """Compressor checkpoint (in stage `base`, a base) to start from, not a fresh one; its own settings then apply."""
-    transplant: bool = False
-    """Put the adapters of `init` on `base.path`, another base of the same shape: a later version of theirs, say."""
     architecture: ArchitectureConfig = field(default_factory=ArchitectureConfig)
     mixture: MixtureConfig = field(default_factory=MixtureConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
@@ -315,12 +313,6 @@ class RunConfig:
             "objective.answer",
             self.objective.answer,
             "positive, or objective.distillation, in stage answer",
-        )
-        require(
-            not self.transplant or (self.init is not None and self.stage != "base"),
-            "transplant",
-            True,
-            "false without the compressor checkpoint `init`",
         )
         longest = max(share.high for share in self.data.lengths)
         require(

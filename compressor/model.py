@@ -27,7 +27,7 @@ from compressor.memory import Memory, Prefix, Segment, memory_prefix
 from compressor.methods.encoder import equal_segments, pad
 from compressor.methods.registry import encoder_class
 from compressor.model_config import CompressorConfig
-from compressor.pretrained import fetch_checkpoint, find_base, load_weights, read_settings, save_checkpoint
+from compressor.pretrained import find_base, load_weights, read_settings, save_checkpoint
 
 
 class Compressor(nn.Module):
@@ -360,17 +360,5 @@ class Compressor(nn.Module):
         """
         folder, chosen = find_base(path, base, device, dtype, revision, attention, quantisation)
         model = cls(chosen, CompressorConfig(**read_settings(folder)["config"]))
-        load_weights(model, folder)
-        return model.eval()
-
-    @classmethod
-    def transplanted(cls, path: str | Path, base: Base) -> Compressor:
-        """The adapters and encoder of a checkpoint on a base that they were not trained on, to train on from there.
-
-        Raises:
-            CompressorError: no such checkpoint, a damaged one, or a base of another shape.
-        """
-        folder = fetch_checkpoint(str(path))
-        model = cls(base, CompressorConfig(**read_settings(folder)["config"]))
         load_weights(model, folder)
         return model.eval()

@@ -623,32 +623,11 @@ def test_what_does_not_fit_together_is_refused(training_options: list[str], tmp_
         (["--base.path=no/such-base"], "cannot load the base 'no/such-base'"),
         (["--data.train=no/such.jsonl"], "no/such.jsonl"),
         (["--init=no/such-checkpoint"], "no/such-checkpoint"),
-        (["--transplant=true"], "transplant = True is out of range"),
     ):
         assert train_main([*run_, *extra]) == 2
         error = capsys.readouterr().err
         assert message in error
         assert "Traceback" not in error
-
-
-def test_adapters_go_on_another_base_of_the_same_shape(
-    configure: Callable[..., RunConfig], tiny_compressor: Compressor, tiny_base: Any, tmp_path: Path
-) -> None:
-    tiny_compressor.save_pretrained(tmp_path / "start")
-    with torch.no_grad():
-        tiny_base.model.get_decoder().norm.weight.mul_(2)
-    tiny_base.model.save_pretrained(tmp_path / "base")
-    tiny_base.tokenizer.save_pretrained(tmp_path / "base")
-    options = [f"--init={tmp_path / 'start'}", f"--base.path={tmp_path / 'base'}"]
-    config = configure(*options, "--transplant=true")
-    module = CompressionStage(config, start_run(config)).module
-    assert module.base.fingerprint != tiny_compressor.base.fingerprint
-    wanted, found = tiny_compressor.trainable_state(), module.trainable_state()
-    assert set(wanted) == set(found)
-    assert all(torch.equal(wanted[name], found[name]) for name in wanted)
-    # What is saved from there on belongs to the new base.
-    module.save_pretrained(tmp_path / "moved")
-    assert Compressor.from_pretrained(tmp_path / "moved").base.fingerprint == module.base.fingerprint
 
 
 def test_a_run_from_a_checkpoint_keeps_the_attention_it_asks_for(
