@@ -63,12 +63,9 @@ class AnswerStage(CompressionStage):
             return super().micro_batch(index)
         drawn = self.questions.batch(index)
         tokens = self.draw_tokens(rng, [draw.length for draw in drawn])
-        teacher_answers = bool(rng.random() < self.config.objective.teacher_answers)
-        return self.collate_questions(self.asked, drawn, tokens, teacher_answers)
+        return self.collate_questions(self.asked, drawn, tokens)
 
-    def collate_questions(
-        self, asked: Sequence[Asked], drawn: Sequence[Draw], tokens: Sequence[int], teacher_answers: bool = False
-    ) -> Batch:
+    def collate_questions(self, asked: Sequence[Asked], drawn: Sequence[Draw], tokens: Sequence[int]) -> Batch:
         """Tensors for passages with their questions, each compressed to its number of memory tokens."""
         base, objective = self.module.base, self.config.objective
         chosen = [asked[draw.passage] for draw in drawn]
@@ -92,7 +89,6 @@ class AnswerStage(CompressionStage):
             "answer_prompts": prompts,
             "answer_weight": objective.answer,
             "distillation_weight": objective.distillation,
-            "teacher_answers": teacher_answers,
         }
 
     def origin(self) -> dict[str, str]:

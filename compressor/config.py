@@ -167,15 +167,11 @@ class ObjectiveConfig:
     """Weight of the right answer after memory and question (stage `answer`)."""
     distillation: float = 0.0
     """Weight of the divergence from the base that reads the whole passage, on the answer's tokens (stage `answer`)."""
-    teacher_answers: float = 0.0
-    """Share of the micro-batches of questions whose targets are the answers that the base itself gives from the whole
-    passage (PISCO, arXiv 2501.16075) instead of the right ones."""
 
     def __post_init__(self) -> None:
         require(bool(self.tokens), "objective.tokens", self.tokens, "a non-empty list")
         for name in ("regeneration", "continuation", "answer", "distillation"):
             require(getattr(self, name) >= 0, f"objective.{name}", getattr(self, name), "at least 0")
-        require(0 <= self.teacher_answers <= 1, "objective.teacher_answers", self.teacher_answers, "in [0, 1]")
         require(self.regeneration + self.continuation > 0, "objective", "all weights 0", "positive in total")
 
 

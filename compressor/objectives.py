@@ -6,15 +6,14 @@ encoding. A new objective is one pair function and one weight in `ObjectiveConfi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from compressor.data.collate import IGNORED, answer_pair, stack_pairs
-from compressor.generation import decode, generate
+from compressor.data.collate import IGNORED
+from compressor.generation import decode
 from compressor.memory import Prefix
 
 if TYPE_CHECKING:
@@ -22,8 +21,6 @@ if TYPE_CHECKING:
 
 OBJECTIVES = ("regeneration", "continuation")
 """Objectives that are one pair of inputs and labels for each passage; `answer_losses` is for questions."""
-TEACHER_TOKENS = 24
-"""Most tokens of an answer that the base itself gives."""
 
 
 def target_loss(model: Compressor, prefix: Prefix, inputs: Tensor, labels: Tensor) -> Tensor:
@@ -70,8 +67,7 @@ def answer_loss(model: Compressor, prefix: Prefix, batch: dict[str, Any]) -> Ten
 
     The batch holds `answer_inputs` and `answer_labels` (int64 `[questions, width]`), `answer_owners` (the passage of
     each question, int64 `[questions]`), `answer_prompts` (token ids of each question), `answer_passages` (token ids of
-    each passage, without what a method extends it by), `answer_weight`, `distillation_weight` and `teacher_answers`
-    (whether the base's own answers are the targets).
+    each passage, without what a method extends it by), `answer_weight` and `distillation_weight`.
 
     Returns:
         Summed over the answers' tokens, EOS included. The divergence is KL(teacher || student) at the same places,
@@ -80,37 +76,14 @@ def answer_loss(model: Compressor, prefix: Prefix, batch: dict[str, Any]) -> Ten
     from compressor.methods.interface import token_prefix
 
     owners, inputs, labels = batch["answer_owners"], batch["answer_inputs"], batch["answer_labels"]
-    base, targets = model.base, int((labels != IGNORED).sum())
-    full: Prefix | None = None
-    if batch["distillation_weight"] or batch["teacher_answers"]:
-        with model.adapters(on=False):
-            full = token_prefix(base, batch["answer_passages"]).select(owners)
-    if batch["teacher_answers"]:
-        assert full is not None
-        inputs, labels = _teacher_pairs(model, full, batch["answer_prompts"])
-    wanted = labels != IGNORED
+    base, wanted = model.base, labels != IGNORED
     with model.adapters(on=False):
         student = decode(base, prefix.select(owners), inputs)[wanted].float().log_softmax(-1)
         losses = batch["answer_weight"] * nn.functional.nll_loss(student, labels[wanted], reduction="sum")
         if batch["distillation_weight"]:
-            assert full is not None
             with torch.no_grad():
+                full = token_prefix(base, batch["answer_passages"]).select(owners)
                 teacher = decode(base, full, inputs)[wanted].float().log_softmax(-1)
             divergence = nn.functional.kl_div(student, teacher, reduction="sum", log_target=True)
             losses = losses + batch["distillation_weight"] * divergence
-    # The loop divides by the number of right answers' tokens; the teacher's may be more or fewer.
-    return losses * (targets / max(1, int(wanted.sum())))
-
-
-@torch.no_grad()
-def _teacher_pairs(model: Compressor, full: Prefix, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Inputs and labels of the answers that the base gives from the whole passage; of one that was cut off, no EOS."""
-    base = model.base
-    with model.adapters(on=False):
-        written = generate(base, full, prompts, [TEACHER_TOKENS] * len(prompts))
-    pairs = []
-    for prompt, one in zip(prompts, written, strict=True):
-        inputs, labels = answer_pair(prompt, one.ids, base.eos)
-        pairs.append((inputs, labels) if one.finished else (inputs[:-1], labels[:-1]))
-    stacked = stack_pairs(pairs)
-    return stacked["inputs"].to(base.device), stacked["labels"].to(base.device)
+    return losses

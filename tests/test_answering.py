@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from compressor.answering import AnswerStage
 from compressor.base import Base
@@ -18,9 +18,8 @@ from compressor.data.asked import ask
 from compressor.data.collate import IGNORED, answer_pair
 from compressor.data.questions import Question
 from compressor.errors import CompressorError
-from compressor.generation import decode, generate
+from compressor.generation import decode
 from compressor.launch import train_main
-from compressor.methods.interface import token_prefix
 from compressor.model import Compressor
 from compressor.objectives import answer_loss
 from compressor.parsing import parse_config
@@ -171,32 +170,6 @@ def test_answer_and_distillation_losses_are_likelihood_and_divergence(make_stage
     assert divergence > 0
 
 
-def test_the_teachers_own_answers_can_be_the_targets(make_stage: Callable[..., AnswerStage]) -> None:
-    stage = make_stage("--objective.teacher_answers=1")
-    model, batch = stage.module, _question_batch(stage)
-    assert batch["teacher_answers"]
-    base = model.base
-    with torch.no_grad():
-        keys, values = model.encode(batch["input_ids"], batch["lengths"], 4)
-        prefix = model.prefix(keys, values, batch["lengths"])
-        found = float(answer_loss(model, prefix, batch))
-        rows = [ids[:n].tolist() for ids, n in zip(batch["input_ids"], batch["lengths"].tolist(), strict=True)]
-        with model.adapters(on=False):
-            full = token_prefix(base, rows).select(batch["answer_owners"])
-            written = generate(base, full, batch["answer_prompts"], [24] * len(batch["answer_prompts"]))
-            total, count = 0.0, 0
-            for row, (prompt, one) in enumerate(zip(batch["answer_prompts"], written, strict=True)):
-                ids = torch.tensor([[*prompt, *one.ids]])
-                owner = batch["answer_owners"][row : row + 1]
-                logits = decode(base, prefix.select(owner), ids)[0, len(prompt) - 1 :]
-                # An answer that was cut off does not end where it was cut.
-                targets = torch.tensor([*one.ids, base.eos] if one.finished else one.ids)
-                logits = logits[: len(targets)]
-                total += float(nn.functional.cross_entropy(logits, targets, reduction="sum"))
-                count += len(targets)
-    assert found == pytest.approx(total / count * batch["targets"], rel=1e-4)
-
-
 def test_gradient_reaches_every_parameter_and_not_the_base(make_stage: Callable[..., AnswerStage]) -> None:
     stage = make_stage("--objective.distillation=1")
     batch = _question_batch(stage)
@@ -234,7 +207,6 @@ def test_settings_that_cannot_train_are_refused(options: list[str]) -> None:
         (["--data.questions=[]"], "data.questions"),
         (["--objective.answer=0"], "objective.answer"),
         (["--data.question_share=0"], "data.question_share"),
-        (["--objective.teacher_answers=2"], "objective.teacher_answers"),
         (["--compressor.question_template=Answer this"], "question_template"),
     ):
         with pytest.raises(CompressorError, match=message):
