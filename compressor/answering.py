@@ -32,26 +32,20 @@ class AnswerStage(CompressionStage):
         super().__init__(config, accelerator)
         data, model = config.data, self.module
 
-        def load(sources: Sequence[str], split: str) -> list[Asked]:
-            questions = load_questions(sources, split=split, limit=data.limit, columns=data.question_columns or None)
-            template = model.config.question_template
-            return ask(questions, model.base.tokenizer, template, lambda ids: model.segment(ids, data.question_tokens))
-
         with accelerator.main_process_first():
-            asked = load(data.questions, "train")
-            if data.validation_questions:
-                held_out = load(data.validation_questions, "validation")[: data.validation_limit]
-            else:
-                # Questions of one context stay on one side, whatever segments they went to.
-                count = min(data.validation_limit, len(asked) // 4)
-                last = {one.context for one in asked[len(asked) - count :]}
-                held_out = [one for one in asked if one.context in last]
-                asked = [one for one in asked if one.context not in last]
+            questions = load_questions(
+                data.questions, split="train", limit=data.limit, columns=data.question_columns or None
+            )
+            template = model.config.question_template
+            asked = ask(questions, model.base.tokenizer, template, lambda ids: model.segment(ids, data.question_tokens))
+            # Questions of one context stay on one side, whatever segments they went to.
+            count = min(data.validation_limit, len(asked) // 4)
+            last = {one.context for one in asked[len(asked) - count :]}
+            held_out = [one for one in asked if one.context in last]
+            asked = [one for one in asked if one.context not in last]
         if not held_out or not asked:
             count = len({one.context for one in [*asked, *held_out]})
-            raise CompressorError(
-                f"data.questions has {count} contexts, too few to hold some out: name data.validation_questions"
-            )
+            raise CompressorError(f"data.questions has {count} contexts, too few to hold some out: name more")
         self.asked, self.held_out_questions = asked, held_out
         settings = config.training
         self.questions = QuestionPlan(asked, settings.batch_tokens, settings.batch_passages, config.seed)

@@ -52,7 +52,8 @@ class DataConfig:
     """Question-answer records (JSON lines with context, question and answers) for the base's mixture; without any, the
     mixture's share of them goes to the rest."""
     questions: list[str] = field(default_factory=list)
-    """Questions to train on (stage `answer`): files, folders, shipped names or hub ids."""
+    """Questions to train on (stage `answer`): files, folders, shipped names or hub ids. Those of the last
+    `validation_limit` contexts are validated on instead."""
     question_columns: dict[str, str] = field(default_factory=dict)
     """Names of the questions' columns where they are not the usual ones, for instance `{context: abstract}`."""
     question_share: float = 0.5
@@ -60,9 +61,6 @@ class DataConfig:
     question_tokens: int | None = None
     """Contexts of questions are segmented to at most so many tokens, and a question goes to the segment that holds its
     answer; by default to as many as the compressor takes."""
-    validation_questions: list[str] = field(default_factory=list)
-    """Questions to validate on; by default those of the last `validation_limit` contexts of `questions`, which are then
-    not trained on."""
     workers: int = 1
     """Processes that tokenise."""
 
