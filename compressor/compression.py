@@ -81,10 +81,7 @@ class CompressionStage:
         rng = np.random.default_rng(config.seed)
         held_out = BatchPlan(np.asarray(self.held_out["tokens"]), data, 1 << 14, 16, config.seed)
         self.validation = sorted(
-            held_out.draw(
-                rng, min(data.validation_limit, len(self.held_out)), held_out.weights(data.curriculum_passages)
-            ),
-            key=lambda p: p.length,
+            held_out.draw(rng, min(data.validation_limit, len(self.held_out))), key=lambda p: p.length
         )
 
     def micro_batch(self, index: int) -> Batch:

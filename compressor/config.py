@@ -20,14 +20,10 @@ class LengthRange:
     low: int
     high: int
     weight: float = 1.0
-    initial_weight: float | None = None
-    """Share at the start of training; it moves linearly to `weight` over `data.curriculum_passages`."""
 
     def __post_init__(self) -> None:
         require(1 <= self.low <= self.high, "data.lengths", f"{self.low}..{self.high}", "1 <= low <= high")
         require(self.weight > 0, "data.lengths.weight", self.weight, "positive")
-        initial = self.initial_weight
-        require(initial is None or initial > 0, "data.lengths.initial_weight", initial, "positive")
 
 
 @dataclass
@@ -44,8 +40,6 @@ class DataConfig:
     """Use only the first so many validation records."""
     lengths: list[LengthRange] = field(default_factory=lambda: [LengthRange(16, 500)])
     """Mixture of passage lengths in tokens. Mixing from the start avoids a jump between lengths."""
-    curriculum_passages: int = 0
-    """Passages over which the mixture of lengths moves from its initial weights to its final ones; 0 for none."""
     random_start: float = 0.25
     """Share of the passages cut from a random place instead of the beginning of the text."""
     qa: list[str] = field(default_factory=list)
@@ -68,7 +62,6 @@ class DataConfig:
         require(bool(self.train), "data.train", self.train, "a non-empty list of sources")
         require(bool(self.validation), "data.validation", self.validation, "a non-empty list of sources")
         require(bool(self.lengths), "data.lengths", self.lengths, "a non-empty list")
-        require(self.curriculum_passages >= 0, "data.curriculum_passages", self.curriculum_passages, "at least 0")
         require(0 < self.question_share <= 1, "data.question_share", self.question_share, "above 0, up to 1")
         require(
             self.question_tokens is None or self.question_tokens >= 1,

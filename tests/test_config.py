@@ -180,7 +180,6 @@ OUT_OF_RANGE = {
     "data.random_start": ("-0.1", "1.1"),
     "data.limit": ("0",),
     "data.validation_limit": ("0",),
-    "data.curriculum_passages": ("-1",),
     "data.workers": ("0",),
     "architecture.vocabulary": ("100", "65537"),
     "architecture.layers": ("0",),

@@ -80,18 +80,6 @@ def test_random_starts_are_the_share_that_was_asked_for() -> None:
         assert moved == pytest.approx(share, abs=0.04)
 
 
-def test_a_curriculum_moves_from_the_first_mixture_to_the_last() -> None:
-    shares = [LengthRange(4, 4, 1.0, initial_weight=9.0), LengthRange(60, 60, 9.0, initial_weight=1.0)]
-    source = plan(np.array([100] * 20))
-    source.data.lengths, source.data.curriculum_passages = shares, 100_000
-    np.testing.assert_allclose(source.weights(0), [0.9, 0.1])
-    np.testing.assert_allclose(source.weights(50_000), [0.5, 0.5])
-    np.testing.assert_allclose(source.weights(100_000), [0.1, 0.9])
-    np.testing.assert_allclose(source.weights(10**9), [0.1, 0.9])
-    source.data.curriculum_passages = 0
-    np.testing.assert_allclose(source.weights(0), [0.1, 0.9])
-
-
 def test_nothing_to_train_on_is_refused() -> None:
     for lengths in (np.array([], dtype=np.int64), np.array([0, 0])):
         with pytest.raises(CompressorError, match="no passage with at least one token"):

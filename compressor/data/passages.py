@@ -85,19 +85,10 @@ class BatchPlan(Rounds[Piece]):
         super().__init__(batch_tokens, batch_passages, seed)
         self.data = data
 
-    def weights(self, seen: int) -> np.ndarray:
-        """Weights of the length ranges after `seen` passages."""
-        final = np.array([share.weight for share in self.data.lengths])
-        first = np.array(
-            [share.weight if share.initial_weight is None else share.initial_weight for share in self.data.lengths]
-        )
-        first, final = first / first.sum(), final / final.sum()
-        progress = min(1.0, seen / self.data.curriculum_passages) if self.data.curriculum_passages else 1.0
-        return first + progress * (final - first)
-
-    def draw(self, rng: np.random.Generator, count: int, weights: np.ndarray) -> list[Piece]:
-        """`count` pieces at random, with these weights of the length ranges."""
-        kind = rng.choice(len(weights), size=count, p=weights)
+    def draw(self, rng: np.random.Generator, count: int) -> list[Piece]:
+        """`count` pieces at random."""
+        weights = np.array([share.weight for share in self.data.lengths])
+        kind = rng.choice(len(weights), size=count, p=weights / weights.sum())
         low = np.array([share.low for share in self.data.lengths])[kind]
         high = np.array([share.high for share in self.data.lengths])[kind]
         wanted = np.minimum(rng.integers(low, high + 1), self.sorted[-1])
@@ -112,4 +103,4 @@ class BatchPlan(Rounds[Piece]):
 
     def draw_round(self, rng: np.random.Generator, number: int) -> list[Piece]:
         """See `Rounds`."""
-        return self.draw(rng, ROUND, self.weights(number * ROUND))
+        return self.draw(rng, ROUND)
