@@ -32,17 +32,25 @@ class AnswerStage(CompressionStage):
         super().__init__(config, accelerator)
         data, model = config.data, self.module
 
+        left_out = self.left_out["questions"]
         with accelerator.main_process_first():
             questions = load_questions(
-                data.questions, split="train", limit=data.limit, columns=data.question_columns or None
+                data.questions,
+                split="train",
+                limit=data.limit,
+                columns=data.question_columns or None,
+                keep_unanswerable=data.keep_unanswerable,
+                left_out=left_out,
             )
-            template = model.config.question_template
-            asked = ask(questions, model.base.tokenizer, template, lambda ids: model.segment(ids, data.question_tokens))
+            most = min(data.question_tokens or model.config.max_passage_tokens, model.config.max_passage_tokens)
+            asked = ask(questions, model.base.tokenizer, model.config.question_template, most, left_out)
             # Questions of one context stay on one side, whatever segments they went to.
             count = min(data.validation_limit, len(asked) // 4)
             last = {one.context for one in asked[len(asked) - count :]}
             held_out = [one for one in asked if one.context in last]
             asked = [one for one in asked if one.context not in last]
+        if accelerator.is_main_process and left_out.total:
+            print(f"note: {left_out.line('questions', sum(len(one.prompts) for one in [*asked, *held_out]))}")
         if not held_out or not asked:
             count = len({one.context for one in [*asked, *held_out]})
             raise CompressorError(f"data.questions has {count} contexts, too few to hold some out: name more")

@@ -337,8 +337,7 @@ def load_base(config: BaseConfig, device: str | torch.device = "cpu") -> Base:
         raise
     except Exception as error:  # transformers, the hub and safetensors raise many kinds
         raise CompressorError(
-            f"cannot load the base {config.path!r} ({type(error).__name__}: {first_line(error)}): "
-            f"{remedy(config.path)}"
+            f"cannot load the base {config.path!r} ({type(error).__name__}: {first_line(error)}): {remedy(config.path)}"
         ) from None
     if not extra:
         model = model.to(device)  # type: ignore[arg-type]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -16,6 +17,7 @@ from compressor.checkpoints import VALIDATION
 from compressor.codecs.artifact import tokenizer_fingerprint
 from compressor.config import RunConfig
 from compressor.data.collate import WIDTH_MULTIPLE, continuation_pair, regeneration_pair, stack_pairs
+from compressor.data.left_out import LeftOut
 from compressor.data.passages import BatchPlan, Piece, load_passages, passages_digest
 from compressor.errors import CompressorError
 from compressor.generation import regenerate_ids
@@ -37,6 +39,8 @@ class CompressionStage:
 
     def __init__(self, config: RunConfig, accelerator: Accelerator):
         self.config = config
+        self.left_out: defaultdict[str, LeftOut] = defaultdict(LeftOut)
+        """What is left out of the data, by its use and split; `run.json` holds it."""
         self.module: Compressor
         if config.init is not None:
             self.module = Compressor.from_pretrained(

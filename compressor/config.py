@@ -53,8 +53,10 @@ class DataConfig:
     question_share: float = 0.5
     """Share of the micro-batches that hold questions; the others hold passages (stage `answer`)."""
     question_tokens: int | None = None
-    """Contexts of questions are segmented to at most so many tokens, and a question goes to the segment that holds its
-    answer; by default to as many as the compressor takes."""
+    """Contexts of questions are cut to at most so many tokens, and a question goes to the stretch that holds its
+    answer; by default to as many as the compressor takes. Where none holds it the question is left out and counted."""
+    keep_unanswerable: bool = False
+    """Train on questions that the data says have no answer (SQuAD 2.0), too: the right answer is nothing but EOS."""
     workers: int = 1
     """Processes that tokenise."""
 

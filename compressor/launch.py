@@ -61,11 +61,12 @@ def train_main(argv: list[str] | None = None) -> int:
     stage = make_stage(config, accelerator)
     if accelerator.is_main_process:
         print(describe(stage, config, accelerator), flush=True)
-    train(stage, config, accelerator, on_start=lambda step: record_start(config, step, accelerator.num_processes))
+    processes = accelerator.num_processes
+    train(stage, config, accelerator, on_start=lambda step: record_start(config, step, processes, stage))
     return 0
 
 
-def record_start(config: RunConfig, step: int, processes: int) -> None:
+def record_start(config: RunConfig, step: int, processes: int, stage: Stage) -> None:
     """Write `config.yaml` and add this start to `run.json`; say which settings a resumed run changes."""
     output, settings = Path(config.output), asdict(config)
     stored = output / "config.yaml"
@@ -74,7 +75,9 @@ def record_start(config: RunConfig, step: int, processes: int) -> None:
         for key in sorted(key for key in now if before.get(key) != now[key] and key not in FREE_TO_CHANGE):
             print(f"note: {key} was {before.get(key)!r} before step {step} and is {now[key]!r} from here on")
     starts = read_json(output / "run.json") if step and (output / "run.json").exists() else []
-    write_json(output / "run.json", [*starts, {**run_record(step), "processes": processes}])
+    left_out = {use: one.record() for use, one in getattr(stage, "left_out", {}).items() if one.total}
+    record = {**run_record(step), "processes": processes, "left_out": left_out}
+    write_json(output / "run.json", [*starts, record])
     with atomic_path(stored) as path:
         path.write_text(yaml.safe_dump(settings, sort_keys=False))
 

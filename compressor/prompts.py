@@ -49,5 +49,11 @@ def answer_text(answer: str) -> str:
     return " " + answer.strip()
 
 
+def answer_ids(tokenizer: Any, answers: Sequence[Sequence[str]]) -> list[list[int]]:
+    """Token ids of the first of each question's right answers; none where there is no answer: EOS follows at once."""
+    texts = [answer_text(right[0]) if right else "" for right in answers]
+    return [list(ids) for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]]
+
+
 # Regeneration needs no words: after a passage or its memory, BOS (without an EOS before it) means "the passage
 # again". It is the trigger of the published method, and the base learns it from its repeated passages.

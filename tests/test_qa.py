@@ -25,7 +25,7 @@ from compressor.evaluation.metrics import (
 )
 from compressor.prompts import question_ids
 
-CASES = [
+CASES: list[tuple[str, list[str]]] = [
     ("The cat", ["cat"]),
     ("a cat, sat!", ["The cat sat", "dog"]),
     ("cat cat", ["cat"]),
@@ -59,6 +59,13 @@ def official(written: str, answers: list[str]) -> tuple[float, float]:
 @pytest.mark.parametrize(("written", "answers"), CASES)
 def test_scores_are_those_of_the_official_script(written: str, answers: list[str]) -> None:
     assert answer_scores(written, answers) == pytest.approx(official(written, answers))
+
+
+@pytest.mark.parametrize(("written", "score"), [("", 1.0), (" The.", 1.0), ("something", 0.0)])
+def test_nothing_is_the_right_answer_where_there_is_none(written: str, score: float) -> None:
+    """As evaluate-v2.0.py scores questions without answers."""
+    assert answer_scores(written, []) == (score, score)
+    assert answer_scores("", ["something"]) == (0.0, 0.0)
 
 
 def test_shares_of_nothing_are_undefined() -> None:
@@ -175,6 +182,41 @@ def test_without_bounds_there_is_no_retention(argv: list[str], tmp_path: Path) -
     assert all(row["retention_f1"] is None for row in metrics["rows"])
     first = json.loads((tmp_path / "out" / "predictions.jsonl").read_text().splitlines()[0])
     assert first["memory_tokens"] == 8 * -(-first["passage_tokens"] // 16)
+
+
+def test_unanswerable_questions_are_scored_and_what_cannot_be_placed_is_counted(
+    tiny_compressor: Any, texts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_compressor.save_pretrained(tmp_path / "checkpoint")
+    context = texts[0][:200]
+    right = {"context": context, "question": "First?", "answers": [context.split()[0]]}
+    no_answer = {"context": context, "question": "Nothing?", "answers": {"text": [], "answer_start": []}}
+    nowhere = {"id": "nowhere", "context": context, "question": "Where?", "answers": ["zzzz"]}
+    path = tmp_path / "v2.jsonl"
+    path.write_text("\n".join(map(json.dumps, (right, no_answer, nowhere))))
+    argv = ["--checkpoint", str(tmp_path / "checkpoint"), "--task", "qa", "--data", str(path), "--tokens", "8"]
+    argv += ["--question_tokens", "16", "--resamples", "10", "--output"]
+    assert evaluate_main([*argv, str(tmp_path / "without")]) == 0
+    metrics = json.loads((tmp_path / "without" / "metrics.json").read_text())
+    assert {name: one["count"] for name, one in metrics["left_out"]["v2"].items()} == {
+        "unanswerable": 1,
+        "answer_not_found": 1,
+    }
+    assert metrics["rows"][0]["n"] == 1
+    assert "unanswerable_f1" not in metrics["figures"]
+    shown = capsys.readouterr().out
+    assert "v2: left out 2 of 3 records: 1: the data says that the context does not answer it (first: " in shown
+    assert "(first: nowhere)." in (tmp_path / "without" / "table.md").read_text()
+    assert evaluate_main([*argv, str(tmp_path / "with"), "--keep_unanswerable", "true"]) == 0
+    metrics = json.loads((tmp_path / "with" / "metrics.json").read_text())
+    (row,) = metrics["rows"]
+    assert row["n"] == 2
+    lines = [json.loads(line) for line in (tmp_path / "with" / "predictions.jsonl").read_text().splitlines()]
+    assert [line["answers"] for line in lines] == [right["answers"], []]
+    assert lines[1]["f1"] == float(not lines[1]["prediction"])
+    assert lines[1]["answer_tokens"] == 1  # EOS
+    assert row["unanswerable_f1"] == 100 * lines[1]["f1"]
+    assert row["answerable_f1"] == pytest.approx(100 * lines[0]["f1"])
 
 
 @pytest.mark.parametrize(

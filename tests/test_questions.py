@@ -6,7 +6,6 @@ import gzip
 import json
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from compressor.data.left_out import LeftOut
 from compressor.data.questions import Question, load_questions, questions_by_context
 from compressor.errors import CompressorError
 
@@ -67,15 +67,17 @@ def test_squad(tmp_path: Path, indent: int | None, capsys: pytest.CaptureFixture
     document = squad(asked("a", "First", "context"), asked("b", is_impossible=True), asked("c", "Second"))
     path = tmp_path / "dev-v2.0.json"
     path.write_text(json.dumps(document, indent=indent))
-    skipped: Counter[str] = Counter()
-    found = load_questions(path, skipped=skipped)
+    found, left_out = load_questions(path), LeftOut()
     assert [(item.id, item.answers, item.dataset) for item in found] == [
         ("a", ("First", "context"), "squad_v2.0"),
         ("c", ("Second",), "squad_v2.0"),
     ]
     assert found[1].context == 'Second {context} with "question": 1.'
-    assert skipped == {"unanswerable": 1}
-    assert "left out 1 unanswerable questions, kept 2 others" in capsys.readouterr().err
+    assert "note: left out 1 of 3 questions: 1: the data says that the context" in capsys.readouterr().err
+    assert load_questions(path, left_out=left_out) == found
+    assert left_out.record()["unanswerable"]["count"] == 1
+    assert "qas[0])" in left_out.record()["unanswerable"]["first"]
+    assert not capsys.readouterr().err  # who counts says so
     kept = load_questions(path, keep_unanswerable=True)
     assert [(item.id, item.answers) for item in kept][1] == ("b", ())
 
@@ -183,14 +185,15 @@ def test_hub_data_sets(monkeypatch: pytest.MonkeyPatch) -> None:
         return {"validation": loaded}[split] if split else {"validation": loaded}
 
     monkeypatch.setattr("datasets.load_dataset", load)
-    assert load_questions("squad", split="validation") == [Question("s", "A b", "q", ("b",), "rajpurkar/squad")]
+    first = Question("s", "A b", "q", ("b",), "rajpurkar/squad", ((2, 3),))
+    assert load_questions("squad", split="validation") == [first]
     assert [item.id for item in load_questions("squad_v2", limit=5)] == ["s"]
     assert [item.id for item in load_questions("squad_v2", keep_unanswerable=True)] == ["s", "n"]
     assert load_questions("mrqa") == [Question("m", "A b", "q", ("b",), "SearchQA")]
     assert load_questions("hotpot_qa")[0].context == "T: A b. C.\nU: D."
     assert load_questions("arxivqa, squad") == [
         Question("ZongqianLi/ArxivQA:1", "A b", "q", ("b",), "ZongqianLi/ArxivQA"),
-        Question("s", "A b", "q", ("b",), "rajpurkar/squad"),
+        first,
     ]
     columns = {"context": "passage", "question": "ask", "answers": "short_answer"}
     assert load_questions("owner/name", columns=columns)[0].answers == ("b",)

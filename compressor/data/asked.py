@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from compressor.data.left_out import LeftOut
 from compressor.data.questions import Question
 from compressor.data.rounds import ROUND, Rounds
+from compressor.data.windows import place_questions
 from compressor.errors import CompressorError
-from compressor.prompts import answer_text, question_ids
+from compressor.prompts import answer_ids, question_ids
 
 QUESTIONS_TOGETHER = 4
 """Most questions asked of one encoding of a passage in a micro-batch."""
@@ -28,9 +30,9 @@ class Asked:
     prompts: list[list[int]]
     """Tokens of the question prompts."""
     answers: list[list[int]]
-    """Tokens of the first right answers."""
+    """Tokens of the first right answers; none for a question that the passage does not answer."""
     context: int
-    """Number of the context that it is a segment of."""
+    """Number of the context that it is a stretch of."""
 
     @property
     def length(self) -> int:
@@ -47,48 +49,35 @@ def questions_digest(asked: Sequence[Asked]) -> str:
 
 
 def ask(
-    questions: Sequence[Question], tokenizer: Any, template: str, segment: Callable[[Sequence[int]], list[list[int]]]
+    questions: Sequence[Question], tokenizer: Any, template: str, most: int, left_out: LeftOut | None = None
 ) -> list[Asked]:
     """Group questions by passage and tokenise them.
 
-    A context over the compressor's limit is segmented; a question then goes to the segment that holds its answer, or
-    to the first one where the answer straddles a cut.
+    A context over `most` tokens is cut; a question then goes to the window that holds its answer (`place_questions`).
+    The answer to an unanswerable question is no token but EOS.
 
     Args:
         template: see `question_ids`.
-        segment: cuts token ids into segments (`Compressor.segment`).
+        most: most tokens of a passage.
+        left_out: counts the questions that no window holds the answer of.
 
     Raises:
-        CompressorError: there is no question with a context and an answer.
+        CompressorError: there is no question left.
     """
-    usable = [question for question in questions if question.answers and question.context.strip()]
-    contexts = list(dict.fromkeys(question.context for question in usable))
-    if not contexts:
-        raise CompressorError("there is no question with a context and an answer to train on")
-    encoded = tokenizer(contexts, add_special_tokens=False, verbose=False)["input_ids"]
-    segments = {context: segment(ids) for context, ids in zip(contexts, encoded, strict=True)}
-    prompts = question_ids(tokenizer, [question.question for question in usable], template)
-    texts = [answer_text(question.answers[0]) for question in usable]
-    answers = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-    numbers = {context: number for number, context in enumerate(contexts)}
-    grouped: dict[tuple[str, int], tuple[list[list[int]], list[list[int]], str]] = {}
-    for question, prompt, answer in zip(usable, prompts, answers, strict=True):
-        place = answered_by(segments[question.context], tokenizer, question.answers[0])
-        rows = grouped.setdefault((question.context, place), ([], [], question.id))
-        rows[0].append(prompt)
-        rows[1].append(answer)
-    return [
-        Asked(name, segments[context][place], asked, answered, numbers[context])
-        for (context, place), (asked, answered, name) in grouped.items()
-    ]
-
-
-def answered_by(segments: Sequence[Sequence[int]], tokenizer: Any, answer: str) -> int:
-    """Which segment of a context holds the answer; the first where none does, because a cut goes through it."""
-    if len(segments) == 1:
-        return 0
-    texts = (tokenizer.decode(segment, skip_special_tokens=True) for segment in segments)
-    return next((place for place, text in enumerate(texts) if answer in text), 0)
+    left_out = LeftOut() if left_out is None else left_out
+    placed = list(place_questions(questions, tokenizer, most, left_out))
+    if not placed:
+        raise CompressorError(
+            f"there is no question to train on: {left_out.line('questions', 0) or 'the data holds none'}"
+        )
+    prompts = question_ids(tokenizer, [one.question.question for one in placed], template)
+    answers = answer_ids(tokenizer, [one.question.answers for one in placed])
+    grouped: dict[int, Asked] = {}
+    for one, prompt, answer in zip(placed, prompts, answers, strict=True):
+        asked = grouped.setdefault(id(one.ids), Asked(one.question.id, one.ids, [], [], one.context))
+        asked.prompts.append(prompt)
+        asked.answers.append(answer)
+    return list(grouped.values())
 
 
 @dataclass(frozen=True)

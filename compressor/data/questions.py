@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +17,7 @@ from json import JSONDecoder
 from pathlib import Path
 from typing import Any
 
+from compressor.data.left_out import LeftOut
 from compressor.data.records import load_hub, record_id, string_value, text_value
 from compressor.data.sources import Hub, Row, kind_of, read_document, read_rows, resolve, stem_of, type_name
 from compressor.errors import CompressorError
@@ -40,8 +40,6 @@ COLUMNS: dict[str, tuple[str, ...]] = {
 }
 """Fields of the schema, each with the names it is looked for under."""
 
-UNANSWERABLE = "unanswerable"
-
 
 @dataclass(frozen=True)
 class Question:
@@ -53,6 +51,8 @@ class Question:
     answers: tuple[str, ...]
     """What counts as right; the first is the one to train on. Empty only where unanswerable questions are kept."""
     dataset: str
+    spans: tuple[tuple[int, int], ...] = ()
+    """Characters (first, and end, exclusive) of the context at which the source says that answers stand."""
 
 
 def load_questions(
@@ -62,7 +62,7 @@ def load_questions(
     limit: int | None = None,
     columns: Mapping[str, str] | None = None,
     keep_unanswerable: bool = False,
-    skipped: Counter[str] | None = None,
+    left_out: LeftOut | None = None,
 ) -> list[Question]:
     """Read questions from files, shipped sets or the hub, in the order of the source.
 
@@ -74,8 +74,8 @@ def load_questions(
         columns: names of the source's columns by field of the schema, such as `{"context": "abstract"}`. A column
             of answers holds a list of texts, one text, or `{"text": [...]}`.
         keep_unanswerable: keep the questions that SQuAD 2.0 says the context does not answer, with no answers;
-            otherwise they are left out, counted and reported on standard error.
-        skipped: counts, by reason, what was left out.
+            otherwise they are left out and counted.
+        left_out: counts what is left out; without it a line on standard error says so.
 
     Raises:
         CompressorError: a source is not there or holds no question, or a record is broken; names file and line.
@@ -85,26 +85,26 @@ def load_questions(
     if unknown := sorted(set(columns or {}) - set(COLUMNS)):
         raise CompressorError(f"columns names {unknown[0]!r}, which is no field of a question: {', '.join(COLUMNS)}")
     found: list[Question] = []
-    left_out = 0
+    ours = LeftOut()
     for place in resolve(_hub_ids(source), split=split):
         for row in _rows(place, split, streaming=limit is not None):
             question = _question(row, _default_dataset(place), columns or {}, keep_unanswerable)
             if question is None:
-                left_out += 1
+                ours.add("unanswerable", row.where)
                 continue
             found.append(question)
             if len(found) == limit:
                 break
         if len(found) == limit:
             break
-    if skipped is not None:
-        skipped[UNANSWERABLE] += left_out
-    if left_out:
-        print(f"note: left out {left_out:,} unanswerable questions, kept {len(found):,} others", file=sys.stderr)
     if not found:
         raise CompressorError(
-            f"{source} holds no question with an answer" + (f" ({left_out:,} are unanswerable)" if left_out else "")
+            f"{source} holds no question with an answer" + (f" ({ours.total:,} are unanswerable)" if ours.total else "")
         )
+    if left_out is not None:
+        left_out.merge(ours)
+    elif ours.total:
+        print(f"note: {ours.line('questions', len(found))}", file=sys.stderr)
     return found
 
 
@@ -189,10 +189,6 @@ def _squad_rows(path: Path) -> Iterator[Row]:
             for q, item in enumerate(items(paragraph, "qas", "data", a, "paragraphs", p)):
                 number += 1
                 values = {**dataset, "context": paragraph.get("context"), **item}
-                if isinstance(item.get("answers"), list):
-                    values["answers"] = [
-                        answer.get("text") if isinstance(answer, dict) else answer for answer in item["answers"]
-                    ]
                 # The line is looked for only when a message needs it: it costs a pass over the file.
                 yield Row(number, _Lazy.of(partial(where, "data", a, "paragraphs", p, "qas", q)), values)
 
@@ -264,6 +260,7 @@ def _question(row: Row, dataset: str, columns: Mapping[str, str], keep_unanswera
         question=text_value(row, names["question"]),
         answers=answers,
         dataset=dataset if named is None else string_value(row, names["dataset"], blank=False),
+        spans=_spans(row, names["context"], names["answers"]),
     )
 
 
@@ -297,9 +294,47 @@ def _answers(row: Row, name: str, keep_unanswerable: bool) -> tuple[str, ...]:
         raise CompressorError(
             f"{row.where}: the field {name!r} is empty: give an answer, or set is_impossible to true in the record"
         )
+    # SQuAD's files hold objects with a text and its place.
+    value = [answer.get("text") if isinstance(answer, dict) else answer for answer in value]
     for index, answer in enumerate(value):
         text_value(Row(row.number, row.where, {f"{name}[{index}]": answer}), f"{name}[{index}]")
     return tuple(dict.fromkeys(value))
+
+
+def _spans(row: Row, context: str, answers: str) -> tuple[tuple[int, int], ...]:
+    """Where the source says that answers stand: SQuAD's `answer_start`, MRQA's `char_spans` (end inclusive).
+
+    A place at which another text stands is not one: it counts bytes, say, or is of the text before it was cleaned.
+    """
+    places: list[tuple[Any, Any]] = []
+    for one in _objects(row.values.get(answers)):
+        places.append((one.get("text"), one.get("answer_start")))
+    for one in _objects(row.values.get("detected_answers")):
+        spans = one.get("char_spans")
+        spans = [spans] if isinstance(spans, dict) else spans or []
+        for span in spans:
+            starts = span.get("start") if isinstance(span, dict) else span[:1] if isinstance(span, list) else []
+            places += [(one.get("text"), start) for start in (starts if isinstance(starts, list) else [starts])]
+    found = [
+        (start, start + len(text))
+        for text, start in places
+        if isinstance(text, str)
+        and isinstance(start, int)
+        and start >= 0
+        and row.values[context][start : start + len(text)].casefold() == text.casefold()
+    ]
+    return tuple(dict.fromkeys(found))
+
+
+def _objects(value: Any) -> list[dict[str, Any]]:
+    """The objects of a list of them, which the hub holds as one object of lists."""
+    if isinstance(value, dict):
+        lists = [one for one in value.values() if isinstance(one, list)]
+        if not lists or len({len(one) for one in lists}) > 1:
+            return []
+        names = [name for name in value if isinstance(value[name], list)]
+        return [dict(zip(names, row, strict=True)) for row in zip(*lists, strict=True)]
+    return [one for one in value if isinstance(one, dict)] if isinstance(value, list) else []
 
 
 def _paragraphs(row: Row, name: str) -> str:

@@ -52,7 +52,10 @@ class EvaluationConfig:
     question_columns: dict[str, str] = field(default_factory=dict)
     """Names of the questions' columns where they are not the usual ones, for instance `{context: abstract}`."""
     question_tokens: int | None = None
-    """Ask about the segment of at most so many tokens that holds the answer, instead of about the whole context."""
+    """Ask about the stretch of at most so many tokens that holds the answer, instead of about the whole context.
+    Questions whose answer none holds are left out and counted."""
+    keep_unanswerable: bool = False
+    """Ask questions that the data says have no answer (SQuAD 2.0), too; right is to say nothing."""
     question_template: str | None = None
     """Prompt of a question, with `{question}` in it, or `chat`; by default the checkpoint's."""
     summariser: str | None = None

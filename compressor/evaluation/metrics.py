@@ -63,6 +63,8 @@ FIGURES = {
     "byte_ratio": Figure("byte ratio", 0, 4, interval=False),
     "em": Figure("EM", 1, 1),
     "f1": Figure("F1", 1, 1),
+    "answerable_f1": Figure("F1, answerable", 1, 1),
+    "unanswerable_f1": Figure("F1, unanswerable", 1, 1),
     "text_f1": Figure("F1 from the text", 1, 1),
     "f1_difference": Figure("F1 - full", 1, 1),
     "retention_em": Figure("EM / full", 1, 3, interval=False),

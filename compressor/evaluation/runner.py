@@ -21,6 +21,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from tqdm import tqdm
 
+from compressor.data.left_out import LeftOut
 from compressor.data.questions import HUB_NAMES
 from compressor.data.sources import resolve as resolve_data
 from compressor.data.sources import stem_of
@@ -40,8 +41,8 @@ from compressor.provenance import versions
 LINES = 10
 """Progress lines of a run without a terminal."""
 OWN_SETTINGS = (
-    *("lengths", "split_date", "text_field", "question_columns", "question_tokens", "published"),
-    *("codecs", "calibration", "questions"),
+    *("lengths", "split_date", "text_field", "question_columns", "question_tokens", "keep_unanswerable"),
+    *("published", "codecs", "calibration", "questions"),
 )
 """Settings that only some tasks and studies read (`Task.settings`); elsewhere they would be ignored."""
 
@@ -80,11 +81,14 @@ def evaluate(
     if not sources:
         raise CompressorError(f"the task {config.task} comes without data. {task.needs}")
     methods = Methods(config, accelerator)
+    ledgers = {source: LeftOut() for source in sources}
+    records = {}
     with accelerator.main_process_first():
-        records = {source: task.load(source, config) for source in sources}
+        for source, task.left_out in ledgers.items():
+            records[source] = task.load(source, config)
     names = data_names(sources)
     config.question_template = config.question_template or methods.question_template()
-    items, results, left_out = measure(task, methods, records, names, config, accelerator)
+    items, results, left_out = measure(task, methods, records, ledgers, names, config, accelerator)
     if not accelerator.is_main_process:
         return None
     if not results:
@@ -111,9 +115,13 @@ def evaluate(
             *notes(task, config, rows),
             *cautions(task, items, results),
             *left_out,
+            *left_out_notes(items, names, ledgers),
             *beyond_notes(items, results, methods),
         ],
-        "left_out": left_out_counts(items, results),
+        "left_out": {
+            names[source]: ledger.record() | left_out_counts(items, results).get(names[source], {})
+            for source, ledger in ledgers.items()
+        },
         "methods": {name: methods.describe(name) for name in order},
         "checkpoint": methods.checkpoint_record(),
         "base": methods.base_record(),
@@ -131,6 +139,7 @@ def measure(
     task: Task,
     methods: Methods,
     records: dict[str, Any],
+    ledgers: dict[str, LeftOut],
     names: dict[str, str],
     config: EvaluationConfig,
     accelerator: Accelerator,
@@ -139,6 +148,7 @@ def measure(
 
     Args:
         records: what the task loaded of each source.
+        ledgers: count what is left out of each source.
         names: the short name of each source.
 
     Returns:
@@ -153,7 +163,7 @@ def measure(
     left_out: list[str] = []
     for method in methods:
         # The first method's tokenizer cuts the passages: all methods are of one base.
-        items = items or items_of(task, records, names, method.base.tokenizer, config)
+        items = items or items_of(task, records, ledgers, names, method.base.tokenizer, config)
         tokens = method.sizes(methods.tokens)
         if method.sized and (without := [count for count in methods.tokens if count not in tokens]):
             left_out.append(f"{method.name} cannot compress to {' or '.join(map(str, without))} tokens.")
@@ -166,14 +176,21 @@ def measure(
 
 
 def items_of(
-    task: Task, records: dict[str, Any], names: dict[str, str], tokenizer: Any, config: EvaluationConfig
+    task: Task,
+    records: dict[str, Any],
+    ledgers: dict[str, LeftOut],
+    names: dict[str, str],
+    tokenizer: Any,
+    config: EvaluationConfig,
 ) -> list[Item]:
     """The task's items of all sources, under the sources' short names; none is a `CompressorError`."""
-    items = [
-        Item(item.id, item.passage, item.length, item.part, names[source], item.asked)
-        for source, loaded in records.items()
-        for item in task.items(loaded, tokenizer, config)
-    ]
+    items = []
+    for source, loaded in records.items():
+        task.left_out = ledgers[source]
+        items += [
+            Item(item.id, item.passage, item.length, item.part, names[source], item.asked)
+            for item in task.items(loaded, tokenizer, config)
+        ]
     if not items:
         wanted = f"at least {min(config.lengths)} tokens" if config.lengths else "at least one token"
         raise CompressorError(
@@ -400,6 +417,13 @@ def beyond_notes(items: Sequence[Item], results: Mapping[str, Results], methods:
 def share_of(count: int, total: int) -> str:
     """3 of 40 items (7.5%)."""
     return f"{count:,} of {total:,} items ({count / total:.1%})"
+
+
+def left_out_notes(items: Sequence[Item], names: Mapping[str, str], ledgers: Mapping[str, LeftOut]) -> list[str]:
+    """A sentence for each data set that something was left out of."""
+    kept = Counter(item.dataset for item in items)
+    lines = [(names[source], ledger.line("records", kept[names[source]])) for source, ledger in ledgers.items()]
+    return [f"{name}: {line}." for name, line in lines if line]
 
 
 def describe_data(source: str, config: EvaluationConfig, records: Any) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from compressor.data.left_out import LeftOut
 from compressor.evaluation.metrics import FigureOf
 from compressor.methods.interface import Method, Piece
 
@@ -51,6 +52,10 @@ class Task:
     """What to name with `--data`, of a task without such."""
     settings: tuple[str, ...] = ()
     """Which of the settings that not every task reads (`OWN_SETTINGS` in the runner) it does."""
+
+    def __init__(self) -> None:
+        self.left_out = LeftOut()
+        """What `load` and `items` count as left out; the runner keeps one for each data set."""
 
     def load(self, source: str, config: EvaluationConfig) -> Any:
         """The records of a data set, in their order."""

@@ -5,19 +5,24 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from compressor.data.asked import answered_by
+import numpy as np
+
 from compressor.data.questions import Question, load_questions
+from compressor.data.windows import place_questions
 from compressor.evaluation.metrics import FigureOf, answer_scores, difference, ratio, retained
-from compressor.evaluation.tasks.interface import Item, Result, Task, tokenised
+from compressor.evaluation.tasks.interface import Item, Result, Task
 from compressor.evaluation.tasks.quality import passage_nats
 from compressor.evaluation.words import answer_words
 from compressor.generation import ANSWER_TOKENS, after, generate, score
-from compressor.methods.encoder import equal_segments
 from compressor.methods.interface import Method, Piece
-from compressor.prompts import QUESTION, answer_text, question_ids
+from compressor.prompts import QUESTION, answer_ids, question_ids
 
 if TYPE_CHECKING:
     from compressor.evaluation.command import EvaluationConfig
+
+KINDS = ("answerable", "unanswerable")
+"""Kinds of questions, whose F1 is reported apart where some are unanswerable."""
+ANSWERABLE_F1 = ratio("answerable_f1", "answerable_questions", 100)
 
 
 class QuestionAnswering(Task):
@@ -28,7 +33,7 @@ class QuestionAnswering(Task):
     """
 
     default_data = ("squad-dev", "arxivqa-test")
-    settings = ("question_columns", "question_tokens")
+    settings = ("question_columns", "question_tokens", "keep_unanswerable")
     figures: Mapping[str, FigureOf] = {
         "em": ratio("em", "questions", 100),
         "f1": ratio("f1", "questions", 100),
@@ -39,31 +44,40 @@ class QuestionAnswering(Task):
         "answer_nats": ratio("answer_nats", "questions"),
         "normalised_nats": retained("answer_nats", "none_answer_nats", "full_answer_nats", -1),
         "token_ratio": ratio("passage_tokens", "memory_tokens"),
+        "answerable_f1": FigureOf(
+            ("answerable_f1", "answerable_questions", "unanswerable_questions"),
+            # Without unanswerable questions it is F1.
+            lambda sums: np.where(sums["unanswerable_questions"] > 0, ANSWERABLE_F1(sums), np.nan),
+        ),
+        "unanswerable_f1": ratio("unanswerable_f1", "unanswerable_questions", 100),
     }
 
     def load(self, source: str, config: EvaluationConfig) -> list[Question]:
         """The first `limit` questions of a data set."""
-        return load_questions(source, split=config.split, limit=config.limit, columns=config.question_columns or None)
+        return load_questions(
+            source,
+            split=config.split,
+            limit=config.limit,
+            columns=config.question_columns or None,
+            keep_unanswerable=config.keep_unanswerable,
+            left_out=self.left_out,
+        )
 
     def items(self, records: Sequence[Question], tokenizer: Any, config: EvaluationConfig) -> list[Item]:
-        """One item for each question; questions about one context share its token ids.
+        """One item for each question; questions about one passage share its token ids.
 
-        With `question_tokens` a question is about the segment of its context that holds the answer.
+        With `question_tokens` a question is about the stretch of its context that holds the answer.
         """
-        contexts = list(dict.fromkeys(record.context for record in records))
-        ids = {contexts[place]: ids for place, ids in tokenised(contexts, tokenizer)}
-        parts = {context: [one] for context, one in ids.items()}
-        if config.question_tokens is not None:
-            parts = {context: equal_segments(one, config.question_tokens) for context, one in ids.items() if one}
-        prompts = question_ids(tokenizer, [r.question for r in records], config.question_template or QUESTION)
+        placed = list(place_questions(records, tokenizer, config.question_tokens, self.left_out))
+        asked = [one.question for one in placed]
+        prompts = question_ids(tokenizer, [one.question for one in asked], config.question_template or QUESTION)
         return [
             Item(
-                record.id,
-                parts[record.context][answered_by(parts[record.context], tokenizer, record.answers[0])],
-                asked={"question": record.question, "answers": list(record.answers), "prompt": prompt},
+                one.question.id,
+                one.ids,
+                asked={"question": one.question.question, "answers": list(one.question.answers), "prompt": prompt},
             )
-            for record, prompt in zip(records, prompts, strict=True)
-            if ids[record.context]
+            for one, prompt in zip(placed, prompts, strict=True)
         ]
 
     def room(self, item: Item) -> int:
@@ -71,8 +85,7 @@ class QuestionAnswering(Task):
 
     def run(self, method: Method, items: Sequence[Item], contexts: Sequence[list[Piece]]) -> list[Result]:
         base = method.base
-        texts = [answer_text(item.asked["answers"][0]) for item in items]
-        answers = base.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        answers = answer_ids(base.tokenizer, [item.asked["answers"] for item in items])
         prefix = method.prefix(contexts)
         prompts = after(base, prefix, [item.asked["prompt"] for item in items])
         with method.decoding():
@@ -102,7 +115,10 @@ class QuestionAnswering(Task):
 
     def columns(self, result: Result) -> dict[str, float]:
         names = ("em", "f1", "answer_nats", "passage_tokens", "memory_tokens")
-        return {"questions": 1.0, **{name: float(result[name]) for name in names}}
+        kind = "answerable" if result["answers"] else "unanswerable"
+        apart = dict.fromkeys((f"{one}_{name}" for one in KINDS for name in ("questions", "f1")), 0.0)
+        apart |= {f"{kind}_questions": 1.0, f"{kind}_f1": float(result["f1"])}
+        return {"questions": 1.0, **apart, **{name: float(result[name]) for name in names}}
 
     def quality(self, results: Sequence[Result]) -> dict[str, tuple[list[float], list[float]]]:
         """Flags known without the right answer, each beside the F1 it should predict."""
@@ -122,7 +138,8 @@ class QuestionAnswering(Task):
 
     def note(self) -> str:
         return (
-            "EM, F1: SQuAD's official normalisation, best of the right answers; scripts without spaces by characters. "
+            "EM, F1: SQuAD's official normalisation, best of the right answers; scripts without spaces by characters; "
+            "where there is no right answer, saying nothing is right. "
             "F1 - full: paired difference to the full passage. EM / full, F1 / full: retention as published. "
             "nats/answer: negative log-likelihood of the first right answer, EOS included. token ratio: "
             "passage tokens / memory tokens."

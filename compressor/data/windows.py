@@ -1,0 +1,192 @@
+"""The stretch of a context that a question is asked of: the one that holds its answer.
+
+A context over a number of tokens is cut into equal segments, and a question goes to the one that holds its answer; an
+answer that a cut goes through gets a window of its own, centred on it. Where an answer stands is known from offsets of
+the source, or else found as whole words.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from math import exp
+from typing import Any, NamedTuple
+
+from compressor.data.left_out import LeftOut
+from compressor.data.questions import Question
+
+NEAR = 100
+"""Characters over which the weight of a question's word beside an answer falls to 1/e."""
+TOGETHER = 256
+_UNSPACED = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff]")
+"""Letters of scripts that write words, or words and what follows them, without spaces."""
+
+
+_NUMBER = re.compile(r"\d[.,]\|\d|\d\|[.,]\d")
+"""An edge (|) at the point or comma within a number: 3 does not stand in 3.5, nor 500 in 1,500."""
+
+
+class Placed(NamedTuple):
+    """The passage a question is asked of."""
+
+    question: Question
+    context: int
+    """Number of its context, in the order of the questions."""
+    start: int
+    """Its first token in the context."""
+    ids: list[int]
+    """Its token ids, one list for all questions that are asked of it."""
+
+
+def place_questions(
+    questions: Sequence[Question], tokenizer: Any, most: int | None, left_out: LeftOut
+) -> Iterator[Placed]:
+    """The passage of each question, in their order.
+
+    Args:
+        most: most tokens of a passage; None leaves contexts whole.
+        left_out: counts the questions that no passage holds the answer of, which are not yielded. In a context of one
+            segment an answer is not looked for, so that it may be one that the context implies.
+    """
+    contexts = list(dict.fromkeys(question.context for question in questions))
+    numbers = {context: number for number, context in enumerate(contexts)}
+    windows: list[Windows] = []
+    passages: dict[tuple[int, int, int], list[int]] = {}
+    for question in questions:
+        number = numbers[question.context]
+        if number == len(windows):
+            # Contexts come in the order of their first questions: each is tokenised when it is first needed.
+            windows += _tokenised(contexts[number : number + TOGETHER], tokenizer, most)
+        found = windows[number].of(question)
+        if isinstance(found, str):
+            left_out.add(found, question.id)
+            continue
+        key = (number, *found)
+        ids = passages.setdefault(key, windows[number].ids[slice(*found)])
+        yield Placed(question, number, found[0], ids)
+
+
+def _tokenised(contexts: Sequence[str], tokenizer: Any, most: int | None) -> list[Windows]:
+    encoded = tokenizer(list(contexts), add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    rows = zip(contexts, encoded["input_ids"], encoded["offset_mapping"], strict=True)
+    return [Windows(context, ids, offsets, most) for context, ids, offsets in rows]
+
+
+class Windows:
+    """The windows of one context.
+
+    Args:
+        ids: its token ids.
+        offsets: first and last character (exclusive) of each token.
+        most: see `place_questions`.
+    """
+
+    def __init__(self, context: str, ids: Sequence[int], offsets: Sequence[tuple[int, int]], most: int | None):
+        self.context, self.ids, self.offsets = context, list(ids), offsets
+        self.most = max(1, len(ids)) if most is None else most
+        count = -(-len(ids) // self.most)
+        self.segments = list(pairwise(len(ids) * i // count for i in range(count + 1))) if count else []
+
+    def of(self, question: Question) -> tuple[int, int] | str:
+        """First and last token (exclusive) of the question's window, or the reason why there is none (`REASONS`)."""
+        if not self.segments:
+            return "no_tokens"
+        if len(self.segments) == 1:
+            return self.segments[0]
+        if not question.answers:
+            return self._most_shared(question.question)
+        spans = answer_spans(question)
+        if not spans:
+            return "answer_not_found"
+        fitting = [tokens for tokens in map(self._tokens, spans) if tokens[1] - tokens[0] <= self.most]
+        if not fitting:
+            return "answer_too_long"
+        start, end = fitting[0]
+        for segment in self.segments:
+            if segment[0] <= start and end <= segment[1]:
+                return segment
+        width = max(end - start, *(b - a for a, b in self.segments))
+        first = min(max(0, (start + end - width) // 2), len(self.ids) - width)
+        return first, first + width
+
+    def _tokens(self, span: tuple[int, int]) -> tuple[int, int]:
+        """The tokens that hold any of the characters of a span."""
+        touched = [i for i, (a, b) in enumerate(self.offsets) if a < span[1] and b > span[0]]
+        return (touched[0], touched[-1] + 1) if touched else (0, 0)
+
+    def _most_shared(self, question: str) -> tuple[int, int]:
+        """The segment with the most words of a question that has no answer: such a one has to be hard, too."""
+        wanted = set(_words(question))
+
+        def shared(segment: tuple[int, int]) -> int:
+            text = self.context[self.offsets[segment[0]][0] : self.offsets[segment[1] - 1][1]]
+            return len(wanted & set(_words(text)))
+
+        return max(self.segments, key=shared)
+
+
+def answer_spans(question: Question) -> list[tuple[int, int]]:
+    """Where the answer stands in the context (characters, end exclusive), the likeliest place first; [] if nowhere.
+
+    Places that the source gives are taken as they are. Otherwise every right answer is looked for as whole words, in
+    the same case before any case. The places are those of the first one found: first where the most other right answers
+    stand, too, then the nearest to words of the question. Of 521 answers in SQuAD's development set that occur more
+    than once, and whose right place another annotator's answer tells, nearness finds 77% and the first place is right
+    for 66%.
+    """
+    if question.spans:
+        return list(question.spans)
+    for flags in (0, re.IGNORECASE):
+        found = [spans for answer in question.answers if (spans := whole_words(question.context, answer, flags))]
+        if found:
+            first, others = found[0], found[1:]
+            agreeing = {one: sum(any(_overlap(one, two) for two in spans) for spans in others) for one in first}
+            return sorted(first, key=lambda one: (-agreeing[one], -_nearness(question, one), one))
+    return []
+
+
+def whole_words(text: str, answer: str, flags: int = 0) -> list[tuple[int, int]]:
+    """Where `answer` stands in `text` (characters, end exclusive) without parts of words or numbers beside it.
+
+    Any white space matches any other. Beside letters of scripts that put no spaces between words anything may stand.
+    """
+    words = answer.split()
+    if not words:
+        return []
+    # Looking ahead finds places that overlap, too: a refused one must not hide the next.
+    pattern = "(?=(" + r"\s+".join(map(re.escape, words)) + "))"
+    spans = (match.span(1) for match in re.finditer(pattern, text, flags))
+    return [span for span in spans if not any(_within_word(text, edge) for edge in span)]
+
+
+def _within_word(text: str, edge: int) -> bool:
+    """Whether an edge between two characters goes through a word or a number."""
+    if not 0 < edge < len(text):
+        return False
+    if _NUMBER.search(text[max(0, edge - 2) : edge] + "|" + text[edge : edge + 2]):
+        return True
+    before, after = text[edge - 1], text[edge]
+    joined = all(one.isalnum() or one == "_" for one in (before, after))
+    return joined and not (_UNSPACED.match(before) or _UNSPACED.match(after))
+
+
+def _overlap(one: tuple[int, int], two: tuple[int, int]) -> bool:
+    return one[0] < two[1] and two[0] < one[1]
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+", text.casefold())
+
+
+def _nearness(question: Question, span: tuple[int, int]) -> float:
+    """How near words of the question stand to a place in the context; words that are frequent there count less."""
+    words = [(match.start(), match.group().casefold()) for match in re.finditer(r"\w+", question.context)]
+    counts, wanted = Counter(word for _, word in words), set(_words(question.question))
+    nearest: dict[str, float] = {}
+    for place, word in words:
+        if word in wanted and not span[0] <= place < span[1]:
+            distance = min(abs(place - span[0]), abs(place - span[1]))
+            nearest[word] = max(nearest.get(word, 0.0), exp(-distance / NEAR) / counts[word])
+    return sum(nearest.values())
