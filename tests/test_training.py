@@ -405,7 +405,7 @@ def test_the_batch_of_a_resumed_run_is_divided_among_its_processes(
 def test_processes_that_cannot_share_the_batch_of_a_run_are_refused(tmp_path: Path) -> None:
     run(Scripted(), settings(tmp_path, steps=2, accumulation=6))
     checkpoints = Checkpoints(tmp_path, 1, SimpleNamespace(num_processes=4, is_main_process=True))  # type: ignore[arg-type]
-    with pytest.raises(CompressorError, match="6 micro-batches a step, which 4 processes .* one of 1, 2, 3, 6"):
+    with pytest.raises(CompressorError, match=r"6 micro-batches a step, which 4 processes .* one of 1, 2, 3, 6"):
         checkpoints.keep_batch(settings(tmp_path, resume=True))
 
 
