@@ -40,11 +40,11 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def headline() -> str:
-    """ROUGE-L by length and number of memory tokens, in one pass and refined."""
+    """ROUGE-L and BLEU by length and number of memory tokens, in one pass and refined."""
     rows = results("regeneration.json")["rows"]
     lengths = sorted({row["length"] for row in rows})
     tokens = sorted({row["tokens"] for row in rows}, reverse=True)
-    header = ["ROUGE-L, unseen 2026 abstracts", *(f"{length} tokens" for length in lengths)]
+    header = ["ROUGE-L, BLEU: unseen 2026 abstracts", *(f"{length} tokens" for length in lengths)]
     body = []
     for steps in (0, REFINED_STEPS):
         rows = [row for length in lengths for row in refined_rows(steps, length)]
@@ -52,7 +52,7 @@ def headline() -> str:
         how = f", {steps} gradient steps on them" if steps else ""
         for k in tokens:
             name = f"{k} memory token{'s' * (k > 1)}{how if k > 1 else how.replace('them', 'it')}"
-            body.append([name, *(_interval(by[k, length], "rouge_l", 3) for length in lengths)])
+            body.append([name, *(_regenerated(by[k, length]) for length in lengths)])
         body.append(["n", *(str(by[tokens[0], length]["n"]) for length in lengths)])
     return table(header, body)
 
@@ -162,23 +162,43 @@ def _interval(row: dict[str, Any], figure: str, decimals: int) -> str:
     return f"{value:.{decimals}f} [{low:.{decimals}f}, {high:.{decimals}f}]"
 
 
+def _regenerated(row: dict[str, Any]) -> str:
+    """ROUGE-L with its interval, and BLEU."""
+    return f"{_interval(row, 'rouge_l', 3)}, {row['bleu']:.1f}"
+
+
+ANSWERED = ("F1", "EM", "nats")
+"""What tables show of the answers to each data set."""
+YARDSTICKS = {
+    "F1 / full": "retention_f1",
+    "EM / full": "retention_em",
+    "(F1 - none) / (full - none)": "normalised_f1",
+    "nats kept": "normalised_nats",
+}
+"""Both yardsticks of answers over all data sets: share of the whole passage's score, and of what it adds to none."""
+
+
 def _answered(rows: list[dict[str, Any]]) -> list[str]:
-    """F1 and nats of one method at one size, for each data set."""
+    """What `ANSWERED` names of one method at one size, for each data set."""
     by = {row["dataset"]: row for row in rows}
-    return [cell for name in DATA for cell in (_interval(by[name], "f1", 1), f"{by[name]['answer_nats']:.2f}")]
+    return [
+        cell
+        for name in DATA
+        for cell in (_interval(by[name], "f1", 1), f"{by[name]['em']:.1f}", f"{by[name]['answer_nats']:.2f}")
+    ]
 
 
 def _questions(rows: list[dict[str, Any]]) -> str:
     """Methods and sizes of an evaluation of question answering."""
     header = ["what the base reads", "k", "ratio"]
-    header += [f"{name} {figure}" for name in DATA.values() for figure in ("F1", "nats")]
-    header += ["F1 / full", "nats kept"]
+    header += [f"{name} {figure}" for name in DATA.values() for figure in ANSWERED]
+    header += list(YARDSTICKS)
     body = []
     for method, tokens in dict.fromkeys((row["method"], row["tokens"]) for row in rows):
         mine = [row for row in rows if (row["method"], row["tokens"]) == (method, tokens)]
         macro = next(row for row in mine if row["dataset"] == "macro")
         ratio = f"{macro['token_ratio']:.0f}x" if macro["token_ratio"] else "-"
-        shares = ["-" if macro[name] is None else f"{macro[name]:.2f}" for name in ("retention_f1", "normalised_nats")]
+        shares = ["-" if macro[name] is None else f"{macro[name]:.2f}" for name in YARDSTICKS.values()]
         body.append([LABELS[method], "-" if tokens is None else str(tokens), ratio, *_answered(mine), *shares])
     n = {row["dataset"]: row["n"] for row in rows}
     counts = ", ".join(f"{n[name]} questions of {label}" for name, label in DATA.items())
@@ -221,7 +241,7 @@ def compared() -> str:
     written, answered = results("methods-regeneration.json")["rows"], results("methods-qa.json")["rows"]
     stepped = {(row["method"], row["tokens"]): row for row in results("methods-refined.json")["rows"]}
     header = ["method", "k", "passages", "minutes", "ROUGE-L 48", "ROUGE-L 96", "10 steps", "nats/token 96"]
-    header += [f"{name} {figure}" for name in DATA.values() for figure in ("F1", "nats")]
+    header += [f"{name} {figure}" for name in DATA.values() for figure in ANSWERED]
     body = []
     for method, tokens in dict.fromkeys((row["method"], row["tokens"]) for row in written):
         by = {row["length"]: row for row in written if (row["method"], row["tokens"]) == (method, tokens)}
