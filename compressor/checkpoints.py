@@ -21,13 +21,14 @@ from safetensors.torch import load_file, save_file
 
 from compressor.config import RunConfig
 from compressor.errors import CompressorError
-from compressor.files import atomic_path, read_json, write_json
+from compressor.files import FolderKind, atomic_folder, read_json, remove_folder, write_json
 
 if TYPE_CHECKING:
     from compressor.training import Stage
 
 VALIDATION = "data.validation"
 """The one part of a run's origin that may change: the losses of two validation sets are not compared."""
+CHECKPOINT = FolderKind("a training checkpoint", ("state.json", "optimizer.safetensors", "model/*"))
 
 
 @dataclass
@@ -144,7 +145,8 @@ class Checkpoints:
         if self.accelerator.is_main_process:
             self.folder.mkdir(parents=True, exist_ok=True)
             for leftover in self.folder.glob(".step-*"):  # a kill while saving leaves these
-                shutil.rmtree(leftover, ignore_errors=True)
+                if re.fullmatch(r"\.step-\d{7}\.\w{8}", leftover.name):
+                    shutil.rmtree(leftover, ignore_errors=True)
         self.accelerator.wait_for_everyone()
         if not steps:
             return TrainingState(origin=stage.origin())
@@ -176,8 +178,7 @@ class Checkpoints:
         """Write the checkpoint of `state.step` atomically and delete those no longer kept."""
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            with atomic_path(self.path(state.step)) as path:
-                path.mkdir()
+            with atomic_folder(self.path(state.step), CHECKPOINT) as path:
                 stage.save(path / "model")
                 moments = {
                     f"{names[id(parameter)]}/{moment}": value.detach().contiguous()
@@ -188,14 +189,13 @@ class Checkpoints:
                 write_json(path / "state.json", asdict(state))
             steps = self.steps()
             for step in set(steps[: -self.keep_last]) - {state.best_step}:
-                shutil.rmtree(self.path(step), ignore_errors=True)
+                remove_folder(self.path(step), CHECKPOINT)
         self.accelerator.wait_for_everyone()
 
     def export(self, stage: Stage) -> None:
         """Write the finished model to `OUTPUT/final`."""
         if self.accelerator.is_main_process:
-            with atomic_path(self.output / "final") as path:
-                stage.save(path)
+            stage.save(self.output / "final")
         self.accelerator.wait_for_everyone()
 
 

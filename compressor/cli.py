@@ -28,13 +28,17 @@ if TYPE_CHECKING:
 OVERWRITE = {"overwrite": "replace what is at --output if it exists"}
 
 
-def _options(config: type, argv: list[str], command: Callable[[list[str]], int]) -> Any:
-    """Options of a command that writes `output`, which it must not replace unless told to."""
+def _options(config: type, argv: list[str], command: Callable[[list[str]], int], folder: bool = False) -> Any:
+    """Options of a command that writes `output`, a file or a `folder`, which it must not replace unless told to."""
+    from compressor.files import check_file
     from compressor.parsing import parse_config
 
     name = command.__name__.replace("_", "-")
     options, switches = parse_config(config, argv, f"compressor {name}: {command.__doc__}", OVERWRITE)
-    if Path(options.output).exists() and not switches.overwrite:
+    if not folder:
+        inputs = [getattr(options, name, None) for name in ("text", "data", "calibration")]
+        check_file(options.output, switches.overwrite, [source for source in inputs if source is not None])
+    elif Path(options.output).exists() and not switches.overwrite:
         raise CompressorError(f"{options.output} exists: choose another --output, or give --overwrite")
     return options
 
@@ -235,7 +239,7 @@ class ExportOptions:
 
 def export_base(argv: list[str]) -> int:
     """write a trained base as a small transformers model with a card"""
-    options = _options(ExportOptions, argv, export_base)
+    options = _options(ExportOptions, argv, export_base, folder=True)
     from compressor.pretraining import export
 
     export(Path(options.run), Path(options.output), options.dtype)
@@ -256,7 +260,7 @@ class ExportCompressorOptions:
 
 def export_compressor(argv: list[str]) -> int:
     """write a compressor's checkpoint rounded to bfloat16, half the size, for sharing"""
-    options = _options(ExportCompressorOptions, argv, export_compressor)
+    options = _options(ExportCompressorOptions, argv, export_compressor, folder=True)
     import torch
 
     from compressor.model import Compressor

@@ -6,9 +6,13 @@ import errno
 import sys
 from collections.abc import Callable
 from functools import wraps
+from pathlib import Path
 from typing import Any, ParamSpec
 
 P = ParamSpec("P")
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Numbers of the operating system's errors that more space, or a higher limit, mends."""
 
 
 class CompressorError(ValueError):
@@ -17,6 +21,25 @@ class CompressorError(ValueError):
     The message says what was got, why it is wrong and what to do. Commands print it
     without a traceback and exit with status 2.
     """
+
+
+class WriteError(CompressorError):
+    """An output that the machine would not take: a full disk, a limit, a missing permission.
+
+    Args:
+        target: what was to be written; what was there before is unchanged.
+        reason: the operating system's words.
+        number: its `errno`, None where a library does not tell.
+        kept: what is left and how to go on, by default said of the target alone.
+    """
+
+    def __init__(self, target: Path, reason: str, number: int | None = None, kept: str | None = None):
+        if kept is None:
+            kept = "what was there is unchanged" if target.exists() else "nothing is left there"
+        full = "free some space, or raise the limit on the size of files"
+        advice = full if number in FULL else f"check {target.absolute().parent} and its permissions"
+        super().__init__(f"{target} could not be written ({reason}); {kept}: {advice}, or give another path")
+        self.target, self.reason, self.errno = target, reason, number
 
 
 def require(condition: bool, key: str, value: Any, allowed: str) -> None:

@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from compressor.errors import CompressorError
-from compressor.files import atomic_path, read_json, sha256, write_json
+from compressor.files import FolderKind, atomic_folder, read_json, sha256, write_json
 
 CACHE = "KV_COMPRESSOR_CACHE"
 """Environment variable that names the cache folder."""
 FORMAT = 1
 """Of a converted base; one of another format is made anew."""
 RECORD = "source.json"
+CONVERTED = FolderKind("a converted base", (RECORD, "*"))
 
 
 class SourceError(CompressorError):
@@ -177,12 +178,10 @@ def _convert(path: Path, target: Path, record: dict[str, Any]) -> None:
             "of a causal LM that transformers knows"
         ) from None
     try:
-        with atomic_path(target) as folder, _quiet():
+        with atomic_folder(target, CONVERTED) as folder, _quiet():
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
             files = sorted(folder.iterdir())
-            for file in files:
-                shutil.copymode(folder / "config.json", file)  # safetensors are written for their owner alone
             sizes = {file.name: file.stat().st_size for file in files}
             record |= {"versions": {"gguf": _version(gguf), "transformers": transformers.__version__}, "files": sizes}
             write_json(folder / RECORD, record)

@@ -11,7 +11,7 @@ import yaml
 
 from compressor.config import RunConfig
 from compressor.errors import exits_cleanly
-from compressor.files import atomic_path, read_json, write_json
+from compressor.files import atomic_file, make_folder, read_json, write_json
 from compressor.parsing import parse_config, read_yaml
 from compressor.provenance import run_record
 
@@ -57,7 +57,7 @@ def train_main(argv: list[str] | None = None) -> int:
     # Before minutes of tokenising, and before anything of the earlier run is touched.
     checkpoints.refuse_existing(config.training.resume)
     config = checkpoints.keep_batch(config)
-    Path(config.output).mkdir(parents=True, exist_ok=True)
+    make_folder(config.output)
     stage = make_stage(config, accelerator)
     if accelerator.is_main_process:
         print(describe(stage, config, accelerator), flush=True)
@@ -78,8 +78,8 @@ def record_start(config: RunConfig, step: int, processes: int, stage: Stage) -> 
     left_out = {use: one.record() for use, one in getattr(stage, "left_out", {}).items() if one.total}
     record = {**run_record(step), "processes": processes, "left_out": left_out}
     write_json(output / "run.json", [*starts, record])
-    with atomic_path(stored) as path:
-        path.write_text(yaml.safe_dump(settings, sort_keys=False))
+    with atomic_file(stored) as path:
+        path.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:

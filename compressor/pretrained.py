@@ -15,7 +15,7 @@ from torch import Tensor
 from compressor import __version__
 from compressor.base import Base, load_base, resolve
 from compressor.errors import CompressorError
-from compressor.files import atomic_path, read_json, sha256, write_json
+from compressor.files import FolderKind, atomic_folder, read_json, sha256, write_json
 from compressor.model_config import BaseConfig, CompressorConfig
 
 if TYPE_CHECKING:
@@ -25,12 +25,14 @@ FORMAT = 1
 NEEDED_SETTINGS = ("memory_tokens", "layout", "passage_attention", "lora_rank", "lora_alpha")
 """Settings without which a checkpoint would be read as another compressor."""
 ADAPTER, ENCODER = "adapter_model.safetensors", "memory_tokens.safetensors"
+CHECKPOINT = FolderKind(
+    "a compressor checkpoint", ("compressor.json", "adapter_config.json", ADAPTER, ENCODER, "README.md")
+)
 
 
 def save_checkpoint(model: Compressor, folder: str | Path, dtype: torch.dtype | None = None) -> None:
     """Write a checkpoint folder, atomically; see `Compressor.save_pretrained`."""
-    with atomic_path(folder) as path:
-        path.mkdir()
+    with atomic_folder(folder, CHECKPOINT) as path:
         files = [ENCODER]
         if model.peft is not None:
             # "auto" would ask the hub whether the base's vocabulary changed, at every checkpoint.
@@ -47,7 +49,7 @@ def save_checkpoint(model: Compressor, folder: str | Path, dtype: torch.dtype | 
             files.insert(0, ADAPTER)
         state = {name: value.to(dtype=dtype).contiguous() for name, value in model.encoder.state_dict().items()}
         save_file(state, path / ENCODER)
-        (path / "README.md").write_text(_card(model))
+        (path / "README.md").write_text(_card(model), encoding="utf-8")
         write_json(
             path / "compressor.json",
             {

@@ -28,13 +28,14 @@ from compressor.data.questions import questions_by_context
 from compressor.data.records import load_texts
 from compressor.errors import CompressorError
 from compressor.evaluation.base_figures import COPY_LENGTHS, bits_per_byte, copying_accuracy, encode, sample
-from compressor.files import atomic_path, read_json, write_json
+from compressor.files import FolderKind, atomic_file, atomic_folder, read_json, write_json
 from compressor.model_config import ArchitectureConfig, BaseConfig
 from compressor.training import Batch
 
 SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>")
 TOKENIZER_TEXTS = 100_000
 DRY_RUN_TEXTS = 500
+FOLDER = FolderKind("a base or its tokenizer", ("tokenizer_config.json", "*.json", "model.safetensors", "README.md"))
 Questions = Sequence[tuple[str, list[tuple[str, str]]]]
 """Contexts with their (question, answer) pairs."""
 
@@ -161,7 +162,7 @@ class BaseStage:
         if accelerator.is_main_process and not folder.exists():
             order = np.random.default_rng(config.seed).permutation(len(texts))[:TOKENIZER_TEXTS]
             sample = [texts[int(i)] for i in order]
-            with atomic_path(folder) as path:
+            with atomic_folder(folder, FOLDER) as path:
                 self._tokenizer(sample, questions[: TOKENIZER_TEXTS // 10]).save_pretrained(path)
         accelerator.wait_for_everyone()
         self._use(PreTrainedTokenizerFast.from_pretrained(folder))
@@ -177,7 +178,7 @@ class BaseStage:
             count, path = batches * self._rows_per_batch(length), output / f"rows-{length}.npy"
             if accelerator.is_main_process and not path.exists():
                 print(f"packing {count:,} rows of {length} tokens", flush=True)
-                with atomic_path(path) as temporary:
+                with atomic_file(path) as temporary:
                     pack_rows(self._packer(texts, questions, length), temporary, count, length)
             accelerator.wait_for_everyone()
             self.rows[length] = np.load(path, mmap_mode="r")
@@ -275,8 +276,9 @@ class BaseStage:
 
     def save(self, folder: Path) -> None:
         """Checkpoints keep float32, so that a resumed run is exact; `export_base` writes the bundled bfloat16."""
-        self.module.model.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
+        with atomic_folder(folder, FOLDER) as path:
+            self.module.model.save_pretrained(path)
+            self.tokenizer.save_pretrained(path)
 
     def load(self, folder: Path) -> None:
         loaded = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -327,7 +329,7 @@ def export(run: Path, output: Path, dtype: str = "bfloat16") -> None:
         f"- Validation on {_described(data['validation'])}: {held_out['validation_bits_per_byte']:.3f} bits per byte; "
         f"in-context copying accuracy {copying}.\n"
     )
-    with atomic_path(output) as path:
+    with atomic_folder(output, FOLDER) as path:
         model.save_pretrained(path)
         tokenizer.save_pretrained(path)
         (path / "README.md").write_text(card)

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from compressor.checkpoints import TrainingState
 from compressor.config import RunConfig
-from compressor.files import atomic_path
+from compressor.files import atomic_file
 
 
 class RunLog:
@@ -37,7 +37,7 @@ class RunLog:
             if state.step and self.path.exists():
                 # Rows written after the checkpoint belong to steps that are about to be repeated.
                 kept = [line for line in self.path.read_text().splitlines() if _step_of(line) <= state.step]
-            with atomic_path(self.path) as path:
+            with atomic_file(self.path) as path:
                 path.write_text("".join(line + "\n" for line in kept))
             if sys.stderr.isatty():
                 self.bar = tqdm(total=self.steps, initial=state.step, unit="step", dynamic_ncols=True)

@@ -54,7 +54,7 @@ class Stage(Protocol):
         """Figures (with `loss`, lower is better) and sample lines; called on every process."""
 
     def save(self, folder: Path) -> None:
-        """Write the model, without training state."""
+        """Write the model, without training state, whole or not at all."""
 
     def load(self, folder: Path) -> None:
         """Read what `save` wrote into `module`, exactly."""

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from compressor.base import load_base
 from compressor.data.questions import load_questions
 from compressor.errors import exits_cleanly
-from compressor.files import atomic_path
+from compressor.files import atomic_file
 from compressor.methods.encoder import equal_segments
 from compressor.model_config import BaseConfig
 
@@ -31,7 +31,7 @@ def main() -> int:
     tokenizer = load_base(BaseConfig(path=options.base), "cpu").tokenizer
     contexts = list(dict.fromkeys(question.context for question in load_questions(options.questions)))
     count = 0
-    with atomic_path(Path(options.output)) as path, path.open("w", encoding="utf-8") as file:
+    with atomic_file(Path(options.output)) as path, path.open("w", encoding="utf-8") as file:
         for place, ids in enumerate(tokenizer(contexts, add_special_tokens=False, verbose=False)["input_ids"]):
             # A short context is the same segment at several sizes.
             segments = dict.fromkeys(tuple(one) for most in options.tokens for one in equal_segments(ids, most))

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from compressor.data.questions import load_questions
 from compressor.data.sources import kind_of, read_document, read_rows
-from compressor.files import atomic_path
+from compressor.files import atomic_file
 
 WANTED = 300
 
@@ -43,7 +43,7 @@ def main(source: str, output: str) -> None:
             rows.append({**row, "question": item.question, "answers": list(item.answers)})
     text = ("id", "dataset", "title", "context", "question")
     schema = pa.schema([*((name, pa.string()) for name in text), ("answers", pa.list_(pa.string()))])
-    with atomic_path(output) as path:
+    with atomic_file(output) as path:
         pq.write_table(pa.Table.from_pylist(rows, schema=schema), path, compression="zstd")
 
 

@@ -26,14 +26,14 @@ _DYING = """
 import os, signal, sys
 sys.path.insert(0, {project!r})
 from compressor.cli import main
-honest, written = os.rename, []
-def rename(source, target):
+honest, written = os.replace, []
+def replace(source, target):
     if "shard-" in str(target):
         written.append(target)
         if len(written) == 2:
             os.kill(os.getpid(), signal.SIGKILL)
     honest(source, target)
-os.rename = rename
+os.replace = replace
 sys.exit(main(sys.argv[1:]))
 """
 

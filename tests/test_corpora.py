@@ -325,7 +325,7 @@ def test_nothing_kept_is_an_error(tmp_path: Path) -> None:
 def test_an_output_is_replaced_only_if_asked_and_only_if_it_is_a_corpus(tmp_path: Path) -> None:
     source = snapshot(tmp_path / "s.json", paper("a"))
     build(tmp_path, source)
-    with pytest.raises(CompressorError, match="exists already: choose another folder, or give --overwrite"):
+    with pytest.raises(CompressorError, match=r"exists already and holds a corpus: .* give --overwrite"):
         build(tmp_path, source)
     config = CorpusConfig(source=source, output=str(tmp_path / "out"))
     broken = CorpusConfig(source=str(tmp_path / "none.json"), output=config.output)

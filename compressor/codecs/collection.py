@@ -25,7 +25,7 @@ from compressor.codecs.artifact import BESIDE, FORMAT, encode, restore, settings
 from compressor.codecs.calibration import Calibration
 from compressor.codecs.codec import Codec
 from compressor.errors import CompressorError
-from compressor.files import read_json, write_json
+from compressor.files import make_folder, read_json, write_json
 from compressor.memory import Memory
 
 MANIFEST = "collection.json"
@@ -191,7 +191,7 @@ class CollectionWriter:
 
     def __init__(self, folder: str | Path, codec: Codec, process: int = 0):
         self.folder, self.codec, self.process = Path(folder), codec, process
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
 
     def begin(self, example: Memory) -> Collection:
         """Write the manifest, or check that the one there fits; called by one process.
@@ -201,9 +201,6 @@ class CollectionWriter:
         """
         common = self._common(example)
         manifest = self.folder / MANIFEST
-        # What a killed run left under temporary names.
-        for path in self.folder.glob(f".*{_SUFFIX}.*"):
-            shutil.rmtree(path, ignore_errors=True)
         if not manifest.exists():
             if any(not path.name.startswith(".") and path.name != BESIDE for path in self.folder.iterdir()):
                 raise CompressorError(
@@ -212,6 +209,9 @@ class CollectionWriter:
             if self.codec.calibration is not None:
                 self.codec.calibration.save(self.folder / BESIDE)
             write_json(manifest, common)
+        # What a killed run left under temporary names.
+        for path in self.folder.glob(f".shard-*{_SUFFIX}.????????"):
+            shutil.rmtree(path, ignore_errors=True)
         collection = Collection(self.folder, self.codec.calibration)
         before = {key: value for key, value in collection.settings.items() if key != "version"}
         now = {key: value for key, value in common.items() if key != "version"}

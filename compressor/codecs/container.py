@@ -20,7 +20,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from compressor.errors import CompressorError
-from compressor.files import atomic_path
+from compressor.files import atomic_file
 
 MOST_HEADER = 64 << 20
 """Bytes of the longest header that is read."""
@@ -53,7 +53,7 @@ def serialise(kind: str, settings: Mapping[str, Any], tensors: Mapping[str, Tens
 
 def write(path: str | Path, data: bytes) -> None:
     """Write bytes to a file, atomically and durably: they are on the disk before the name is."""
-    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+    with atomic_file(path) as temporary, open(temporary, "wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())

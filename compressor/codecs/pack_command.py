@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from compressor.errors import CompressorError
-from compressor.files import atomic_path
+from compressor.files import atomic_file, check_file, is_special
 
 SUFFIX = ".cz"
 _ERROR, _LEFT_ALONE = 1, 2
@@ -122,7 +122,7 @@ def _one(name: str, options: argparse.Namespace, load: Callable[[], Any]) -> Non
     if target is None and not options.test and not options.decompress and sys.stdout.isatty() and not options.force:
         raise CompressorError("packed data is not written to a terminal; use -f to force it")
     if target is not None:
-        _may_write(target, options)
+        _may_write(target, source, options)
     data = sys.stdin.buffer.read() if source is None else source.read_bytes()
     from compressor.codecs import text_command
     from compressor.codecs.lossless import pack_bytes, unpack_bytes
@@ -138,7 +138,7 @@ def _one(name: str, options: argparse.Namespace, load: Callable[[], Any]) -> Non
         else:
             result = pack_bytes(data, load(), options.lane_tokens, options.batch, progress)
     if target is not None:
-        with atomic_path(target) as temporary:
+        with atomic_file(target) as temporary:
             temporary.write_bytes(result)
             if source is not None:
                 shutil.copystat(source, temporary)
@@ -180,11 +180,13 @@ def _target(source: Path | None, options: argparse.Namespace) -> Path | None:
     return source.with_suffix("")
 
 
-def _may_write(target: Path, options: argparse.Namespace) -> None:
+def _may_write(target: Path, source: Path | None, options: argparse.Namespace) -> None:
     """Raise unless `target` may be written: before the work, not after it."""
-    if target.is_dir():
-        raise CompressorError(f"{target} is a directory")
-    if os.path.lexists(target) and not options.force:
+    check_file(target, inputs=[] if source is None else [source])
+    if is_special(target):
+        if not options.output:
+            raise _LeftAlone(f"{target} is not a regular file -- ignored; use -o or -c to write to it")
+    elif os.path.lexists(target) and not options.force:
         raise _LeftAlone(f"{target} already exists; not overwritten: use -f to replace it")
     if not target.parent.is_dir():
         raise CompressorError(f"there is no folder {target.parent}")

@@ -33,8 +33,12 @@ from compressor.data.selection import Selection
 from compressor.data.shards import Sample
 from compressor.data.sources import MANIFEST, SPLITS, Hub, Row, read_rows, resolve, split_of
 from compressor.errors import CompressorError, require
-from compressor.files import atomic_path, sha256, write_json
+from compressor.files import FolderKind, atomic_folder, check_folder, sha256, write_json
 
+QUESTIONS = FolderKind(
+    "questions that this command built",
+    (MANIFEST, *(f"{split}.{kind}" for split in SPLITS for kind in ("parquet", "jsonl.gz"))),
+)
 FIELDS = ("id", "dataset", "title", "context", "question", "answers", "generator", "kind", "date")
 """Fields of a record; all text except `answers`, a list. `kind` is the rule that made it, or blank."""
 
@@ -111,15 +115,12 @@ def build_questions(config: ArxivQAConfig, *, overwrite: bool = False) -> dict[s
             that cannot be asked. The replies so far are kept in the journal.
     """
     output = Path(config.output)
-    if output.exists() and not overwrite:
-        raise CompressorError(f"{output} exists already: choose another folder, or give --overwrite to replace it")
-    if output.exists() and not (output / MANIFEST).exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise CompressorError(f"{output} was not built by this command (no {MANIFEST}) and is not overwritten")
+    places = resolve(config.source, every_split=True)
+    check_folder(output, QUESTIONS, overwrite, [place for place in places if isinstance(place, Path)])
     chosen, manifest = _abstracts(config)
     flat = [(split, abstract) for split in SPLITS for abstract in chosen[split]]
     rejected: Counter[str] = Counter()
-    with atomic_path(output) as folder:
-        folder.mkdir()
+    with atomic_folder(output, QUESTIONS) as folder:
         files = {split: _Writer(folder, split, config.format) for split in SPLITS}
         answered = 0
         for (split, abstract), pairs in zip(flat, _pairs(config, [item for _, item in flat], rejected), strict=True):

@@ -27,7 +27,9 @@ from compressor.data.selection import Selection
 from compressor.data.shards import FIELDS, Sample, SplitWriter
 from compressor.data.sources import MANIFEST, SPLITS, Hub, Row, read_rows, resolve, split_of
 from compressor.errors import CompressorError, require
-from compressor.files import atomic_path, write_json
+from compressor.files import FolderKind, atomic_folder, check_folder, write_json
+
+CORPUS = FolderKind("a corpus", (MANIFEST, *(f"{split}-*-of-*.parquet" for split in SPLITS)))
 
 
 @dataclass
@@ -171,20 +173,13 @@ def build_corpus(config: CorpusConfig, *, overwrite: bool = False) -> dict[str, 
             exists. Nothing is left behind.
     """
     output = Path(config.output)
-    if output.exists() and not overwrite:
-        raise CompressorError(f"{output} exists already: choose another folder, or give --overwrite to replace it")
-    if output.exists() and not (output / MANIFEST).exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise CompressorError(
-            f"{output} is not a corpus (it has no {MANIFEST}) and is not overwritten: delete it first"
-        )
+    check_folder(output, CORPUS, overwrite)
     sources = _sources(config)
-    try:
-        with atomic_path(output) as folder:
-            folder.mkdir()
-            manifest = _build(config, sources, folder)
-            write_json(folder / MANIFEST, manifest)
-    except OSError as error:
-        raise CompressorError(f"{output} cannot be written: {error.strerror or error}") from None
+    places = [source.place for source in sources if isinstance(source.place, Path)]
+    check_folder(output, CORPUS, inputs=places)
+    with atomic_folder(output, CORPUS) as folder:
+        manifest = _build(config, sources, folder)
+        write_json(folder / MANIFEST, manifest)
     return manifest
 
 

@@ -25,7 +25,7 @@ from xml.etree import ElementTree
 
 from compressor import __version__
 from compressor.errors import CompressorError
-from compressor.files import atomic_path, read_json, write_json
+from compressor.files import atomic_file, read_json, write_json
 
 PREFIXES = ("arXiv", "arXivRaw")
 
@@ -143,7 +143,7 @@ def harvest(request: Harvest, folder: Path) -> list[Path]:
         if page.token and page.token in seen:
             raise CompressorError(f"{request.url} sent the resumption token {page.token!r} twice: an endless list")
         path = folder / f"page-{len(pages) + 1:06d}.xml.gz"
-        with atomic_path(path) as temporary:
+        with atomic_file(path) as temporary:
             temporary.write_bytes(gzip.compress(body, mtime=0))
         pages.append(path)
         token = page.token

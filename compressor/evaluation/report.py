@@ -15,7 +15,7 @@ from matplotlib.figure import Figure as Canvas
 from compressor.base import PROJECT
 from compressor.errors import CompressorError
 from compressor.evaluation.metrics import FIGURES
-from compressor.files import read_json
+from compressor.files import atomic_file, read_json
 
 Row = Mapping[str, Any]
 
@@ -217,4 +217,5 @@ def loss_curve(
     canvas.legend(
         *axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize="small", frameon=False
     )
-    canvas.savefig(out_png)
+    with atomic_file(out_png) as path:
+        canvas.savefig(path, format=path.suffix[1:] or "png")

@@ -34,12 +34,17 @@ from compressor.evaluation.rows import MACRO, Results, left_out_of, make_rows, q
 from compressor.evaluation.studies import STUDIES, load_study
 from compressor.evaluation.tasks import TASKS, Item, Result, Task
 from compressor.evaluation.tasks.interface import BEYOND, LEFT_OUT
-from compressor.files import atomic_path, sha256
+from compressor.files import FolderKind, atomic_folder, check_folder, sha256
 from compressor.methods.interface import Method, Piece
 from compressor.provenance import versions
 
 LINES = 10
 """Progress lines of a run without a terminal."""
+PLOTS = tuple(f"{name}.png" for name in ("regeneration", "utilisation", "attention", "reading", "efficiency"))
+EVALUATION = FolderKind(
+    "an evaluation",
+    ("metrics.json", "predictions.jsonl", "config.yaml", "table.md", *PLOTS, "rate-distortion.png"),
+)
 OWN_SETTINGS = (
     *("lengths", "split_date", "text_field", "question_columns", "question_tokens", "keep_unanswerable"),
     *("published", "codecs", "calibration", "questions"),
@@ -240,8 +245,7 @@ def run_entries(
 @contextmanager
 def output_folder(config: EvaluationConfig, metrics: dict[str, Any]) -> Iterator[Path]:
     """The output folder, complete when the block ends: metrics, settings and table, and what the block writes."""
-    with atomic_path(config.output) as path:
-        path.mkdir()
+    with atomic_folder(config.output, EVALUATION) as path:
         (path / "metrics.json").write_text(json.dumps(metrics, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         (path / "config.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False), encoding="utf-8")
         table = markdown_table(metrics["rows"], metrics["figures"], keys=metrics.get("keys"))
@@ -258,13 +262,7 @@ def data_names(sources: Sequence[str]) -> dict[str, str]:
 
 def check_output(output: Path, overwrite: bool) -> None:
     """Refuse an output folder that would lose something, or that cannot be written."""
-    if output.exists() and not output.is_dir():
-        raise CompressorError(f"output = {output} is a file: name a folder")
-    if output.is_dir() and any(output.iterdir()):
-        if not (output / "metrics.json").exists():
-            raise CompressorError(f"output = {output} holds something that is not an evaluation: name another folder")
-        if not overwrite:
-            raise CompressorError(f"output = {output} holds an evaluation: name another folder, or add --overwrite")
+    check_folder(output, EVALUATION, overwrite)
     existing = next(parent for parent in output.absolute().parents if parent.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise CompressorError(f"output = {output} cannot be written: {existing} is no folder that takes new files")
