@@ -131,22 +131,82 @@ def test_a_dropped_record_does_not_make_its_twin_a_double(tmp_path: Path) -> Non
     assert manifest["kept"]["train"] == 1
 
 
+WITHDRAWN = [
+    "This paper has been withdrawn by the author due to an error in section 3.",
+    "We prove it. The present article is temporarily withdrawn.",
+    "Withdrawn.",
+    "Withdrawn by the author because of an error in Lemma 2.",
+    "(Withdrawn) Collaborative security initiatives are advocated.",
+    "WITHDRAWAL NOTICE This paper has been withdrawn.",
+    "We would like to withdraw this article for the following reasons",
+    "The authors would like to withdraw this version.",
+    "So at this time we prefer to withdraw the paper about the averages.",
+    "Therefore we reach a consensus on withdrawing the paper until the data is available.",
+    "UPDATE: Manuscript withdrawn, because results are incorrect.",
+    "We compute it. (Paper is being withdrawn: the original conclusion is incorrect.)",
+    'We find a family. The paper is currently "withdrawn", since a mistake has been discovered.',
+    "It was shown by Chung. However, the paper has been withdrawn because the bound was known.",
+    'This paper ("Two-Level Chromophore", which can be found at arXiv:0804.0086) has been withdrawn by the author.',
+    "Because of changes to the model proposed in the paper, it has been withdrawn from the archive.",
+    "This paper has been removed by the author due to a misstatement in Theorem 1.",
+    "Removed by arXiv administration. This article was plagiarized.",
+    "Our paper was retracted.",
+    "This paper has flaws in the construction of Theorem 11.1 in Part II and so withdrawn.",
+]
+NOT_WITHDRAWN = [
+    "We study the withdrawal of liquid from a reservoir in this paper.",
+    "Both papers should be retracted. We analyse 604 retracted articles.",
+    "One planned to withdraw the affected paper, while another defended it.",
+    "Utilizing papers withdrawn from arXiv, we validate the method.",
+    "Withdrawn papers on arXiv are studied. This paper asks why.",
+    "This paper studies how consent that was given can be withdrawn.",
+    "In this work we show that heat is withdrawn by the bath.",
+    "We report a case in which the paper was retracted for fraud.",
+    "Superfluid atoms are injected (withdrawn) into (from) a chamber.",
+    "This paper retrieves correct parts of the withdrawn paper arXiv:math/0607470.",
+    "This letter is removed from the alphabet, and the word stays in the language.",
+    "This work is retracted onto the subspace.",
+    "after completion of which this manuscript will be withdrawn.",
+    "We ask why the authors of a preprint withdraw their results.",
+]
+
+
 @pytest.mark.parametrize(
-    ("text", "expected"),
+    ("text", "expected"), [*((text, True) for text in WITHDRAWN), *((text, False) for text in NOT_WITHDRAWN)]
+)
+def test_abstracts_that_say_that_they_were_withdrawn(text: str, expected: bool) -> None:
+    assert withdrawn(text) is expected
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
     [
-        ("This paper has been withdrawn by the author due to an error in section 3.", True),
-        ("We prove it. The present article is temporarily withdrawn.", True),
-        ("Withdrawn.", True),
-        ("We would like to withdraw this article for the following reasons", True),
-        ("UPDATE: Manuscript withdrawn, because results are incorrect.", True),
-        ("We study the withdrawal of liquid from a reservoir in this paper.", False),
-        ("Both papers should be retracted. We analyse 604 retracted articles.", False),
-        ("One planned to withdraw the affected paper, while another defended it.", False),
-        ("Utilizing papers withdrawn from arXiv, we validate the method.", False),
+        ({"comments": "Withdrawn"}, True),
+        ({"comments": "This submission has been withdrawn by arXiv administrators"}, True),
+        ({"comments": "12 pages. Paper withdrawn due to an error in (3)"}, True),
+        ({"comments": "The authors withdrew it: Lemma 2 is wrong"}, True),
+        ({"comments": "retracted, see arXiv:1003.0167"}, True),
+        ({"comments": "A corrected version of the withdrawn arXiv:0710.1234"}, False),
+        ({"comments": "Replaces withdrawn paper 0710.1234"}, False),
+        ({"comments": "8 pages; withdrawn from ICML, now at NeurIPS"}, False),
+        ({"comments": "On the withdrawal of troops"}, False),
+        ({"comments": None}, False),
+        ({"title": "WITHDRAWN: A proof of everything"}, True),
+        ({"title": "[Retracted] A proof of everything"}, True),
+        ({"title": "The Road Coloring for Mapping on k States (withdrawn)"}, True),
+        ({"title": "Withdrawn papers on arXiv"}, False),
+        ({"title": "Retraction notices: a study"}, False),
+        ({"is_retracted": True}, True),
+        ({"is_retracted": False}, False),
+        ({"withdrawn": True}, True),
+        ({"status": "Withdrawn"}, True),
+        ({"status": "published"}, False),
+        ({"versions": [{"version": "v1"}, {"version": "v2", "source_type": "I"}]}, True),
+        ({"versions": [{"version": "v1", "source_type": "I"}, {"version": "v2", "source_type": "D"}]}, False),
     ],
 )
-def test_withdrawn(text: str, expected: bool) -> None:
-    assert withdrawn(text) is expected
+def test_fields_that_say_that_a_paper_was_withdrawn(fields: dict[str, Any], expected: bool) -> None:
+    assert withdrawn("An abstract about something else.", fields, title=fields.get("title", "")) is expected
 
 
 def test_normalising() -> None:

@@ -6,6 +6,7 @@ import datetime
 import email.utils
 import re
 import unicodedata
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from compressor.data.records import date_value, record_id, string_value, text_field
@@ -15,18 +16,46 @@ from compressor.errors import CompressorError
 ARXIV_ID = re.compile(r"(?:(\d\d)(\d\d)\.\d{4,5}|[a-z-]+(?:\.[A-Z]{2})?/(\d\d)(\d\d)\d{3})(v\d+)?")
 
 _CONTROL = re.compile(r"[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f]")
-_NAMES = r"(?:paper|article|manuscript|submission|preprint|e-?print|note|letter|report|version|work|draft)"
+_PAPER = r"(?:paper|article|manuscript|submission|preprint|pre-print|e-?print|note|letter|report|version|work|draft)"
+_HAS_BEEN = r"(?:has|have|had|is|was|are|were)(?:\s(?:now|since|already|been|being|\w+ly))*"
+_GONE = (
+    r"['\"]?(?:withdrawn\b|retracted\b(?!\s(?:on)?to\b)"
+    r"|removed\b(?=\s(?:by\s(?:the\s)?(?:author|arxiv)|from\s(?:the\s)?ar[xc]|due\b|because\b|at\sthe\srequest)))"
+)
+_START = (
+    r"(?:^|[.!?:;)>*=]\s|[(\[])\W*"
+    r"(?:(?:therefore|hence|thus|so|note|notice|update|now|however|unfortunately)\b[,:]?\s(?:that\s)?)*"
+)
 _WITHDRAWN = re.compile(
-    # "This paper has been withdrawn by the authors", "the present article is temporarily withdrawn"
-    rf"\b(?:this|the|my|our)\s(?:[\w.:/-]+\s){{0,2}}{_NAMES}\s[^.;]{{0,60}}?"
-    r"\b(?:is|was|be|been|being)\s(?:\S+\s){0,2}?['\"]?(?:withdrawn|retracted)\b"
-    # "we withdraw this paper", "I have withdrawn the article"
-    rf"|\bwithdr(?:aw|awn|ew|awing)\s(?:this|the|my|our)\s(?:present\s)?{_NAMES}\b"
-    # "Manuscript withdrawn because", "(Paper is being withdrawn"
-    rf"|\b{_NAMES}\s(?:(?:is|was|has|been|being|now|temporarily)\s){{0,3}}withdrawn\b(?!\sfrom\s(?:the\s)?market)"
-    r"|^\W*(?:this\s(?:is|was|has\sbeen)\s)?withdrawn\b|^\W*withdrawal\snotice|\bwithdrawn\sby\sarxiv\b",
+    # "This paper (arXiv:0804.0086) has been withdrawn by the authors", "the present article is temporarily withdrawn".
+    # What "the paper" is, and not another's, is told by its standing at the beginning of a sentence.
+    rf"(?:\b(?:this|my|our)|{_START}the(?:\sabove)?)\s(?:[\w.:/-]+\s){{0,2}}?{_PAPER}"
+    rf"(?:\s?\([^)]*\)|,[^.;]{{1,80}},)?\s{_HAS_BEEN}\s{_GONE}"
+    rf"|\bthe\spaper\s{_HAS_BEEN}\swithdrawn\s(?:by\sthe\sauthors?\b|from\s(?:the\s)?ar[xc])"
+    rf"|\bit\s{_HAS_BEEN}\swithdrawn\sfrom\s(?:the\s)?ar[xc]"
+    rf"|\bthis\s{_PAPER}\s(?:[^.;]|\.\d){{0,150}}\band\s(?:so|therefore|hence|thus)(?:\s{_HAS_BEEN})?\swithdrawn\b"
+    # "we withdraw this paper", "the authors would like to withdraw the article", "a consensus on withdrawing the paper"
+    rf"|\bwithdr(?:aw|awn|ew|awing)\s(?:this|my|our)\s(?:present\s)?{_PAPER}\b"
+    rf"|\b(?:we|i|authors?)\s(?:[\w']+\s){{0,5}}?withdr(?:aw|awn|ew|awing)\sthe\s(?:present\s)?{_PAPER}\b"
+    # "Manuscript withdrawn because", "(Paper is being withdrawn", "Withdrawn by the author", "WITHDRAWAL NOTICE"
+    rf"|(?:^\W*(?:this\W+)?(?:{_PAPER}\s)?|{_START}{_PAPER}\s)(?:{_HAS_BEEN}\s)?(?:temporarily\s)?(?:withdrawn|retracted)"
+    r"(?:\W*$|\W*[.:;,)\]]|\s(?:by|due|because|since|as|for|pending|until|effective|at\sthe\srequest)\b)"
+    rf"|^\W*(?:{_PAPER}\s)?removed\sby\s(?:the\s)?(?:author|arxiv)|^\W*(?:withdrawal|retraction)\snotice"
+    r"|\bwithdrawn\sby\sarxiv\b",
     re.IGNORECASE,
 )
+_WITHDRAWN_TITLE = re.compile(
+    rf"^\W*(?:withdrawn|retracted|retraction|removed)(?:\s{_PAPER})?\s?[:\])]|[(\[](?:withdrawn|retracted)[)\]]\W*$",
+    re.IGNORECASE,
+)
+_WITHDRAWN_COMMENT = re.compile(
+    # Comments are of the paper itself, unless they speak of another: "a corrected version of the withdrawn arXiv:..."
+    rf"(?<!\bthe\s)(?<!\ba\s)\b(?:withdrawn|retracted)\b"
+    rf"(?!\s(?:{_PAPER}\b|arxiv:|[a-z-]+/\d|\d|from\s(?!(?:the\s)?ar[xc])))|\bwithdr(?:ew|awing|aw)\b"
+    r"|^\W*withdrawal(?:\W*$|\snotice)",
+    re.IGNORECASE,
+)
+_FLAGS = ("withdrawn", "is_withdrawn", "retracted", "is_retracted")
 
 
 class Fields(NamedTuple):
@@ -58,8 +87,8 @@ def read_abstract(row: Row, names: Fields, first: dict[str, Any], *, default_id:
     abstract = collapse(string_value(row, text_field(first, names.text, row.where)))
     if not abstract:
         return "empty"
-    comments = row.values.get("comments")
-    if withdrawn(abstract) or (isinstance(comments, str) and withdrawn(collapse(comments))):
+    title = row.values.get(names.title)
+    if withdrawn(abstract, row.values, title=title if isinstance(title, str) else ""):
         return "withdrawn"
     identifier = record_id(row, names.id) if names.id in first else default_id
     return {
@@ -82,9 +111,27 @@ def comparable(text: str) -> str:
     return " ".join(re.sub(r"[\W_]+", " ", folded).split()) or text
 
 
-def withdrawn(text: str) -> bool:
-    """Whether an abstract or a comment says that its paper was withdrawn."""
-    return bool(_WITHDRAWN.search(text))
+def withdrawn(abstract: str, fields: Mapping[str, Any] | None = None, *, title: str = "") -> bool:
+    """Whether a record says that its paper was withdrawn (and not that it is about papers that were).
+
+    Fields that say so decide alone: a flag (OpenAlex's `is_retracted`), a `status`, the last version's source type I of
+    arXiv's raw metadata. Then title, comments and abstract are read, each with the patterns of how it is said there.
+    """
+    fields = fields or {}
+    if any(fields.get(name) is True for name in _FLAGS):
+        return True
+    if str(fields.get("status", "")).strip().lower() in ("withdrawn", "retracted"):
+        return True
+    versions = fields.get("versions")
+    last = versions[-1] if isinstance(versions, list) and versions else None
+    if isinstance(last, dict) and "I" in str(last.get("source_type") or ""):
+        return True
+    comments = fields.get("comments")
+    return bool(
+        _WITHDRAWN_TITLE.search(collapse(title))
+        or (isinstance(comments, str) and _WITHDRAWN_COMMENT.search(collapse(comments)))
+        or _WITHDRAWN.search(abstract)
+    )
 
 
 def base_id(identifier: str) -> str:
