@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -54,6 +55,10 @@ class Memory:
     """Folder or hub id of the base; empty where not recorded."""
     text: bytes | None = None
     """The passage itself, packed (`codecs.lossless.pack_passage`), if it is kept."""
+    made: dict[str, float] = field(default_factory=dict)
+    """Numbers it was made with (`tokens`, `segment_tokens`, `refine_steps`); empty where not recorded."""
+    fidelity: float | None = None
+    """Share of the passage that it gives back (`compressor/fidelity.py`); None where not measured."""
 
     def __post_init__(self) -> None:
         if self.keys.dim() != 4 or self.keys.shape != self.values.shape or self.keys.shape[2] != self.tokens:
@@ -106,7 +111,9 @@ class Memory:
             return [self]
         sizes = [segment.tokens for segment in self.segments]
         parts = zip(self.segments, self.keys.split(sizes, dim=2), self.values.split(sizes, dim=2), strict=True)
-        return [replace(self, keys=k, values=v, segments=(segment,), text=None) for segment, k, v in parts]
+        return [
+            replace(self, keys=k, values=v, segments=(segment,), text=None, fidelity=None) for segment, k, v in parts
+        ]
 
     def split_with(self, passage: Sequence[int]) -> list[tuple[Memory, Sequence[int]]]:
         """`split`, each segment's memory with its tokens of the passage that was compressed."""
@@ -132,12 +139,20 @@ class Memory:
             )
         if all(segment.tokens == tokens for segment in self.segments):
             return self
+        if self.made.get("refine_steps"):
+            warnings.warn(
+                f"the first {tokens} tokens of a memory that was refined with {fewest} keep far less than a memory "
+                f"refined with {tokens}: compress again with tokens={tokens} (--tokens {tokens})",
+                stacklevel=2,
+            )
         parts = self.split()
         return replace(
             self,
             keys=torch.cat([part.keys[:, :, :tokens] for part in parts], dim=2),
             values=torch.cat([part.values[:, :, :tokens] for part in parts], dim=2),
             segments=tuple(replace(segment, tokens=tokens) for segment in self.segments),
+            made={**self.made, "tokens": tokens} if self.made else {},
+            fidelity=None,
         )
 
     @staticmethod
@@ -165,6 +180,8 @@ class Memory:
             values=torch.cat([memory.values for memory in memories], dim=2),
             segments=tuple(segment for memory in memories for segment in memory.segments),
             text=None,
+            made=first.made if all(memory.made == first.made for memory in memories) else {},
+            fidelity=None,
         )
 
     def to_cache(self, base: Base) -> DynamicCache:

@@ -181,7 +181,8 @@ class Compressor(nn.Module):
             tokens: memory tokens for each segment; by default all the compressor has.
             batch_size: segments encoded together.
             target_fidelity: take for each passage the fewest memory tokens (a power of two, at most `tokens`) with
-                which this share of its tokens comes back (`compressor/fidelity.py`); where none do, all, and a warning.
+                which this share of it comes back when it is regenerated (`compressor/fidelity.py`); where none do, all,
+                and a warning.
             segment_tokens: compress passages in segments of at most so many tokens: more memory tokens in all, each of
                 which holds less; by default segments are as long as the compressor takes.
             refine_steps: gradient steps on each memory itself (`compressor/refinement.py`), each of which takes a
@@ -225,6 +226,7 @@ class Compressor(nn.Module):
             raise CompressorError(
                 f"cannot compress to {tokens} memory tokens: this compressor has 1 to {self.config.memory_tokens}"
             )
+        most = min(segment_tokens or self.config.max_passage_tokens, self.config.max_passage_tokens)
         owners, segments = [], []
         for owner, ids in enumerate(passages):
             for segment in self.segment(ids, segment_tokens):
@@ -246,6 +248,7 @@ class Compressor(nn.Module):
                     self.encoder.memory_layout,
                     self.config.memory_tokens,
                     self.base.fingerprint,
+                    made={"tokens": tokens, "segment_tokens": most, "refine_steps": 0},
                 )
         self.train(was_training)
         grouped: list[list[Memory]] = [[] for _ in passages]

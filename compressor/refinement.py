@@ -71,7 +71,8 @@ def refine(
     place, refined = iter(range(len(parts))), []
     for memory in memories:
         whole = Memory.concatenate([better[next(place)] for _ in memory.segments])
-        refined.append(replace(memory, keys=whole.keys, values=whole.values))
+        made = {**memory.made, "refine_steps": memory.made.get("refine_steps", 0) + steps}
+        refined.append(replace(memory, keys=whole.keys, values=whole.values, made=made, fidelity=None))
     return refined
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -175,12 +177,16 @@ def test_foreign_folders_are_refused(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
     small(tmp_path / "c")
     for example, codec, what in (
-        (made(0), "int4", "codec"),
-        (replace(made(0), base="b" * 64), "int8", "base"),
-        (replace(made(0), compressor="other@1"), "int8", "compressor"),
+        (made(0), "int4", "codec.name: int8, now int4"),
+        (replace(made(0), base="b" * 64), "int8", "base.weights: aaaaaaaaaaaa, now bbbbbbbbbbbb"),
+        (replace(made(0), compressor="other@1"), "int8", "compressor: , now 1"),
+        (replace(made(0), made={"refine_steps": 10}), "int8", "made.refine_steps: not recorded, now 10"),
     ):
-        with pytest.raises(CompressorError, match=f"a collection with another {what}"):
+        with pytest.raises(CompressorError, match=rf"a collection made with other settings \({what}\)"):
             CollectionWriter(tmp_path / "c", Codec.parse(codec)).begin(example)
+    # Other names of the same base and compressor are no other settings.
+    named = replace(made(0), base_name="elsewhere", compressor="renamed@")
+    CollectionWriter(tmp_path / "c", Codec.parse("int8")).begin(named)
 
 
 def test_ids_name_one_text_each(tmp_path: Path) -> None:
@@ -290,6 +296,61 @@ def test_calibrate_and_a_single_text(
     assert cli(["regenerate", "--memory", str(memory), "--calibration", str(fitted), "--base", base]) == 0
     assert cli(["regenerate", "--memory", str(memory), "--base", base]) == 2
     assert "needs the calibration" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def built(checkpoint: Path, passages: list[dict[str, str]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A corpus and a collection of it, made with 4 memory tokens, a refinement step and segments of at most 32."""
+    folder = tmp_path_factory.mktemp("built")
+    write_corpus(folder / "corpus.jsonl", passages[:3])
+    assert cli(["compress", *_compressed(folder, checkpoint)]) == 0
+    return folder
+
+
+def _compressed(folder: Path, checkpoint: Path, **changed: Any) -> list[str]:
+    settings = {"refine_steps": 1, "segment_tokens": 32, "codec": "int8", "checkpoint": checkpoint} | changed
+    return [str(folder / "corpus.jsonl"), f"--output={folder / 'c'}", *(f"--{k}={v}" for k, v in settings.items())]
+
+
+OTHERWISE = {
+    "fewer tokens": ({"tokens": 2}, "made.tokens: 4, now 2"),
+    "more refinement": ({"refine_steps": 3}, "made.refine_steps: 1, now 3"),
+    "no refinement": ({"refine_steps": 0}, "made.refine_steps: 1, now 0"),
+    "shorter segments": ({"segment_tokens": 8}, "made.segment_tokens: 32, now 8"),
+    "a fidelity": ({"target_fidelity": 0.5}, "made.target_fidelity: not recorded, now 0.5"),
+    "kept texts": ({"keep_text": True}, "made.keep_text: not recorded, now 1"),
+    "another codec": ({"codec": "int4+ans"}, "codec.coder: none, now ans, codec.name: int8, now int4"),
+    "a dropped layer": ({"drop_layers": "[1]"}, r"codec.drop_layers: \[\], now \[1\]"),
+}
+
+
+@pytest.mark.parametrize("what", list(OTHERWISE))
+def test_a_collection_goes_on_only_as_it_was_made(
+    built: Path, checkpoint: Path, what: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changed, message = OTHERWISE[what]
+    before = {path.name: path.read_bytes() for path in (built / "c").iterdir()}
+    assert cli(["compress", *_compressed(built, checkpoint, **changed)]) == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert before == {path.name: path.read_bytes() for path in (built / "c").iterdir()}
+
+
+def test_a_collection_says_how_and_from_what_it_was_made(
+    built: Path, checkpoint: Path, passages: list[dict[str, str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(built, folder)
+    write_corpus(folder / "corpus.jsonl", passages[:4])
+    assert cli(["compress", *_compressed(folder, checkpoint, no_measure=True)]) == 0
+    printed = capsys.readouterr().out
+    assert "compressed 1 passages, 3 were there already" in printed
+    assert "tokens 4, segment_tokens 32, refine_steps 1" in printed
+    assert re.search(r"corpus.jsonl: 3 records.*\n.*corpus.jsonl: 4 records", printed)
+    collection = Collection(folder / "c")
+    assert set(collection.fidelities()) == {passage["id"] for passage in passages[:3]}
+    memory = collection.load("paper/0")
+    assert memory.made == {"tokens": 4, "segment_tokens": 32, "refine_steps": 1}
+    assert memory.fidelity == collection.fidelities()["paper/0"]
 
 
 @pytest.mark.slow

@@ -133,7 +133,21 @@ def settings_of(memory: Memory, codec: Codec, details: Mapping[str, Any]) -> dic
         "shape": [layers, heads, size],
         "dtype": str(memory.keys.dtype).removeprefix("torch."),
         "codec": {**codec.record(), **details},
+        **({"made": memory.made} if memory.made else {}),
     }
+
+
+def as_stored(memory: Memory, codec: Codec) -> Memory:
+    """The memory as a file of this codec gives it back.
+
+    Raises:
+        CompressorError: the codec cannot store this memory.
+    """
+    memory = codec.prepare(memory)
+    tensors, details = codec.encode(memory)
+    slots = [slot for segment in memory.segments for slot in range(segment.tokens)]
+    keys, values = codec.decode(tensors, {**codec.record(), **details}, memory.keys.shape, slots)
+    return replace(memory, keys=keys, values=values)
 
 
 def save_memory(
@@ -154,6 +168,8 @@ def save_memory(
     tensors, details = encode(memory, codec)
     segments = [[segment.tokens, segment.passage_tokens] for segment in memory.segments]
     settings = {**settings_of(memory, codec, details), "segments": segments, "passage_bytes": passage_bytes}
+    if memory.fidelity is not None:
+        settings["fidelity"] = round(memory.fidelity, 4)
     data, _ = container.serialise("memory", settings, tensors)
     container.write(path, data)
 
@@ -237,7 +253,10 @@ def restore(
         if not all(isinstance(text, str) for text in texts):
             raise TypeError("a name is no text")
         text = None if kept is None else kept.numpy().tobytes()
-        return Memory(keys, values_, parts, layout, most, *texts, text=text)
+        made, fidelity = settings.get("made", {}), settings.get("fidelity")
+        made = {str(name)[:40]: number(value, 0, 1 << 31) for name, value in made.items()}
+        fidelity = None if fidelity is None else float(number(fidelity, 0, 1))
+        return Memory(keys, values_, parts, layout, most, *texts, text=text, made=made, fidelity=fidelity)
     except CompressorError as error:
         message = str(error)
         raise CompressorError(message if str(path) in message else f"{path}: {message}") from None
@@ -263,6 +282,13 @@ def whole(value: Any, low: int, high: int) -> int:
     """`value` if it is a whole number in this range, else a ValueError."""
     if type(value) is not int or not low <= value <= high:
         raise ValueError(f"{str(value)[:40]} is no whole number from {low} to {high}")
+    return value
+
+
+def number(value: Any, low: float, high: float) -> float:
+    """`value` if it is a number in this range, else a ValueError."""
+    if type(value) not in (int, float) or not low <= value <= high:
+        raise ValueError(f"{str(value)[:40]} is no number from {low} to {high}")
     return value
 
 

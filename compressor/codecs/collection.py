@@ -33,6 +33,8 @@ _SUFFIX = ".safetensors"
 _WHAT = "a shard of a collection"
 _PER_MEMORY = ("sizes",)
 """Settings of the codec that differ between memories of one collection."""
+_NO_IDENTITY = ("version", "base.name")
+"""Settings in which memories of one collection may differ: they say the same thing in other words."""
 
 
 class Place(NamedTuple):
@@ -152,7 +154,18 @@ class Collection:
             raise
         except Exception as error:  # a header of adversarial JSON can fail in many ways
             raise CompressorError(f"{shard} is damaged: {error!r}") from None
-        return restore({**common, "codec": codec}, memory["segments"], tensors, shard, self.calibration)
+        settings = {**common, "codec": codec, "fidelity": memory.get("fidelity")}
+        return restore(settings, memory["segments"], tensors, shard, self.calibration)
+
+    def sources(self) -> list[dict[str, Any]]:
+        """What each shard says of where its texts come from, every source once; shards of old say nothing."""
+        found = [settings["source"] for settings, _, _ in self._headers.values() if "source" in settings]
+        return [source for number, source in enumerate(found) if source not in found[:number]]
+
+    def fidelities(self) -> dict[str, float]:
+        """Share of its passage that each memory gives back, by id, of those that were measured."""
+        listed = [memory for settings, _, _ in self._headers.values() for memory in settings["memories"]]
+        return {memory["id"]: float(memory["fidelity"]) for memory in listed if memory.get("fidelity") is not None}
 
     def ledger(self) -> dict[str, int]:
         """Bytes of `manifest`, `calibration`, shard `headers` and `payload`; `memories`, `shards`, `passage_tokens`."""
@@ -184,20 +197,22 @@ class CollectionWriter:
         folder: of the collection.
         codec: of the memories; an existing collection must have the same.
         process: number of this process; it is part of the shards' names.
+        source: where the texts come from; shards state it.
 
     Raises:
-        CompressorError: the folder holds something else, or memories of another codec, base or compressor.
+        CompressorError: the folder holds something else, or memories of another codec, base or compressor, or such as
+            were made otherwise.
     """
 
-    def __init__(self, folder: str | Path, codec: Codec, process: int = 0):
-        self.folder, self.codec, self.process = Path(folder), codec, process
+    def __init__(self, folder: str | Path, codec: Codec, process: int = 0, source: Mapping[str, Any] | None = None):
+        self.folder, self.codec, self.process, self.source = Path(folder), codec, process, source
         make_folder(folder)
 
     def begin(self, example: Memory) -> Collection:
         """Write the manifest, or check that the one there fits; called by one process.
 
         Args:
-            example: a memory as the others will be (base, compressor, layout, shape).
+            example: a memory as the others will be (base, compressor, layout, shape, how it was made).
         """
         common = self._common(example)
         manifest = self.folder / MANIFEST
@@ -213,13 +228,13 @@ class CollectionWriter:
         for path in self.folder.glob(f".shard-*{_SUFFIX}.????????"):
             shutil.rmtree(path, ignore_errors=True)
         collection = Collection(self.folder, self.codec.calibration)
-        before = {key: value for key, value in collection.settings.items() if key != "version"}
-        now = {key: value for key, value in common.items() if key != "version"}
+        before, now = _identity(collection.settings), _identity(common)
         if before != now:
-            what = ", ".join(sorted(key for key in now if before.get(key) != now[key]))
+            changed = sorted(key for key in before | now if before.get(key) != now.get(key))
+            what = ", ".join(f"{key}: {_shown(before, key)}, now {_shown(now, key)}" for key in changed)
             raise CompressorError(
-                f"{self.folder} is a collection with another {what}: use the same compressor, base and codec to go on "
-                "with it, or give a new folder"
+                f"{self.folder} is a collection made with other settings ({what}): give the same to go on with it, or "
+                "a new folder"
             )
         return collection
 
@@ -248,6 +263,8 @@ class CollectionWriter:
             listed.append(
                 {"id": name, "text": text_hash(text), "bytes": len(text.encode()), "segments": segments, **details}
             )
+            if memory.fidelity is not None:
+                listed[-1]["fidelity"] = round(memory.fidelity, 4)
             entries = _entries(coded)
             for key, (kind, shape, data) in sorted(entries.items()):
                 digest.update(f"{key}{kind}{shape}".encode() + data)
@@ -258,6 +275,7 @@ class CollectionWriter:
             "common": read_json(self.folder / MANIFEST),
             "memories": listed,
             "listing": listing,
+            **({} if self.source is None else {"source": dict(self.source)}),
         }
         data, _ = container.serialise("memories", settings, tensors)
         ordinal = 0
@@ -265,6 +283,23 @@ class CollectionWriter:
             ordinal += 1
         container.write(path, data)
         return path
+
+
+def _identity(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What memories of one collection must have in common, by dotted names; of a compressor, its hash."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        flat |= {f"{key}.{name}": one for name, one in value.items()} if isinstance(value, dict) else {key: value}
+    flat = {key: value for key, value in flat.items() if key not in _NO_IDENTITY}
+    return flat | {"compressor": str(flat.get("compressor", "")).rpartition("@")[2]}
+
+
+def _shown(settings: Mapping[str, Any], key: str) -> str:
+    """A setting for a message; of a hash, the beginning."""
+    if key not in settings:
+        return "not recorded"
+    value = str(settings[key])
+    return value if len(value) <= 40 else value[:12]
 
 
 def _entries(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[str, list[int], bytes]]:

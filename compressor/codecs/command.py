@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,6 +15,9 @@ from compressor.errors import CompressorError, require
 
 if TYPE_CHECKING:
     from compressor.base import Base
+    from compressor.codecs.codec import Codec
+    from compressor.memory import Memory
+    from compressor.model import Compressor
 
 MOST_PARAMETERS = 500_000_000
 """Parameters of the largest base under which kept texts are packed: it is evaluated in float64."""
@@ -36,6 +40,12 @@ class CompressOptions:
     """Compress in segments of at most so many tokens; by default segments are as long as the compressor takes."""
     refine_steps: int = 0
     """Gradient steps on each memory: 10 to 50 keep far more with few memory tokens, and take as many times as long."""
+    target_fidelity: float | None = None
+    """Take for each text the fewest memory tokens, up to --tokens, from which this share of it comes back."""
+    warn_below: float = 0.9
+    """Warn of memories from which a smaller share of the text comes back."""
+    no_measure: bool = False
+    """Do not regenerate from the memories to see how much comes back (which takes longer the less does)."""
     checkpoint: str = "models/arxiv-mini/compressor"
     """Compressor checkpoint: folder or hub id."""
     base: str | None = None
@@ -68,6 +78,10 @@ class CompressOptions:
             value = getattr(self, name)
             require(value is None or value >= 1, name, value, "at least 1")
         require(self.refine_steps >= 0, "refine_steps", self.refine_steps, "at least 0")
+        require(0 <= self.warn_below <= 1, "warn_below", self.warn_below, "0 to 1")
+        if self.target_fidelity is not None:
+            require(0 < self.target_fidelity <= 1, "target_fidelity", self.target_fidelity, "above 0 and at most 1")
+            require(not self.no_measure, "no_measure", True, "left out with target_fidelity, which is measured")
         if self.refine_steps and self.keep_tokens is not None:
             raise CompressorError(
                 "keep_tokens would cut a refined memory, whose tokens were fitted together: give --tokens "
@@ -170,6 +184,17 @@ def chosen_sizes(options: CompressOptions) -> dict[str, Any]:
     return {name: getattr(options, name) for name in ("tokens", "batch_size", "segment_tokens", "refine_steps")}
 
 
+def how_made(options: CompressOptions, model: Compressor) -> dict[str, float]:
+    """Numbers that a collection's memories are made with, besides what each of them states."""
+    most = model.config.max_passage_tokens
+    return {
+        "segment_tokens": min(options.segment_tokens or most, most),
+        "refine_steps": options.refine_steps,
+        **({} if options.target_fidelity is None else {"target_fidelity": options.target_fidelity}),
+        **({"keep_text": 1} if options.keep_text else {}),
+    }
+
+
 def compress_text(options: CompressOptions) -> str:
     """Compress one passage into a memory file; returns a line about it."""
     from compressor.demo import read_text, tokens_named
@@ -179,17 +204,72 @@ def compress_text(options: CompressOptions) -> str:
     from compressor.model import Compressor
 
     model = Compressor.from_pretrained(options.checkpoint, base=options.base, device=options.device)
-    memory = model.compress(passage, **chosen_sizes(options))
+    (memory,), respelled = compressed(model, [passage], options, codec)
     memory = signed(memory, model.base, compressor_name(model, options.checkpoint))
     memory = replace(memory, text=text_packer(options, model.base)(passage))
     size = len(passage.encode())
     memory.save(options.output, codec, size)
     kept = memory.tokens if options.keep_tokens is None else options.keep_tokens * len(memory.segments)
     text = "" if memory.text is None else f" (of which {len(memory.text):,} are the text)"
+    share = "" if memory.fidelity is None else f"\n{memory.fidelity:.1%} of the text comes back"
+    warn_of_losses({options.text: memory.fidelity}, respelled, options)
     return (
         f"{memory.passage_tokens} tokens -> {tokens_named(kept)} in {len(memory.segments)} segment(s); "
-        f"{size:,} bytes of text -> {Path(options.output).stat().st_size:,} bytes{text}: {options.output}"
+        f"{size:,} bytes of text -> {Path(options.output).stat().st_size:,} bytes{text}: {options.output}{share}"
     )
+
+
+def compressed(
+    model: Compressor, texts: Sequence[str], options: CompressOptions, codec: Codec
+) -> tuple[list[Memory], list[int]]:
+    """Memories of texts, with the share that comes back of each from what its file will hold.
+
+    Returns:
+        The memories, and the numbers of the texts that the tokenizer does not spell as they are.
+    """
+    from compressor.codecs.artifact import as_stored
+    from compressor.fidelity import compress_to_fidelity, fidelities
+
+    tokenizer, sizes = model.base.tokenizer, chosen_sizes(options)
+    ids = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+    if options.target_fidelity is not None:
+        with warnings.catch_warnings():
+            # Those that fall short are named together, when all are done.
+            warnings.filterwarnings("ignore", message=".*reach a fidelity", category=UserWarning)
+            memories = compress_to_fidelity(
+                model, ids, options.target_fidelity, stored=lambda memory: as_stored(memory, codec), **sizes
+            )
+    else:
+        memories = model.compress_ids(ids, **sizes)
+        if not options.no_measure:
+            shares = fidelities(model, [as_stored(memory, codec) for memory in memories], ids, options.batch_size)
+            memories = [replace(memory, fidelity=share) for memory, share in zip(memories, shares, strict=True)]
+    spelled = [tokenizer.decode(one, skip_special_tokens=True) for one in ids]
+    return memories, [
+        i for i, (text, back) in enumerate(zip(texts, spelled, strict=True)) if text.strip() != back.strip()
+    ]
+
+
+def warn_of_losses(shares: Mapping[str, float | None], respelled: Sequence[Any], options: CompressOptions) -> None:
+    """Say on standard error of how many texts too little comes back, and what to do."""
+    measured = {name: share for name, share in shares.items() if share is not None}
+    threshold = options.warn_below if options.target_fidelity is None else options.target_fidelity
+    short = {name: share for name, share in measured.items() if share < threshold}
+    advice = "give more --tokens, shorter segments (--segment-tokens) or --refine-steps"
+    advice += "; the text is kept too" if options.keep_text else ", or keep the text in the file with --keep-text"
+    if short:
+        worst = min(short, key=lambda name: short[name])
+        which = f"{short[worst]:.1%} of {worst}"
+        if len(shares) > 1:
+            which = f"less than {threshold:.0%} of {len(short):,} of {len(shares):,} texts ({which})"
+        print(f"warning: only {which} comes back, where {threshold:.0%} is asked for: {advice}", file=sys.stderr)
+    if respelled:
+        which = f"{len(respelled):,} of {len(shares):,} texts ({respelled[0]}, ...)" if len(shares) > 1 else "the text"
+        print(
+            f"warning: the base's tokenizer cannot spell {which} as it stands, so that it cannot come back in full "
+            "whatever the memory holds: " + ("the text is kept" if options.keep_text else "keep it with --keep-text"),
+            file=sys.stderr,
+        )
 
 
 def compress_corpus(options: CompressOptions) -> str:
@@ -198,9 +278,10 @@ def compress_corpus(options: CompressOptions) -> str:
     if Path(options.output).is_file():
         raise CompressorError(f"{options.output} is a file: a corpus becomes a folder, choose another --output")
     import torch
+    from accelerate.utils import gather_object
 
-    from compressor.codecs.artifact import compressor_name, signed
-    from compressor.codecs.collection import Collection, CollectionWriter, missing
+    from compressor.codecs.artifact import compressor_name, public_name, signed
+    from compressor.codecs.collection import Collection, CollectionWriter, missing, text_hash
     from compressor.codecs.inspection import describe
     from compressor.data.records import load_texts
     from compressor.model import Compressor
@@ -215,8 +296,11 @@ def compress_corpus(options: CompressOptions) -> str:
     names, texts = list(records["id"]), list(records["text"])
     model = Compressor.from_pretrained(options.checkpoint, base=options.base, device=device)
     packed = text_packer(options, model.base)
-    writer = CollectionWriter(options.output, codec, accelerator.process_index)
+    source = {"name": public_name(options.text), "field": options.text_field, "limit": options.limit}
+    source |= {"records": len(texts), "sha256": text_hash("\0".join([*names, *map(text_hash, texts)]))}
+    writer = CollectionWriter(options.output, codec, accelerator.process_index, source)
     stamp = signed(model.compress(texts[0], options.tokens), model.base, compressor_name(model, options.checkpoint))
+    stamp = replace(stamp, made=stamp.made | how_made(options, model))
     if accelerator.is_main_process:
         writer.begin(stamp.to("cpu"))
     accelerator.wait_for_everyone()
@@ -225,20 +309,26 @@ def compress_corpus(options: CompressOptions) -> str:
     accelerator.wait_for_everyone()
     mine = todo[accelerator.process_index :: accelerator.num_processes]
     progress = Progress(len(mine), "passages", accelerator.is_main_process)
+    respelled: list[str] = []
     for start in range(0, len(mine), options.shard_size):
         chosen = mine[start : start + options.shard_size]
         memories = []
         for first in range(0, len(chosen), options.batch_size):
-            some = [texts[i] for i in chosen[first : first + options.batch_size]]
-            for text, memory in zip(some, model.compress(some, **chosen_sizes(options)), strict=True):
+            together = chosen[first : first + options.batch_size]
+            some = [texts[i] for i in together]
+            found, odd = compressed(model, some, options, codec)
+            respelled += [names[together[number]] for number in odd]
+            for text, memory in zip(some, found, strict=True):
                 origin = {name: getattr(stamp, name) for name in ("compressor", "tokenizer", "base_name")}
                 memories.append(replace(memory.to("cpu", torch.float32), text=packed(text), **origin))
             progress.add(len(some))
         writer.write([names[i] for i in chosen], [texts[i] for i in chosen], memories)
     progress.close()
-    accelerator.wait_for_everyone()
+    respelled = gather_object(respelled)
     if not accelerator.is_main_process:
         return ""
+    shares = Collection(options.output, codec.calibration).fidelities()
+    warn_of_losses({names[i]: shares.get(names[i]) for i in todo}, respelled, options)
     done = f"compressed {len(todo):,} passages, {len(names) - len(todo):,} were there already\n"
     return done + describe(options.output)
 

@@ -86,6 +86,8 @@ def _describe_memory(path: str | Path) -> str:
     segments = settings["segments"]
     tokens, passage = sum(k for k, _ in segments), sum(n for _, n in segments)
     lines.append(_row("tokens", f"{passage:,} of text in {tokens} memory tokens, {len(segments)} segment(s)"))
+    if settings.get("fidelity") is not None:
+        lines.append(_row("comes back", f"{settings['fidelity']:.1%} of the text"))
     lines += [_row("checksum", f"{settings['sha256'][:12]}, fits"), "bytes"]
     total = sum(ledger.values())
     values = values_of(settings) if "shape" in settings else 2 * Memory.load(path).keys.numel()
@@ -104,7 +106,14 @@ def _describe_collection(path: str | Path) -> str:
     tokens, size = ledger.pop("passage_tokens"), ledger.pop("passage_bytes")
     total = sum(ledger.values())
     lines = [f"{path}: collection of {count:,} memories in {shards:,} shards"]
-    lines += [*_origin(collection.settings), _row("tokens", f"{tokens:,} of text"), "bytes"]
+    lines += [*_origin(collection.settings), _row("tokens", f"{tokens:,} of text")]
+    for source in collection.sources():
+        used = "".join(f", {key} {source[key]}" for key in ("field", "limit") if source.get(key) is not None)
+        lines.append(_row("source", f"{source['name']}{used}: {source['records']:,} records {source['sha256'][:12]}"))
+    if shares := sorted(collection.fidelities().values()):
+        middle, count_of = shares[len(shares) // 2], f"{len(shares):,} memories"
+        lines.append(_row("comes back", f"{middle:.1%} of a text (median of {count_of}), at least {shares[0]:.1%}"))
+    lines.append("bytes")
     lines += [_row(name, f"{size_of:>14,}") for name, size_of in ledger.items()]
     each = f"  ({(total - ledger['calibration']) / max(1, count):,.0f} a memory without calibration)"
     lines.append(_row("total", f"{total:>14,}{each}"))
@@ -148,6 +157,11 @@ def _origin(settings: dict[str, Any]) -> Sequence[str]:
         _row("layout", f"{settings['layout']}, up to {settings['most']} memory tokens a segment"),
         _row("shape", f"{layers} layers x {heads} heads x {size}, made in {settings['dtype']}"),
         _row("codec", f"{codec['name']}{coder}{fitted}{dropped}"),
+        *(
+            [_row("made with", ", ".join(f"{k} {v}" for k, v in settings["made"].items()))]
+            if "made" in settings
+            else []
+        ),
     ]
 
 
