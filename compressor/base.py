@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
 
+from compressor.attention import GROUPED
 from compressor.bases import locate, remedy
 from compressor.errors import CompressorError
 from compressor.model_config import BaseConfig
-from compressor.processes import bars_on_terminals
+from compressor.processes import bars_on_terminals, fast_bfloat16
 
 PROJECT = Path(__file__).resolve().parents[1]
 FULL_HASH_VALUES = 65_536
@@ -39,12 +40,20 @@ class Base(nn.Module):
         rotated: for each layer, whether its keys carry RoPE (SmolLM3 leaves it out in some).
         interleaved: whether RoPE turns neighbouring dimensions (Cohere, GLM) rather than the two halves of a key.
         doubled: whether the model lists each angle twice in a row rather than all of them twice.
-        fingerprint: hash of the weights (`fingerprint`).
+        fingerprint: hash of the weights as they are stored (`fingerprint`).
+        plain_head: whether `logits` gives what the model makes of its last hidden states.
     """
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: Any, name: str, quantisation: str = "none", revision: str | None = None
+        self,
+        model: PreTrainedModel,
+        tokenizer: Any,
+        name: str,
+        quantisation: str = "none",
+        revision: str | None = None,
+        stored: str | None = None,
     ):
+        """`stored` is the fingerprint of the weights before they were given the model's type."""
         super().__init__()
         refuse_unsupported(model.config, name)
         self.model, self.tokenizer, self.name = model, tokenizer, name
@@ -59,7 +68,14 @@ class Base(nn.Module):
             raise CompressorError(f"{name} ({model.config.model_type}) is not supported: {NO_ROPE}")
         self.layers, self.kv_heads, self.head_size, self.rotated = self._probe()
         self.hidden = self.embeddings.weight.shape[1]
-        self.fingerprint = fingerprint(model)
+        self.fingerprint = fingerprint(model) if stored is None else stored
+        settings = model.config.get_text_config()
+        # Cohere multiplies, Granite divides.
+        self._logit_factor: float = getattr(settings, "logit_scale", None) or 1 / (
+            getattr(settings, "logits_scaling", None) or 1.0
+        )
+        self._logit_cap: float | None = getattr(settings, "final_logit_softcapping", None)
+        self.plain_head = self._probe_head()
 
     @property
     def embeddings(self) -> nn.Embedding:
@@ -129,48 +145,62 @@ class Base(nn.Module):
 
     def attention_mask(self, allowed: Tensor) -> Tensor:
         """A mask the attention implementation takes, from bool `[batch, queries, keys]` (True = may attend)."""
-        if self.model.config._attn_implementation == "sdpa":
+        if self.model.config._attn_implementation in ("sdpa", GROUPED):
             return allowed[:, None]
         mask = torch.zeros_like(allowed, dtype=self.dtype)
         return mask.masked_fill(~allowed, torch.finfo(self.dtype).min)[:, None]
 
-    def hidden_states(self, embedded: Tensor, positions: Tensor, allowed: Tensor) -> Tensor:
+    def hidden_states(
+        self, embedded: Tensor, positions: Tensor, allowed: Tensor, cache: DynamicCache | None = None
+    ) -> Tensor:
         """Last hidden states (after the final norm), `[batch, width, hidden]`; arguments as for `keys_and_values`."""
         output = self.model.get_decoder()(
             inputs_embeds=embedded,
             position_ids=positions,
             attention_mask=self.attention_mask(allowed),
-            past_key_values=DynamicCache(),
+            past_key_values=DynamicCache() if cache is None else cache,
             use_cache=True,
         )
         return output.last_hidden_state
 
+    def read(self, embedded: Tensor, positions: Tensor, allowed: Tensor) -> DynamicCache:
+        """A cache of what the decoder layers keep of these embeddings; arguments as for `keys_and_values`."""
+        cache = DynamicCache()
+        self.hidden_states(embedded, positions, allowed, cache)
+        return cache
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Next-token logits `[..., vocabulary]` of last hidden states `[..., hidden]`; see `plain_head`."""
+        logits = self.model.get_output_embeddings()(hidden) * self._logit_factor
+        cap = self._logit_cap
+        return logits if cap is None else cap * (logits / cap).tanh()
+
     def keys_and_values(
-        self, embedded: Tensor, positions: Tensor, allowed: Tensor, last: int | None = None
+        self,
+        embedded: Tensor,
+        positions: Tensor,
+        allowed: Tensor,
+        last: int | None = None,
+        cache: DynamicCache | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Run the decoder layers and take what they cache; differentiable.
 
         Args:
             embedded: input embeddings, `[batch, width, hidden]`.
             positions: int64 `[batch, width]`.
-            allowed: bool `[batch, width, width]`, True where a row may attend to a column.
+            allowed: bool `[batch, width, cached + width]`, True where a row may attend to a column.
             last: take only so many positions from the end.
+            cache: what was read before (`read`); these embeddings are added to it.
 
         Returns:
-            Rotated keys and values, each `[layers, batch, kv_heads, last or width, head_size]`.
+            Rotated keys and values, each `[layers, batch, kv_heads, last or cached + width, head_size]`.
 
         Raises:
             CompressorError: the layers do not keep one key tensor of one shape each.
         """
-        cache = DynamicCache()
-        self.model.get_decoder()(
-            inputs_embeds=embedded,
-            position_ids=positions,
-            attention_mask=self.attention_mask(allowed),
-            past_key_values=cache,
-            use_cache=True,
-        )
-        first = 0 if last is None else embedded.shape[1] - last
+        cache = DynamicCache() if cache is None else cache
+        self.hidden_states(embedded, positions, allowed, cache)
+        first = 0 if last is None else allowed.shape[2] - last
         keys, values = (list[Any](getattr(layer, name, None) for layer in cache.layers) for name in ("keys", "values"))
         if not (_alike(keys) and _alike(values)):
             raise CompressorError(
@@ -212,6 +242,16 @@ class Base(nn.Module):
             f"{self.name} ({self.model.config.model_type}) encodes positions in a way that is not plain RoPE "
             f"(layer {layer}: moved keys differ), so memory keys cannot be moved: use another base"
         )
+
+    @torch.no_grad()
+    def _probe_head(self) -> bool:
+        embedded, positions, allowed = self.probe_inputs()
+        mask = self.attention_mask(allowed)
+        found = self.logits(self.hidden_states(embedded, positions, allowed))
+        wanted = self.model(
+            inputs_embeds=embedded, position_ids=positions, attention_mask=mask, past_key_values=DynamicCache()
+        ).logits
+        return found.shape == wanted.shape and torch.allclose(found.float(), wanted.float(), rtol=0.02, atol=0.02)
 
 
 def _alike(tensors: list[Any]) -> bool:
@@ -297,6 +337,13 @@ def check_device(device: str | torch.device) -> None:
         ) from None
 
 
+def held_dtype(dtype: str, device: torch.device) -> str:
+    """The type a base's weights are held in on a device, where `auto` leaves the choice (`BaseConfig.dtype`)."""
+    if dtype == "auto":
+        return "bfloat16" if fast_bfloat16(device) else "float32"
+    return dtype
+
+
 def load_base(config: BaseConfig, device: str | torch.device = "cpu") -> Base:
     """Load the base from a folder, the hub or a GGUF file, or by name (`compressor/bases.py`).
 
@@ -305,6 +352,10 @@ def load_base(config: BaseConfig, device: str | torch.device = "cpu") -> Base:
     """
     check_device(device)
     path = locate(config.path, config.revision)
+    attention: str = config.attention
+    dtype = getattr(torch, held_dtype(config.dtype, torch.device(device)))
+    if attention == "auto":
+        attention = GROUPED if torch.device(device).type == "cpu" else "sdpa"
     extra: dict[str, Any] = {}
     if config.quantisation != "none":
         try:
@@ -318,7 +369,7 @@ def load_base(config: BaseConfig, device: str | torch.device = "cpu") -> Base:
             load_in_8bit=config.quantisation == "int8",
             load_in_4bit=config.quantisation == "int4",
             bnb_4bit_quant_type="nf4",
-            bnb_4bit_compute_dtype=getattr(torch, config.dtype),
+            bnb_4bit_compute_dtype=dtype,
         )
         extra["device_map"] = {"": device}
     try:
@@ -329,8 +380,8 @@ def load_base(config: BaseConfig, device: str | torch.device = "cpu") -> Base:
             model = AutoModelForCausalLM.from_pretrained(
                 path,
                 revision=config.revision,
-                dtype=getattr(torch, config.dtype),
-                attn_implementation=config.attention,
+                dtype=dtype if extra else "auto",
+                attn_implementation=attention,
                 **extra,
             )
     except CompressorError:
@@ -339,6 +390,11 @@ def load_base(config: BaseConfig, device: str | torch.device = "cpu") -> Base:
         raise CompressorError(
             f"cannot load the base {config.path!r} ({type(error).__name__}: {first_line(error)}): {remedy(config.path)}"
         ) from None
+    # Rounded to another type first, the same stored weights would be taken for others.
+    stored = fingerprint(model)
     if not extra:
+        # Weights alone: rotary frequencies stay in float32, as transformers has them.
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype)
         model = model.to(device)  # type: ignore[arg-type]
-    return Base(model, tokenizer, config.path, config.quantisation, config.revision)
+    return Base(model, tokenizer, config.path, config.quantisation, config.revision, stored)

@@ -273,6 +273,12 @@ class RunConfig:
     def __post_init__(self) -> None:
         require(0 <= self.seed < 1 << 32, "seed", self.seed, "0 to 4294967295")
         require(
+            self.base.dtype in ("auto", "float32") or self.training.mixed_precision in ("auto", "no"),
+            "training.mixed_precision",
+            self.training.mixed_precision,
+            f"auto or no with base.dtype = {self.base.dtype}, whose weights are computed with as they are held",
+        )
+        require(
             not self.training.activation_checkpointing or self.training.compile == "no",
             "training.activation_checkpointing",
             True,

@@ -10,13 +10,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from compressor.base import Base
+from compressor.data.collate import IGNORED
 from compressor.errors import CompressorError
 from compressor.memory import Memory, Prefix, memory_prefix
 from compressor.prompts import QUESTION, question_ids
 
+HEAD_ROWS = 128
+"""Positions whose logits are held at a time in training."""
 ANSWER_TOKENS = 48
 """Most tokens of an answer."""
 
@@ -59,16 +62,70 @@ def decode(base: Base, prefix: Prefix, ids: Tensor) -> Tensor:
     Returns:
         `[batch, width, vocabulary]`; differentiable with respect to the prefix.
     """
-    return _read(base, prefix, ids).logits
+    return _read(base, base.model, prefix, ids).logits
 
 
-def _read(base: Base, prefix: Prefix, ids: Tensor, **options: bool) -> Any:
-    """The base's output for `ids` after a prefix, as for `decode`."""
+def logits_at(base: Base, prefix: Prefix, ids: Tensor, where: Tensor) -> Tensor:
+    """`decode` at some places alone, bool `[batch, width]`: float `[places, vocabulary]`."""
+    if not base.plain_head:
+        return decode(base, prefix, ids)[where]
+    return base.logits(_read(base, base.model.get_decoder(), prefix, ids).last_hidden_state[where])
+
+
+def label_nats(base: Base, prefix: Prefix, ids: Tensor, labels: Tensor) -> Tensor:
+    """Negative log-likelihood of labels after a prefix, summed over each row.
+
+    Args:
+        ids, labels: int64 `[batch, width]`; labels of `IGNORED` do not count.
+
+    Returns:
+        Nats, float32 `[batch]`; differentiable with respect to the prefix. Logits are made only where there is a label,
+        a few rows at a time, and none are kept.
+    """
+    where = labels != IGNORED
+    if base.plain_head:
+        states = _read(base, base.model.get_decoder(), prefix, ids).last_hidden_state[where]
+        nats: Tensor = _HeadNats.apply(states, labels[where], base)
+    else:
+        nats = nn.functional.cross_entropy(decode(base, prefix, ids)[where].float(), labels[where], reduction="none")
+    return torch.zeros(labels.shape, device=ids.device).masked_scatter(where, nats).sum(1)
+
+
+class _HeadNats(torch.autograd.Function):
+    """Cross-entropy of a frozen output layer, whose gradient is taken in the forward pass, chunk by chunk.
+
+    So neither pass holds the logits of more than `HEAD_ROWS` positions, and no product is computed twice (as in Liger,
+    arXiv 2410.10989).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, labels: Tensor, base: Base) -> Tensor:
+        """Nats float32 `[places]` of last hidden states `[places, hidden]` and labels int64 `[places]`."""
+        nats, gradients = [], []
+        for chunk, wanted in zip(states.split(HEAD_ROWS), labels.split(HEAD_ROWS), strict=True):
+            with torch.set_grad_enabled(ctx.needs_input_grad[0]):
+                chunk = chunk.detach().requires_grad_(ctx.needs_input_grad[0])
+                found = nn.functional.cross_entropy(base.logits(chunk).float(), wanted, reduction="none")
+                if ctx.needs_input_grad[0]:
+                    gradients += torch.autograd.grad(found.sum(), chunk)
+            nats.append(found.detach())
+        if gradients:
+            ctx.save_for_backward(torch.cat(gradients))
+        return torch.cat(nats)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * upstream[:, None].to(gradient.dtype), None, None
+
+
+def _read(base: Base, part: nn.Module, prefix: Prefix, ids: Tensor, **options: bool) -> Any:
+    """What the base's model, or its decoder, gives for `ids` after a prefix, as for `decode`."""
     width = ids.shape[1]
     columns = torch.arange(width, device=ids.device)
     causal = (columns[:, None] >= columns[None, :]).expand(len(ids), -1, -1)
     context = prefix.mask[:, None, :].expand(-1, width, -1)
-    return base.model(
+    return part(
         input_ids=ids,
         position_ids=prefix.start[:, None] + columns[None],
         attention_mask=base.attention_mask(torch.cat([context, causal], dim=2)),
@@ -118,7 +175,7 @@ def attention(
     Raises:
         CompressorError: the base's attention implementation does not give its weights.
     """
-    found = _read(base, prefix, _inputs(base, prompts, targets), output_attentions=True).attentions
+    found = _read(base, base.model, prefix, _inputs(base, prompts, targets), output_attentions=True).attentions
     if not found or found[0] is None:
         raise CompressorError(
             f"{base.name} was loaded with the attention {base.model.config._attn_implementation}, which does not give "

@@ -21,6 +21,7 @@ METHOD_LAYOUTS: dict[TrainedMethod, tuple[Layout, ...]] = {
 }
 """Layouts that a method can work with; those of icae let its memories, which stand in `front`, be truncated."""
 PassageAttention = Literal["causal", "bidirectional"]
+MemoryAttention = Literal["passage", "tree"]
 
 
 @dataclass
@@ -32,10 +33,11 @@ class BaseConfig:
     (`smollm2-135m`)."""
     revision: str | None = None
     """Hub revision (branch, tag or commit)."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Data type the weights are held in."""
-    attention: Literal["sdpa", "eager"] = "sdpa"
-    """Attention implementation."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
+    """Data type the weights are held in; `auto` is bfloat16 where the device is fast at it, else float32."""
+    attention: Literal["auto", "sdpa", "eager"] = "sdpa"
+    """Attention implementation; `auto`, for training, is torch's own on an accelerator, and on a CPU one whose backward
+    pass is several times as fast (`compressor/attention.py`)."""
     quantisation: Literal["none", "int8", "int4"] = "none"
     """Load the frozen weights in 8 or 4 bits (needs the `quantised-base` extra and a GPU)."""
 
@@ -96,8 +98,14 @@ class CompressorConfig:
     """Where memory tokens sit while encoding and where the decoder starts (`compressor/layouts.py`)."""
     passage_attention: PassageAttention = "bidirectional"
     """Attention among passage tokens in the encoder."""
+    memory_attention: MemoryAttention = "tree"
+    """What memory tokens see of the passage: all of it (`passage`), or in the layout `nested` a stretch that is the
+    shorter the later the token comes in its order (`tree`, `layouts.tree_stretches`)."""
     lora_rank: int = 64
     """Rank of the LoRA matrices."""
+    writer_rank: int = 64
+    """Rank of the LoRA that memory tokens have for themselves, in methods with memory tokens; 0 for none: they share
+    the passage's."""
     lora_alpha: float = 64.0
     """Scale of LoRA's output, times 1 / lora_rank."""
     lora_dropout: float = 0.0
@@ -118,7 +126,8 @@ class CompressorConfig:
         if self.lora_targets == ["all-linear"]:
             self.lora_targets = "all-linear"
         # The command line checks these; a checkpoint's settings come straight here.
-        for name, known in (("method", TrainedMethod), ("layout", Layout), ("passage_attention", PassageAttention)):
+        literals = {"method": TrainedMethod, "layout": Layout, "passage_attention": PassageAttention}
+        for name, known in [*literals.items(), ("memory_attention", MemoryAttention)]:
             value = getattr(self, name)
             require(value in get_args(known), f"compressor.{name}", value, f"one of {', '.join(get_args(known))}")
         layouts = METHOD_LAYOUTS[self.method]
@@ -130,6 +139,7 @@ class CompressorConfig:
         )
         require(1 <= self.memory_tokens <= 512, "compressor.memory_tokens", self.memory_tokens, "1 to 512")
         require(self.lora_rank >= 1, "compressor.lora_rank", self.lora_rank, "at least 1")
+        require(self.writer_rank >= 0, "compressor.writer_rank", self.writer_rank, "at least 0")
         require(self.lora_alpha > 0, "compressor.lora_alpha", self.lora_alpha, "positive")
         require(0 <= self.lora_dropout < 1, "compressor.lora_dropout", self.lora_dropout, "in [0, 1)")
         require(bool(self.lora_targets), "compressor.lora_targets", self.lora_targets, "a non-empty list")

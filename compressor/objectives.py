@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from compressor.data.collate import IGNORED
-from compressor.generation import decode
+from compressor.generation import label_nats, logits_at
 from compressor.memory import Prefix
 
 if TYPE_CHECKING:
@@ -33,9 +33,7 @@ def target_loss(model: Compressor, prefix: Prefix, inputs: Tensor, labels: Tenso
         Nats for each row, float32 `[batch]`.
     """
     with model.adapters(on=False):
-        logits = decode(model.base, prefix, inputs).float()
-    losses = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none", ignore_index=IGNORED)
-    return losses.view(labels.shape).sum(1)
+        return label_nats(model.base, prefix, inputs, labels)
 
 
 def loss(model: Compressor, batch: dict[str, Any]) -> Tensor:
@@ -78,12 +76,12 @@ def answer_loss(model: Compressor, prefix: Prefix, batch: dict[str, Any]) -> Ten
     owners, inputs, labels = batch["answer_owners"], batch["answer_inputs"], batch["answer_labels"]
     base, wanted = model.base, labels != IGNORED
     with model.adapters(on=False):
-        student = decode(base, prefix.select(owners), inputs)[wanted].float().log_softmax(-1)
+        student = logits_at(base, prefix.select(owners), inputs, wanted).float().log_softmax(-1)
         losses = batch["answer_weight"] * nn.functional.nll_loss(student, labels[wanted], reduction="sum")
         if batch["distillation_weight"]:
             with torch.no_grad():
                 full = token_prefix(base, batch["answer_passages"]).select(owners)
-                teacher = decode(base, full, inputs)[wanted].float().log_softmax(-1)
+                teacher = logits_at(base, full, inputs, wanted).float().log_softmax(-1)
             divergence = nn.functional.kl_div(student, teacher, reduction="sum", log_target=True)
             losses = losses + batch["distillation_weight"] * divergence
     return losses

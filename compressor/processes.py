@@ -29,8 +29,7 @@ def make_accelerator(mixed_precision: str | None = None, **options: Any) -> Acce
     """
     together = int(os.environ.get("WORLD_SIZE", 1)) > 1
     if mixed_precision == "auto":
-        device = torch.accelerator.current_accelerator() or torch.device("cpu")
-        mixed_precision = "bf16" if fast_bfloat16(device) else "no"
+        mixed_precision = "bf16" if fast_bfloat16(current_device()) else "no"
     accelerator = Accelerator(
         mixed_precision=mixed_precision,
         cpu=together and not torch.accelerator.is_available(),
@@ -41,6 +40,11 @@ def make_accelerator(mixed_precision: str | None = None, **options: Any) -> Acce
         # One process speaks; a library's warnings would come once for each.
         logging.disable(logging.WARNING)
     return accelerator
+
+
+def current_device() -> torch.device:
+    """The accelerator of this machine, or its CPU."""
+    return torch.accelerator.current_accelerator() or torch.device("cpu")
 
 
 def fast_bfloat16(device: torch.device) -> bool:

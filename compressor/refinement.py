@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from compressor.base import Base
-from compressor.data.collate import IGNORED, regeneration_pair, stack_pairs
+from compressor.data.collate import regeneration_pair, stack_pairs
 from compressor.errors import CompressorError
-from compressor.generation import decode
+from compressor.generation import label_nats
 from compressor.memory import Memory, memory_prefix
 
 RATE = 0.4
@@ -96,11 +96,7 @@ def _refined(
         moved = [start + scale * change for start, scale, change in zip(starts, scales, changes, strict=True)]
         pairs = zip(memories, moved[::2], moved[1::2], strict=True)
         prefix = memory_prefix(base, [replace(memory, keys=keys, values=values) for memory, keys, values in pairs])
-        logits = decode(base, prefix, inputs).float()
-        loss = nn.functional.cross_entropy(
-            logits.flatten(0, 1), labels.flatten(), reduction="sum", ignore_index=IGNORED
-        )
-        gradients = torch.autograd.grad(loss, changes)
+        gradients = torch.autograd.grad(label_nats(base, prefix, inputs, labels).sum(), changes)
         for change, momentum, gradient in zip(changes, momenta, gradients, strict=True):
             # The norm of a step does not depend on the number of memory tokens.
             rate = RATE * (1 - step / steps) / math.sqrt(change.shape[2])

@@ -20,11 +20,12 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
+from compressor.base import held_dtype
 from compressor.checkpoints import Checkpoints, TrainingState
 from compressor.config import RunConfig, TrainingConfig
 from compressor.errors import CompressorError
 from compressor.optimizers import make_optimizer
-from compressor.processes import make_accelerator
+from compressor.processes import current_device, make_accelerator
 from compressor.runlog import RunLog
 
 Batch = dict[str, Any]
@@ -85,8 +86,12 @@ def start_run(config: RunConfig) -> Accelerator:
             ) from None
     if config.training.threads:
         torch.set_num_threads(config.training.threads)
+    precision = config.training.mixed_precision
+    if precision == "auto" and held_dtype(config.base.dtype, current_device()) != "float32":
+        # Weights that are held in half precision are computed with as they are: no cast in any pass.
+        precision = "no"
     return make_accelerator(
-        mixed_precision=config.training.mixed_precision,
+        mixed_precision=precision,
         log_with=list(config.training.trackers) or None,
         project_dir=config.output,
     )

@@ -43,6 +43,12 @@ def test_the_fingerprint_tells_weights_apart_but_not_types(tiny_base_folder: Pat
     half = load_base(BaseConfig(path=str(tiny_base_folder), dtype="bfloat16"))
     assert half.dtype == torch.bfloat16
     assert half.fingerprint == tiny_base.fingerprint
+    # float16 has other values than bfloat16 for what is stored in float32: the stored weights count.
+    other = load_base(BaseConfig(path=str(tiny_base_folder), dtype="float16"))
+    assert other.dtype == torch.float16
+    assert other.fingerprint == tiny_base.fingerprint
+    # Rotary frequencies are no weights: rounded to half precision they would put tokens elsewhere.
+    assert {x.dtype for name, x in half.model.named_buffers() if "inv_freq" in name} == {torch.float32}
     for name in ("model.norm.weight", "model.layers.2.mlp.down_proj.weight"):
         with torch.no_grad():
             tiny_base.model.get_parameter(name)[-1] += 0.5

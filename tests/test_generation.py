@@ -7,14 +7,18 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from transformers import DynamicCache
 
 from compressor.base import Base
+from compressor.data.collate import IGNORED
 from compressor.errors import CompressorError
 from compressor.generation import (
     Sampling,
     decode,
     generate,
+    label_nats,
+    logits_at,
     regenerate,
     regenerate_ids,
     regeneration_limit,
@@ -32,11 +36,9 @@ HOT = Sampling(temperature=1.0, seed=3)
 
 @pytest.fixture
 def decoder(tiny_compressor: Compressor) -> tuple[Base, list[Memory]]:
-    """The tiny base with its adapters off for good, and three memories of unequal size."""
+    """The tiny base, on which no adapter runs by itself, and three memories of unequal size."""
     memories = tiny_compressor.compress_ids(PASSAGES)
     memories[1] = memories[1].truncate(3)
-    for layer in tiny_compressor._lora_layers:
-        layer._disable_adapters = True
     return tiny_compressor.base, memories
 
 
@@ -139,7 +141,7 @@ def test_generation_stops_at_eos_and_leaves_it_out(
     for one, whole in zip(stopped, free, strict=True):
         ids = [*whole.ids, *([2] if whole.finished else [])]
         end = ids.index(token) if token in ids else len(ids)
-        assert one.ids == ids[:end]
+        assert one.ids[: len(ids)] == ids[:end]
         assert one.finished == (token in ids)
         assert len(one.logprobs) == end + one.finished
     assert stopped[0].finished
@@ -208,7 +210,8 @@ def test_top_k_and_top_p_bound_what_is_drawn_and_the_seed_decides(decoder: tuple
 
     def draw(**options: Any) -> set[int]:
         return {
-            generate(base, prefix, [[1]], [1], Sampling(1.0, seed=seed, **options))[0].ids[0] for seed in range(150)
+            (generate(base, prefix, [[1]], [1], Sampling(1.0, seed=seed, **options))[0].ids or [2])[0]
+            for seed in range(150)
         }
 
     drawn = draw(top_k=4)
@@ -265,3 +268,33 @@ def test_segments_are_written_apart_and_joined(make_tiny_compressor: Callable[..
 
 def test_the_limit_leaves_room_for_a_late_eos() -> None:
     assert [regeneration_limit(n) for n in (1, 80, 500)] == [9, 88, 550]
+
+
+def test_the_loss_of_labels_is_that_of_all_logits(decoder: tuple[Base, list[Memory]], monkeypatch: Any) -> None:
+    """Values and gradients of `label_nats`, in chunks and with a head that is not plain, against whole logits."""
+    base, memories = decoder
+    ids = torch.arange(3 * 11).view(3, 11) % 300 + 5
+    labels = (ids * 3) % 300
+    labels[:, :2], labels[1, 6:] = IGNORED, IGNORED
+
+    def run(loss: Callable[[Prefix], torch.Tensor]) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        prefix = memory_prefix(base, memories)
+        values = [value.clone().requires_grad_() for value in prefix.values]
+        nats = loss(Prefix(prefix.keys, values, prefix.mask, prefix.start))
+        return nats.detach(), torch.autograd.grad((nats * torch.tensor([1.0, 2.0, 0.5])).sum(), values)
+
+    def whole(prefix: Prefix) -> torch.Tensor:
+        logits = decode(base, prefix, ids)
+        losses = nn.functional.cross_entropy(logits.mT, labels, reduction="none", ignore_index=IGNORED)
+        return losses.sum(1)
+
+    wanted = run(whole)
+    monkeypatch.setattr("compressor.generation.HEAD_ROWS", 4)
+    for base.plain_head in (True, False):
+        torch.testing.assert_close(run(lambda prefix: label_nats(base, prefix, ids, labels)), wanted)
+    with torch.no_grad():
+        prefix = memory_prefix(base, memories)
+        for base.plain_head in (True, False):
+            torch.testing.assert_close(label_nats(base, prefix, ids, labels), wanted[0])
+            found = logits_at(base, prefix, ids, labels != IGNORED)
+            torch.testing.assert_close(found, decode(base, prefix, ids)[labels != IGNORED])
