@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 VALIDATION = "data.validation"
 """The one part of a run's origin that may change: the losses of two validation sets are not compared."""
-CHECKPOINT = FolderKind("a training checkpoint", ("state.json", "optimizer.safetensors", "model/*"))
+CHECKPOINT = FolderKind("a training checkpoint", ("state.json", "optimizer.safetensors", "model/*", "model/writer/*"))
 
 
 @dataclass

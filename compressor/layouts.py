@@ -65,6 +65,30 @@ def memory_positions(layout: Layout, lengths: Tensor, tokens: int, most: int) ->
     return (2 * order + 1) * n // (2 * most)
 
 
+def tree_stretches(lengths: Tensor, tokens: int, most: int) -> tuple[Tensor, Tensor]:
+    """The stretch of the passage that each memory token of the layout `nested` sees with a tree mask.
+
+    Token i of level l (0 for the first, then 1; 2-3; 4-7; ...) stands for n / 2**l tokens from the beginning of its
+    part on, the i-th in van der Corput order, so that each token covers half of what one of the level before does, and
+    the first everything. n / 16 tokens, at least 2, on either side overlap with its neighbours'. What a token sees does
+    not depend on how many there are.
+
+    Args:
+        lengths: passage tokens n, int64 `[batch]`.
+        tokens: memory tokens k.
+        most: memory tokens m that the compressor has.
+
+    Returns:
+        First token and the end (one past the last), int64 `[batch, k]` each; not cut to the passage.
+    """
+    n = lengths[:, None]
+    order = torch.tensor(van_der_corput(most)[:tokens], device=lengths.device)[None]
+    parts = torch.tensor([1 << i.bit_length() for i in range(tokens)], device=lengths.device)[None]
+    overlap = (n // 16).clamp(min=2)
+    first = order * n // most
+    return first - overlap, first + -(-n // parts) + overlap
+
+
 def decoder_start(layout: Layout, lengths: Tensor, tokens: Tensor | int) -> Tensor:
     """Position of the decoder's first token, int64 `[batch]`."""
     if layout in ("restart", "published", "front"):

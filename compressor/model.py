@@ -7,14 +7,13 @@ these instead of the passage.
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, overload
 
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -22,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from compressor.base import Base
 from compressor.errors import CompressorError
 from compressor.layouts import decoder_start, memory_positions
-from compressor.lora import lora_config
+from compressor.lora import READER, adapter, add_adapters
 from compressor.memory import Memory, Prefix, Segment, memory_prefix
 from compressor.methods.encoder import equal_segments, pad
 from compressor.methods.registry import encoder_class
@@ -45,34 +44,20 @@ class Compressor(nn.Module):
             raise CompressorError(f"the base {base.name} already carries a compressor's adapters: load it again")
         self.base, self.config = base, config
         chosen = encoder_class(config.method)
+        self.has_writer = chosen.writes and config.writer_rank > 0
         self.peft: PeftModel | None = None
         with torch.random.fork_rng(devices=[base.device] if base.device.type == "cuda" else []):
             torch.manual_seed(seed)
-            with warnings.catch_warnings():
-                # peft 0.21 reads an attribute that transformers 5.23 renamed.
-                warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
-                if chosen.adapted:
-                    self.peft = get_peft_model(base.model, lora_config(base, config, chosen.reads_hidden_states))
+            if chosen.adapted:
+                self.peft = add_adapters(base, config, chosen.reads_hidden_states, self.has_writer)
             self.encoder = chosen(base, config)
         self._lora_layers = [module for module in base.model.modules() if isinstance(module, BaseTunerLayer)]
         self.activation_checkpointing = False
         self.to(base.device)
 
-    @contextmanager
-    def adapters(self, on: bool) -> Iterator[None]:
-        """Switch the adapters for the block.
-
-        PEFT's own `disable_adapter()` also changes `requires_grad`, walks every module (26 ms a call on 28 layers) and
-        leaves gradients None when `backward` runs inside it. This only sets the flag that LoRA layers read.
-        """
-        before = [layer._disable_adapters for layer in self._lora_layers]
-        for layer in self._lora_layers:
-            layer._disable_adapters = not on
-        try:
-            yield
-        finally:
-            for layer, flag in zip(self._lora_layers, before, strict=True):
-                layer._disable_adapters = flag
+    def adapters(self, on: bool) -> AbstractContextManager[None]:
+        """Run the passage's adapter, or none, in the calling thread for the block; outside, none runs."""
+        return adapter(READER if on else None)
 
     def train(self, mode: bool = True) -> Compressor:
         """Training mode for the adapters only: the frozen base keeps its own dropout off."""
@@ -234,8 +219,6 @@ class Compressor(nn.Module):
                 segments.append(segment)
         parts: list[Memory | None] = [None] * len(segments)
         order = sorted(range(len(segments)), key=lambda i: len(segments[i]))
-        was_training = self.training
-        self.eval()
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
             padded, lengths = pad([segments[i] for i in chosen], self.base.device)
@@ -250,7 +233,6 @@ class Compressor(nn.Module):
                     self.base.fingerprint,
                     made={"tokens": tokens, "segment_tokens": most, "refine_steps": 0},
                 )
-        self.train(was_training)
         grouped: list[list[Memory]] = [[] for _ in passages]
         for owner, part in zip(owners, parts, strict=True):
             assert part is not None

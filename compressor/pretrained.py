@@ -16,6 +16,7 @@ from compressor import __version__
 from compressor.base import Base, load_base, resolve
 from compressor.errors import CompressorError
 from compressor.files import FolderKind, atomic_folder, read_json, sha256, write_json
+from compressor.lora import READER
 from compressor.model_config import BaseConfig, CompressorConfig
 
 if TYPE_CHECKING:
@@ -24,9 +25,16 @@ if TYPE_CHECKING:
 FORMAT = 1
 NEEDED_SETTINGS = ("memory_tokens", "layout", "passage_attention", "lora_rank", "lora_alpha")
 """Settings without which a checkpoint would be read as another compressor."""
+ADDED_SETTINGS = {"memory_attention": "passage", "writer_rank": 0}
+"""What checkpoints from before there were such settings are."""
 ADAPTER, ENCODER = "adapter_model.safetensors", "memory_tokens.safetensors"
 CHECKPOINT = FolderKind(
-    "a compressor checkpoint", ("compressor.json", "adapter_config.json", ADAPTER, ENCODER, "README.md")
+    "a compressor checkpoint",
+    (
+        "compressor.json",
+        ENCODER,
+        *(f"{part}{name}" for part in ("", "writer/") for name in ("adapter_config.json", ADAPTER, "README.md")),
+    ),
 )
 
 
@@ -37,16 +45,18 @@ def save_checkpoint(model: Compressor, folder: str | Path, dtype: torch.dtype | 
         if model.peft is not None:
             # "auto" would ask the hub whether the base's vocabulary changed, at every checkpoint.
             model.peft.save_pretrained(str(path), save_embedding_layers=False)
-            # PEFT lists the layers in the order of a set: sorted, the same training gives the same files.
-            adapter = read_json(path / "adapter_config.json")
-            adapter["target_modules"] = sorted(adapter["target_modules"])
-            adapter["base_model_name_or_path"] = _public_name(model.base)
-            write_json(path / "adapter_config.json", adapter)
-            if dtype is not None:
-                weights = load_file(path / ADAPTER)
-                rounded = {name: weight.to(dtype) for name, weight in weights.items()}
-                save_file(rounded, path / ADAPTER, metadata={"format": "pt"})
-            files.insert(0, ADAPTER)
+            for name in model.peft.peft_config:
+                part = path if name == READER else path / name  # as PEFT has it
+                # PEFT lists the layers in the order of a set: sorted, the same training gives the same files.
+                adapter = read_json(part / "adapter_config.json")
+                adapter["target_modules"] = sorted(adapter["target_modules"])
+                adapter["base_model_name_or_path"] = _public_name(model.base)
+                write_json(part / "adapter_config.json", adapter)
+                if dtype is not None:
+                    weights = load_file(part / ADAPTER)
+                    rounded = {name: weight.to(dtype) for name, weight in weights.items()}
+                    save_file(rounded, part / ADAPTER, metadata={"format": "pt"})
+                files.append((part / ADAPTER).relative_to(path).as_posix())
         state = {name: value.to(dtype=dtype).contiguous() for name, value in model.encoder.state_dict().items()}
         save_file(state, path / ENCODER)
         (path / "README.md").write_text(_card(model), encoding="utf-8")
@@ -84,11 +94,13 @@ def _base_record(base: Base) -> dict[str, Any]:
 def _card(model: Compressor) -> str:
     config = model.config
     trainable = sum(p.numel() for p in model.trainable_state().values())
+    base_parameters = sum(p.numel() for p in model.parameters()) - trainable
     return (
         "---\nlibrary_name: peft\ntags: [prompt-compression]\n---\n# Prompt compressor\n\n"
         f"Method `{config.method}`: {config.memory_tokens} memory tokens, layout `{config.layout}`, "
-        f"{config.passage_attention} passage attention, LoRA rank {config.lora_rank if model.peft else 0}; "
-        f"{trainable:,} trained parameters.\n\n"
+        f"{config.passage_attention} passage attention, LoRA rank {config.lora_rank if model.peft else 0}"
+        + (f" and {config.writer_rank} for memory tokens" if model.has_writer else "")
+        + f"; {trainable:,} trained parameters, {trainable / base_parameters:.1%} of the base's.\n\n"
         f"Base: `{_public_name(model.base)}` (weights {model.base.fingerprint[:12]}).\n"
     )
 
@@ -108,8 +120,11 @@ def load_weights(model: Compressor, folder: Path) -> None:
             state = load_file(folder / name)
         except (OSError, SafetensorError) as error:
             raise CompressorError(f"{folder / name} is missing or damaged: {error}") from None
-        rename = _adapter_parameter if name == ADAPTER else "encoder.{}".format
-        found.update({rename(key): value for key, value in state.items()})
+        if Path(name).name == ADAPTER:
+            which = READER if name == ADAPTER else Path(name).parent.name
+            found.update({_adapter_parameter(key, which): value for key, value in state.items()})
+        else:
+            found.update({f"encoder.{key}": value for key, value in state.items()})
     wanted = model.trainable_state()
     if set(found) != set(wanted) or any(found[name].shape != wanted[name].shape for name in wanted):
         odd = sorted(set(found) ^ set(wanted))[:3] or "shapes"
@@ -120,10 +135,10 @@ def load_weights(model: Compressor, folder: Path) -> None:
                 parameter.copy_(found[name])
 
 
-def _adapter_parameter(key: str) -> str:
-    """Name of a parameter of `Compressor` from its name in a PEFT file."""
+def _adapter_parameter(key: str, which: str) -> str:
+    """Name of a parameter of `Compressor` from its name in the PEFT file of an adapter."""
     # The base is registered before PEFT's wrapper, so that the layers they share go by its names.
-    return "base." + re.sub(r"\.(lora_[AB])\.weight$", r".\1.default.weight", key.removeprefix("base_model."))
+    return "base." + re.sub(r"\.(lora_[AB])\.weight$", rf".\1.{which}.weight", key.removeprefix("base_model."))
 
 
 def find_base(
@@ -184,6 +199,8 @@ def read_settings(folder: Path) -> dict[str, Any]:
         raise CompressorError(
             f"{path} has no {', '.join(missing)} in its config; it may be damaged: take the checkpoint from its source"
         )
+    for name, before in ADDED_SETTINGS.items():
+        settings["config"].setdefault(name, before)
     try:
         CompressorConfig(**settings["config"])
     except (TypeError, CompressorError) as error:

@@ -266,7 +266,13 @@ def make_tiny_compressor(tiny_base_folder: Path) -> Callable[..., Any]:
     from compressor.model_config import BaseConfig, CompressorConfig
 
     def make(stirred: bool = True, base: Any = None, seed: int = 0, **settings: Any) -> Compressor:
-        settings = {"memory_tokens": 8, "lora_rank": 4, "lora_alpha": 8.0, "max_passage_tokens": 64} | settings
+        settings = {
+            "memory_tokens": 8,
+            "lora_rank": 4,
+            "writer_rank": 4,
+            "lora_alpha": 8.0,
+            "max_passage_tokens": 64,
+        } | settings
         base = load_base(BaseConfig(path=str(tiny_base_folder))) if base is None else base
         model = Compressor(base, CompressorConfig(**settings), seed)
         if stirred:

@@ -7,7 +7,7 @@ from typing import get_args
 import pytest
 import torch
 
-from compressor.layouts import TRUNCATABLE, decoder_start, memory_positions, van_der_corput
+from compressor.layouts import TRUNCATABLE, decoder_start, memory_positions, tree_stretches, van_der_corput
 from compressor.model_config import Layout
 
 LAYOUTS = get_args(Layout)
@@ -70,3 +70,25 @@ def test_only_truncatable_layouts_keep_positions_when_tokens_are_left_out(layout
     lengths = torch.tensor([37, 200])
     kept = torch.equal(memory_positions(layout, lengths, 8, 8)[:, :2], memory_positions(layout, lengths, 2, 8))
     assert kept == (layout in TRUNCATABLE)
+
+
+def test_a_tree_mask_halves_what_each_level_sees_and_leaves_nothing_out() -> None:
+    lengths = torch.tensor([500, 96, 17, 1])
+    first, end = tree_stretches(lengths, 16, 16)
+    for row, n in enumerate(lengths.tolist()):
+        overlap = max(2, n // 16)
+        sizes = (end - first)[row].tolist()
+        assert sizes == [-(-n // (1 << i.bit_length())) + 2 * overlap for i in range(16)]
+        # The tokens of each level that is whole, and those before it, cover the passage.
+        for whole in (1, 2, 4, 8, 16):
+            seen = {
+                x
+                for a, b in zip(first[row, :whole].tolist(), end[row, :whole].tolist(), strict=True)
+                for x in range(a, b)
+            }
+            assert set(range(n)) <= seen
+    # What a token sees does not depend on how many there are: truncation stays exact.
+    for tokens in (1, 4, 7):
+        fewer = tree_stretches(lengths, tokens, 16)
+        assert torch.equal(fewer[0], first[:, :tokens])
+        assert torch.equal(fewer[1], end[:, :tokens])

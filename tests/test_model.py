@@ -6,18 +6,21 @@ import json
 import shutil
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
+from peft.tuners import lora
 from safetensors.torch import load_file
 
 import compressor.pretrained
 from compressor.base import Base, load_base
 from compressor.data.collate import regeneration_pair, stack_pairs
 from compressor.errors import CompressorError
+from compressor.lora import READER, WRITER, AdaptedLinear, adapter
 from compressor.methods.encoder import encoder_attention, pad
 from compressor.model import Compressor
 from compressor.model_config import BaseConfig, CompressorConfig
@@ -137,43 +140,73 @@ def test_adapters_off_equals_an_untouched_base_exactly(make: Make, tiny_base_fol
             assert not torch.allclose(model.base.model(ids).logits, untouched.model(ids).logits, atol=1e-2)
 
 
-def test_the_adapter_switch_equals_pefts_own(make: Make) -> None:
+def test_an_adapter_is_what_peft_makes_of_it(make: Make) -> None:
+    """Each of the two gives the logits of PEFT's own layers with that adapter, over the base."""
     model = make()
     ids = torch.tensor([PASSAGES[0]])
-    with torch.no_grad():
-        with model.peft.disable_adapter():
-            theirs = model.base.model(ids).logits
-        with model.adapters(on=False):
-            assert torch.equal(model.base.model(ids).logits, theirs)
-        with model.adapters(on=True):
-            assert torch.equal(model.base.model(ids).logits, model.peft(ids).logits)
+    for name in (READER, WRITER):
+        with torch.no_grad(), adapter(name):
+            ours = model.base.model(ids).logits
+        alone = make(base=load_base(BaseConfig(path=model.base.name)))
+        alone.load_state_dict(model.state_dict())
+        for layer in alone.base.model.modules():
+            if isinstance(layer, AdaptedLinear):
+                layer.forward = lora.Linear.forward.__get__(layer)  # type: ignore[method-assign]
+                layer.set_adapter([name] if name in layer.lora_A else [])
+        with torch.no_grad():
+            torch.testing.assert_close(alone.base.model(ids).logits, ours)
 
 
 def test_the_adapter_switch_nests_and_survives_exceptions(make: Make) -> None:
     model = make()
     ids = torch.tensor([PASSAGES[0]])
 
-    def fail() -> None:
-        with model.adapters(on=False):
-            assert torch.equal(model.peft(ids).logits, off)
-            raise RuntimeError("inside")
+    def logits() -> torch.Tensor:
+        return model.base.model(ids).logits
 
     with torch.no_grad():
-        on = model.peft(ids).logits
-        with model.adapters(on=False):
-            off = model.peft(ids).logits
-            with model.adapters(on=True):
-                assert torch.equal(model.peft(ids).logits, on)
-            assert torch.equal(model.peft(ids).logits, off)
-        with pytest.raises(RuntimeError, match="inside"):
-            fail()
-        assert torch.equal(model.peft(ids).logits, on)
+        off = logits()
+        with model.adapters(on=True):
+            on = logits()
+            assert not torch.equal(on, off)
+            with model.adapters(on=False):
+                assert torch.equal(logits(), off)
+            with pytest.raises(RuntimeError, match="inside"), model.adapters(on=False):
+                raise RuntimeError("inside")
+            assert torch.equal(logits(), on)
+        assert torch.equal(logits(), off)
 
 
-def test_a_base_takes_one_compressor_only(make: Make) -> None:
-    model = make()
-    with pytest.raises(CompressorError, match="already"):
-        make(base=model.base)
+def test_threads_that_share_a_compressor_do_not_meet(make: Make) -> None:
+    """Compressing, refining, regenerating and answering at once give what each gives alone."""
+    model = make().eval()
+    memories = model.compress_ids(PASSAGES)
+
+    def work(i: int) -> object:
+        passage, memory = [PASSAGES[i % 3]], memories[i % 3]
+        if i % 4 == 0:
+            return model.compress_ids(passage)[0].keys.tolist()
+        if i % 4 == 1:
+            return model.refine([memory], passage, 2)[0].keys.tolist()
+        return model.regenerate(memory) if i % 4 == 2 else model.answer(memory, "What?", limit=8)
+
+    serial = [work(i) for i in range(24)]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(3):
+            assert list(pool.map(work, range(24))) == serial
+
+
+def test_reader_and_writer_are_one_pass_where_they_are_one_adapter(make: Make) -> None:
+    """Two passes are exact: with the writer's weights the reader's, they give what one pass over both gives."""
+    two = make(memory_attention="passage")
+    one = make(memory_attention="passage", writer_rank=0)
+    ours = dict(one.named_parameters())
+    with torch.no_grad():
+        for name, parameter in two.named_parameters():
+            if "lora_" in name or "encoder" in name:
+                parameter.copy_(ours[name.replace(WRITER, READER)])
+    for here, there in zip(two.compress_ids(PASSAGES), one.compress_ids(PASSAGES), strict=True):
+        torch.testing.assert_close((here.keys, here.values), (there.keys, there.values), atol=1e-5, rtol=1e-4)
 
 
 # -- the encoder ---------------------------------------------------------------------------------------------------
@@ -348,9 +381,9 @@ def test_a_loaded_checkpoint_gives_bit_equal_memories(make: Make, tmp_path: Path
 
 
 def test_a_checkpoint_holds_no_base_weights_and_no_pickle(saved: Path) -> None:
-    assert {path.name for path in saved.iterdir()} == FILES
-    adapter = load_file(saved / "adapter_model.safetensors")
-    assert all("lora_" in name for name in adapter)
+    assert {path.name for path in saved.iterdir()} == {*FILES, "writer"}
+    for part in (saved, saved / "writer"):
+        assert all("lora_" in name for name in load_file(part / "adapter_model.safetensors"))
     assert list(load_file(saved / "memory_tokens.safetensors")) == ["memory_embeddings"]
     settings = json.loads((saved / "compressor.json").read_text())
     assert len(settings["base"]["fingerprint"]) == 64
@@ -362,9 +395,12 @@ def test_peft_reads_the_adapter_too(saved: Path, tiny_compressor: Compressor, ti
     with torch.no_grad(), warnings.catch_warnings():
         # peft 0.21 reads an attribute that transformers 5.23 renamed.
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
-        ours = tiny_compressor.peft(ids).logits
-        theirs = PeftModel.from_pretrained(tiny_base.model, saved)(ids).logits
-    torch.testing.assert_close(ours, theirs)
+        for name, folder in ((READER, saved), (WRITER, saved / "writer")):
+            with adapter(name):
+                ours = tiny_compressor.base.model(ids).logits
+            fresh = load_base(BaseConfig(path=tiny_base.name))
+            theirs = PeftModel.from_pretrained(fresh.model, folder)(ids).logits
+            torch.testing.assert_close(ours, theirs)
 
 
 def test_the_base_is_also_found_beside_the_checkpoint(
@@ -489,7 +525,7 @@ def test_no_checkpoint_there(tmp_path: Path) -> None:
 def test_a_failed_save_leaves_the_old_checkpoint(
     saved: Path, tiny_compressor: Compressor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = {path.name: path.read_bytes() for path in saved.iterdir()}
+    before = {path: path.read_bytes() for path in saved.rglob("*") if path.is_file()}
 
     def full_disk(*_args: Any) -> None:
         raise OSError("no space left on device")
@@ -500,10 +536,10 @@ def test_a_failed_save_leaves_the_old_checkpoint(
         patch.setattr(compressor.pretrained, "save_file", full_disk)
         with pytest.raises(OSError, match="no space"):
             tiny_compressor.save_pretrained(saved)
-    assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
+    assert {path: path.read_bytes() for path in saved.rglob("*") if path.is_file()} == before
     assert [path.name for path in saved.parent.iterdir()] == ["checkpoint"]
     tiny_compressor.save_pretrained(saved)
-    assert {path.name for path in saved.iterdir()} == FILES
+    assert {path.name for path in saved.iterdir()} == {*FILES, "writer"}
     assert [path.name for path in saved.parent.iterdir()] == ["checkpoint"]
     again = Compressor.from_pretrained(saved)
     assert torch.equal(again.encoder.memory_embeddings, tiny_compressor.encoder.memory_embeddings)

@@ -7,16 +7,18 @@ the same for all of them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from itertools import pairwise
-from typing import ClassVar, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from compressor.base import Base
-from compressor.layouts import memory_positions
+from compressor.layouts import memory_positions, tree_stretches
+from compressor.lora import READER, WRITER, adapter
 from compressor.model_config import CompressorConfig, Layout
 
 
@@ -25,6 +27,9 @@ class AdaptedBase(Protocol):
 
     base: Base
     config: CompressorConfig
+
+    has_writer: bool
+    """Whether memory tokens have an adapter of their own."""
 
     def adapters(self, on: bool) -> AbstractContextManager[None]: ...
 
@@ -37,6 +42,8 @@ class Encoder(nn.Module):
 
     adapted: ClassVar[bool] = True
     """Whether the base carries LoRA adapters."""
+    writes: ClassVar[bool] = False
+    """Whether memory tokens can have an adapter of their own (`CompressorConfig.writer_rank`)."""
     reads_hidden_states: ClassVar[bool] = False
     """Whether it reads the base's last hidden states, not its keys and values."""
     padded_to: ClassVar[int | None] = None
@@ -98,27 +105,52 @@ def prefill(model: AdaptedBase, embedded: Tensor, lengths: Tensor, layout: Layou
     return model.base.rotate(keys, positions, inverse=True), values
 
 
-def with_memory_tokens(
-    model: AdaptedBase, memory: Tensor, passages: Tensor, lengths: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Input of the encoder `passage ; memory tokens`.
+class Reading(NamedTuple):
+    """What the memory tokens' pass of the encoder takes; the arguments of `Base.keys_and_values`."""
+
+    embedded: Tensor
+    """`[batch, width, hidden]`; the memory tokens are the last."""
+    positions: Tensor
+    """int64 `[batch, width]`"""
+    allowed: Tensor
+    """bool `[batch, width, cached + width]`"""
+    cache: DynamicCache | None
+    """The passage, where it has been read already."""
+
+
+@contextmanager
+def memory_pass(model: AdaptedBase, memory: Tensor, passages: Tensor, lengths: Tensor) -> Iterator[Reading]:
+    """The inputs of memory tokens that read a passage, with the adapter on under which they do.
+
+    With a writer there are two passes: the passage under the reader's adapter into a cache, then the memory tokens
+    under the writer's on that cache. This is exact, since no passage token sees a memory token. Without, both are read
+    in one pass, under the one adapter there is.
 
     Args:
         memory: memory tokens, `[k, hidden]`.
-
-    Returns:
-        Embeddings `[batch, width + k, hidden]`, positions int64 `[batch, width + k]` and attention, bool
-        `[batch, width + k, width + k]`.
+        passages: token ids, int64 `[batch, width]`.
+        lengths: passage tokens, int64 `[batch]`.
     """
     batch, width = passages.shape
-    config = model.config
+    config, tokens = model.config, len(memory)
     embedded = model.base.embeddings(passages)
     # The base may be in bfloat16 while memory tokens train in float32; `cat` would promote.
     appended = memory.to(embedded.dtype).expand(batch, -1, -1)
     columns = torch.arange(width, device=passages.device).expand(batch, -1)
-    placed = memory_positions(config.layout, lengths, len(memory), config.memory_tokens)
-    allowed = encoder_attention(lengths, width, len(memory), config.passage_attention == "bidirectional")
-    return torch.cat([embedded, appended], dim=1), torch.cat([columns, placed], dim=1), allowed
+    placed = memory_positions(config.layout, lengths, tokens, config.memory_tokens)
+    allowed = encoder_attention(lengths, width, tokens, config.passage_attention == "bidirectional")
+    if config.memory_attention == "tree" and config.layout == "nested":
+        first, end = tree_stretches(lengths, tokens, config.memory_tokens)
+        allowed[:, width:, :width] &= (columns[:, None] >= first[..., None]) & (columns[:, None] < end[..., None])
+    if model.has_writer:
+        with adapter(READER):
+            cache = model.base.read(embedded, columns, allowed[:, :width, :width])
+        with adapter(WRITER):
+            yield Reading(appended, placed, allowed[:, width:], cache)
+    else:
+        whole = torch.cat([embedded, appended], dim=1), torch.cat([columns, placed], dim=1)
+        with adapter(READER):
+            yield Reading(*whole, allowed, None)
 
 
 def encoder_attention(lengths: Tensor, width: int, tokens: int, bidirectional: bool) -> Tensor:

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from compressor.base import Base
 from compressor.layouts import TRUNCATABLE
-from compressor.methods.encoder import AdaptedBase, Encoder, initial_memory, prefill, with_memory_tokens
+from compressor.methods.encoder import AdaptedBase, Encoder, initial_memory, memory_pass, prefill
 from compressor.model_config import CompressorConfig, Layout
 
 
@@ -14,6 +14,7 @@ class ICAEEncoder(Encoder):
     """The adapted base's last hidden states at k memory tokens stand in for the passage's embeddings."""
 
     reads_hidden_states = True
+    writes = True
 
     def __init__(self, base: Base, config: CompressorConfig):
         super().__init__(base, config)
@@ -32,7 +33,6 @@ class ICAEEncoder(Encoder):
 
     def encode(self, model: AdaptedBase, passages: Tensor, lengths: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
         """See `Encoder.encode`."""
-        inputs = with_memory_tokens(model, self.memory_embeddings[:tokens], passages, lengths)
-        with model.adapters(on=True):
-            states = model.base.hidden_states(*inputs)[:, -tokens:]
+        with memory_pass(model, self.memory_embeddings[:tokens], passages, lengths) as reading:
+            states = model.base.hidden_states(*reading)[:, -tokens:]
         return prefill(model, states, lengths, self.memory_layout, self.config.memory_tokens)

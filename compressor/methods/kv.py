@@ -6,12 +6,14 @@ from torch import Tensor, nn
 
 from compressor.base import Base
 from compressor.layouts import TRUNCATABLE
-from compressor.methods.encoder import AdaptedBase, Encoder, initial_memory, with_memory_tokens
+from compressor.methods.encoder import AdaptedBase, Encoder, initial_memory, memory_pass
 from compressor.model_config import CompressorConfig
 
 
 class KVEncoder(Encoder):
-    """The adapted base reads `passage ; k memory tokens`; keys and values of the memory tokens are the memory."""
+    """The adapted base reads the passage, then k memory tokens; keys and values of the memory tokens are the memory."""
+
+    writes = True
 
     def __init__(self, base: Base, config: CompressorConfig):
         super().__init__(base, config)
@@ -23,7 +25,6 @@ class KVEncoder(Encoder):
 
     def encode(self, model: AdaptedBase, passages: Tensor, lengths: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
         """See `Encoder.encode`."""
-        inputs = with_memory_tokens(model, self.memory_embeddings[:tokens], passages, lengths)
-        with model.adapters(on=True):
-            keys, values = model.base.keys_and_values(*inputs, tokens)
-        return model.base.rotate(keys, inputs[1][:, -tokens:], inverse=True), values
+        with memory_pass(model, self.memory_embeddings[:tokens], passages, lengths) as reading:
+            keys, values = model.base.keys_and_values(*reading[:3], tokens, reading.cache)
+        return model.base.rotate(keys, reading.positions[:, -tokens:], inverse=True), values

@@ -20,6 +20,7 @@ from compressor.model_config import CompressorConfig
 class Reference500xEncoder(KVEncoder):
     """`kv` with passages padded to 500 by EOS without a mask."""
 
+    writes = False
     padded_to = PUBLISHED_LENGTH
 
     def __init__(self, base: Base, config: CompressorConfig):
