@@ -1,6 +1,6 @@
 """Builds a corpus of abstracts: `compressor corpus`.
 
-The source is arXiv's metadata snapshot, an OAI-PMH harvest, local files or a hub data set. The result is
+The source is arXiv's metadata snapshot, local files or a hub data set. The result is
 a folder of Parquet shards, one group for each split, with a manifest. Records pass through as a stream;
 what stays in memory is two 64-bit hashes for each record kept.
 """
@@ -21,7 +21,6 @@ from tqdm import tqdm
 
 from compressor import __version__
 from compressor.data.abstracts import Fields, read_abstract
-from compressor.data.oai import Harvest, harvest, read_page
 from compressor.data.records import load_hub
 from compressor.data.selection import Selection
 from compressor.data.shards import FIELDS, Sample, SplitWriter
@@ -54,34 +53,11 @@ class SampleConfig:
 
 
 @dataclass
-class OaiConfig:
-    """An OAI-PMH harvest; used when `source` is a URL."""
-
-    metadata_prefix: Literal["arXiv", "arXivRaw"] = "arXiv"
-    set: str | None = None
-    """Only this set, such as "cs" or "physics:hep-th"."""
-    from_date: str | None = None
-    """Only records changed on or after this day (yyyy-mm-dd)."""
-    until_date: str | None = None
-    """Only records changed on or before this day (yyyy-mm-dd)."""
-    pages: str | None = None
-    """Folder that keeps the pages, so that an interrupted harvest goes on; by default `output`.pages."""
-    delay: float = 3.0
-    """Seconds between two requests; arXiv asks for at least 3."""
-    retries: int = 8
-    """How often one request is repeated."""
-
-    def __post_init__(self) -> None:
-        require(0 <= self.delay <= 3600, "oai.delay", self.delay, "0 to 3600 seconds")
-        require(0 <= self.retries <= 100, "oai.retries", self.retries, "0 to 100")
-
-
-@dataclass
 class CorpusConfig:
     """What to build a corpus from, and how. Dates are yyyy-mm or yyyy-mm-dd."""
 
     source: str | list[str] = ""
-    """arXiv's snapshot, files (JSONL, JSON, CSV, TSV, Parquet, TXT; .gz), folders, hub id, OAI URL."""
+    """arXiv's snapshot, files (JSONL, JSON, CSV, TSV, Parquet, TXT; .gz), folders, or a hub id."""
     output: str = ""
     """Folder to write."""
     name: str = "arxiv"
@@ -115,10 +91,9 @@ class CorpusConfig:
     shard_records: int = 100_000
     """Records of one Parquet shard."""
     sample: SampleConfig = field(default_factory=SampleConfig)
-    oai: OaiConfig = field(default_factory=OaiConfig)
 
     def __post_init__(self) -> None:
-        require(bool(self.source), "source", self.source, "a file, a glob, a folder, a hub id or an OAI-PMH URL")
+        require(bool(self.source), "source", self.source, "a file, a glob, a folder or a hub id")
         require(bool(self.output), "output", self.output, "a folder to write")
         require(self.min_words >= 0, "min_words", self.min_words, "at least 0")
         require(
@@ -228,12 +203,11 @@ def _build(config: CorpusConfig, sources: list[_Source], folder: Path) -> dict[s
 
 
 class _Source(NamedTuple):
-    """One place that records are read from. `split` is the one its name states; `page` is an OAI page."""
+    """One place that records are read from. `split` is the one its name states."""
 
     name: str
     split: str | None
     place: Path | Hub
-    page: bool = False
 
     def description(self) -> dict[str, Any]:
         """For the manifest: no folders, which are the builder's own business."""
@@ -246,9 +220,6 @@ class _Source(NamedTuple):
         names = names._replace(date=config.date_field)
         first: dict[str, Any] | None = None
         for row in self._rows(config):
-            if self.page and row.values.get("deleted"):
-                yield row.where, "deleted"
-                continue
             first = row.values if first is None else first
             yield row.where, read_abstract(row, names, first, default_id=f"{self.name}:{row.number}")
 
@@ -256,21 +227,11 @@ class _Source(NamedTuple):
         if isinstance(self.place, Hub):
             for number, values in enumerate(load_hub(self.place, config.hub_split, streaming=True), start=1):
                 yield Row(number, f"{self.name} row {number}", values)
-        elif self.page:
-            for number, values in enumerate(read_page(self.place).records, start=1):
-                yield Row(number, f"{self.place} record {number}", values)
         else:
             yield from read_rows(self.place)
 
 
 def _sources(config: CorpusConfig) -> list[_Source]:
-    if isinstance(config.source, str) and re.match(r"https?://", config.source):
-        oai, output = config.oai, Path(config.output)
-        dates = (oai.set, oai.from_date, oai.until_date)
-        request = Harvest(config.source, oai.metadata_prefix, *dates, delay=oai.delay, retries=oai.retries)
-        folder = Path(oai.pages) if oai.pages else output.with_name(f"{output.name}.pages")
-        pages = harvest(request, folder)
-        return [_Source(f"{config.source} {path.name}", None, path, page=True) for path in pages]
     places = resolve(config.source, every_split=True)
     files = [place.resolve() for place in places if isinstance(place, Path)]
     unique = len({path.name for path in files}) == len(files)
