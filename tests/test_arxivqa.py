@@ -1,12 +1,10 @@
-"""Building questions about abstracts: by rules, by a model here, and by a server that misbehaves."""
+"""Building questions about abstracts: by rules, and by a server that misbehaves."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
-import signal
-import subprocess
 import sys
 import threading
 import time
@@ -21,12 +19,10 @@ import pytest
 from compressor.cli import main
 from compressor.data.arxivqa import ArxivQAConfig, build_questions
 from compressor.data.cloze import cloze_questions
-from compressor.data.endpoint import EndpointConfig, EndpointGenerator, retry_after
+from compressor.data.endpoint import EndpointConfig
 from compressor.data.generators import (
     SCHEMA,
     Pair,
-    TransformersConfig,
-    TransformersGenerator,
     check_pair,
     read_pairs,
 )
@@ -118,18 +114,9 @@ class Handler(BaseHTTPRequestHandler):
         if behaviour == "drop":
             self.connection.shutdown(2)
             self.close_connection = True
-        elif behaviour == "drip":
-            self.reply(200, b"", {"Content-Length": "100000"})
-            for _ in range(40):
-                self.wfile.write(b" ")
-                self.wfile.flush()
-                time.sleep(0.1)
         elif behaviour == "slow":
             time.sleep(1.2)
             self.reply(200, completion(good(number)))
-        elif behaviour == "cut":
-            self.reply(200, completion(good(number))[:20], {"Content-Length": "500"})
-            self.close_connection = True
         elif isinstance(behaviour, tuple):
             self.reply(*behaviour)
         else:
@@ -154,7 +141,7 @@ def server() -> Iterator[Server]:
 @pytest.fixture
 def config(tmp_path: Path, server: Server) -> Callable[..., ArxivQAConfig]:
     def make(count: int, questions: int = 2, **endpoint: Any) -> ArxivQAConfig:
-        settings = {"url": server.url, "model": "m", "concurrency": 4, "retries": 3, "backoff": 0.01, "timeout": 0.8}
+        settings = {"url": server.url, "model": "m", "concurrency": 4, "retries": 3, "timeout": 0.8}
         return ArxivQAConfig(
             source=str(write_abstracts(tmp_path / "abstracts.jsonl", count)),
             output=str(tmp_path / "out"),
@@ -173,95 +160,50 @@ def test_a_server_that_misbehaves(server: Server, config: Callable[..., ArxivQAC
         0: [(429, b"", {"Retry-After": "0.5"})],
         1: [(500, b"oops"), (503, b"")],
         2: ["slow"],
-        3: ["drop", "cut"],
-        4: [(200, b"{not json")],
+        3: ["drop"],
+        4: [(500, b"")] * 9,
         5: ["no JSON at all"],
         6: ["still", "no JSON"],
         7: [{"pairs": [{"question": "Not there?", "answer": "Method8X"}, *good(7)["pairs"]]}],
         8: [{"pairs": []}],
-        9: ["drip"],
-        10: [
-            {"pairs": [*good(10)["pairs"], *good(10)["pairs"], {"question": "Is it Method10X?", "answer": "Method10X"}]}
-        ],
-        11: [f"```json\n{json.dumps(good(11))}\n```"],
-        12: [
-            {"pairs": [{"question": f"{n}?", "answer": str(x)} for n, x in enumerate(["In paper", "x y", "12", "we"])]}
-        ],
+        9: [{"pairs": [*good(9)["pairs"], *good(9)["pairs"], {"question": "Is it Method9X?", "answer": "Method9X"}]}],
+        10: [f"```json\n{json.dumps(good(10))}\n```"],
     }
-    manifest = build_questions(config(15))
-    answered = [0, 1, 2, 3, 4, 5, 7, 9, 10, 11, 13, 14]
-    accepted = 2 + len(answered)
+    manifest = build_questions(config(12))
     assert manifest["pairs"] == {
-        "accepted": accepted,
-        "rejected": {
-            "answer_in_question": 1,
-            "broken_json": 1,
-            "duplicate": 1,
-            "more_than_asked": 1,
-            "no_pairs": 1,
-            "not_a_span": 2,
-        },
+        "accepted": 9,
+        "rejected": {"answer_in_question": 1, "broken_json": 1, "duplicate": 1, "no_pairs": 1, "not_a_span": 1},
     }
-    assert manifest["abstracts"] == {"asked": 15, "no_reply": 0}
-    asked = server.asked()
-    assert {number: count - 1 for number, count in asked.items() if count > 1} == {
-        0: 1, 1: 2, 2: 1, 3: 2, 4: 1, 5: 1, 6: 1, 9: 1,
+    assert manifest["abstracts"] == {"asked": 12, "no_reply": 1}
+    assert {number: count - 1 for number, count in server.asked().items() if count > 1} == {
+        0: 1, 1: 2, 2: 1, 3: 1, 4: 3, 5: 1, 6: 1,
     }  # fmt: skip
     first, second = (moment for number, moment in server.requests if number == 0)
     assert second - first >= 0.5
     assert 2 <= server.most_under_way <= 4
     assert server.bodies[0]["response_format"]["json_schema"]["schema"] == SCHEMA
     assert {body["model"] for body in server.bodies} == {"m"}
-    found = load_questions(Path(config(15).output), split="train")
+    found = load_questions(Path(config(12).output), split="train")
     assert {item.dataset for item in found} == {"arxivqa"}
     # In the order of the abstracts, whatever order the replies came in.
-    assert [item.id for item in found if item.id[1:3] != "12"] == ["a0#1", "a3#1", "a9#1"]
+    assert [item.id for item in found] == ["a0#1", "a3#1", "a9#1"]
 
 
-def test_retry_after_holds_for_everyone(server: Server, config: Callable[..., ArxivQAConfig]) -> None:
-    server.behaviours = {0: [(429, b"", {"Retry-After": "0.6"})]}
-    build_questions(config(8, concurrency=1))
-    first, second = server.requests[:2]
-    assert first[0] == second[0] == 0
-    assert second[1] - first[1] >= 0.6
-    later = [moment for _, moment in server.requests[1:]]
-    assert all(moment - first[1] >= 0.6 for moment in later)
-    assert retry_after("Fri, 31 Dec 1999 23:59:59 GMT") == 0
-    assert retry_after("soon") is None
-
-
-def test_an_abstract_without_a_reply_is_counted_and_asked_about_again(
-    server: Server, config: Callable[..., ArxivQAConfig]
-) -> None:
-    server.behaviours = {1: [(500, b"")] * 4}
-    assert build_questions(config(6))["abstracts"] == {"asked": 6, "no_reply": 1}
-    before = server.asked()
-    assert build_questions(config(6), overwrite=True)["abstracts"] == {"asked": 6, "no_reply": 0}
-    assert server.asked() - before == {1: 1}
-
-
-def test_a_server_that_is_gone_stops_the_run_and_keeps_the_replies(
+def test_a_server_that_is_gone_stops_the_run(
     server: Server, config: Callable[..., ArxivQAConfig], tmp_path: Path
 ) -> None:
-    server.behaviours = {number: [(502, b"")] * 9 for number in range(20) if number % 3}  # not of train
-    with pytest.raises(
-        CompressorError, match=r"no reply for 2 abstracts in a row, each after 2 requests.* answered 502"
-    ):
-        build_questions(config(20, concurrency=1, retries=1, give_up_after=2))
+    server.behaviours = {number: [(502, b"")] * 9 for number in range(20)}
+    with pytest.raises(CompressorError, match=r"no reply for 5 abstracts in a row, each after 1 requests.*502"):
+        build_questions(config(20, concurrency=1, retries=0))
     assert not (tmp_path / "out").exists()
-    server.behaviours.clear()
-    before = server.asked()
-    assert build_questions(config(20, concurrency=1))["pairs"]["accepted"] == 20
-    assert server.asked() - before == Counter(number for number in range(20) if number % 3)
 
 
 @pytest.mark.parametrize(
     ("behaviour", "message"),
     [
-        ((400, b"unknown response_format"), "answered 400: unknown response_format.* set endpoint.response_format"),
-        ((401, b"who are you"), "answered 401: who are you.*endpoint.api_key_variable"),
-        ((404, b""), "answered 404: nothing. Check endpoint.url"),
-        ((429, b"", {"Retry-After": "3600"}), "asks to wait 3600 s, more than endpoint.longest_wait"),
+        ((400, b"unknown response_format"), "answered 400: .*unknown response_format.* set endpoint.response_format"),
+        ((401, b"who are you"), "answered 401: .*who are you.*endpoint.api_key_variable"),
+        ((404, b""), "answered 404: .* Check endpoint.url"),
     ],
 )
 def test_a_refusal_says_what_to_do(
@@ -283,59 +225,13 @@ def test_settings_reach_the_server(
     body = server.bodies[0]
     assert "response_format" not in body
     assert (body["temperature"], body["max_tokens"]) == (0.5, 7)
-    with pytest.raises(
-        CompressorError, match=r"another request \(.*temperature.* differ\): delete it, or choose another"
-    ):
-        build_questions(config(1, temperature=0.1), overwrite=True)
     with pytest.raises(CompressorError, match=r"endpoint\.model = '' is out of range"):
-        EndpointGenerator(EndpointConfig(), 2)
+        build_questions(config(1, model=""), overwrite=True)
     with pytest.raises(CompressorError, match=r"endpoint\.url = 'localhost:80'"):
         EndpointConfig(url="localhost:80")
-    monkeypatch.setitem(sys.modules, "httpx2", None)
+    monkeypatch.setitem(sys.modules, "openai", None)
     with pytest.raises(CompressorError, match=r"pip install 'kv-compressor\[endpoint\]'"):
-        EndpointGenerator(EndpointConfig(model="m"), 2)
-
-
-def test_a_killed_run_asks_nothing_twice(server: Server, tmp_path: Path) -> None:
-    source, output = write_abstracts(tmp_path / "abstracts.jsonl", 30), tmp_path / "out"
-    server.delay = 0.05
-    command = [sys.executable, "-m", "compressor.cli", "questions", "--source", source, "--output", output]
-    command += ["--generator", "endpoint", "--endpoint.url", server.url, "--endpoint.model", "m"]
-    command += ["--endpoint.concurrency", "2", *(x for name, day in DATES.items() for x in (f"--{name}", day))]
-    journal = tmp_path / "out.journal.jsonl"
-    running = subprocess.Popen(
-        list(map(str, command)), cwd=PROJECT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    deadline = time.monotonic() + 60
-    while not (journal.exists() and journal.read_bytes().count(b"\n") > 8) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    running.send_signal(signal.SIGKILL)
-    assert running.wait() == -signal.SIGKILL
-    assert not output.exists()
-    kept = journal.read_bytes().count(b"\n") - 1
-    assert 8 <= kept < 30
-    before = server.asked()
-    with open(journal, "ab") as file:
-        file.write(b'{"key": "cut sho')  # as a kill in the middle of a write leaves it
-    assert main(list(map(str, command[3:]))) == 0
-    asked = server.asked()
-    # Only what was under way at the kill, and so has no reply, is asked for again.
-    assert sum((asked - before).values()) == 30 - kept
-    assert max(asked.values()) <= 2
-    assert sum(count == 2 for count in asked.values()) <= 2
-    assert read_json(output / "manifest.json")["pairs"] == {"accepted": 30, "rejected": {}}
-    again = server.asked()
-    assert main([*map(str, command[3:]), "--overwrite"]) == 0
-    assert server.asked() == again
-
-
-def test_a_damaged_journal_is_named_by_line(config: Callable[..., ArxivQAConfig], tmp_path: Path) -> None:
-    build_questions(config(3))
-    path = tmp_path / "out.journal.jsonl"
-    lines = path.read_text().splitlines()
-    path.write_text("\n".join([lines[0], "junk", *lines[2:]]) + "\n")
-    with pytest.raises(CompressorError, match=r"journal\.jsonl line 2 is damaged"):
-        build_questions(config(3), overwrite=True)
+        build_questions(config(1), overwrite=True)
 
 
 def test_only_spans_are_accepted() -> None:
@@ -356,59 +252,6 @@ def test_replies_that_are_not_what_was_asked_for(reply: str) -> None:
     assert read_pairs(reply) is None
     assert read_pairs('{"pairs": [{"question": "q", "answer": 3}]}') is None
     assert read_pairs('Sure: {"pairs": [{"question": "q", "answer": "a"}]} Done.') == [Pair("q", "a")]
-
-
-@pytest.fixture
-def instruct_model(tiny_base_folder: Path, tmp_path: Path) -> Path:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(tiny_base_folder)
-    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
-    tokenizer.save_pretrained(tmp_path / "instruct")
-    AutoModelForCausalLM.from_pretrained(tiny_base_folder).save_pretrained(tmp_path / "instruct")
-    return tmp_path / "instruct"
-
-
-def test_a_model_run_here(
-    instruct_model: Path, tiny_base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import torch
-
-    local = TransformersConfig(
-        model=str(instruct_model), batch_size=2, max_new_tokens=12, device="cpu", dtype="float32"
-    )
-    texts = [abstract(number) for number in range(3)]
-    generator = TransformersGenerator(local, 2)
-    replies = list(generator.replies(texts))
-    assert [index for index, _ in replies] == [0, 1, 2]
-    # A batch says what each would say alone: padding is on the left and masked.
-    alone = [next(TransformersGenerator(local, 2).replies([text]))[1] for text in texts]
-    assert [text for _, text in replies] == alone
-    settings: dict[str, Any] = {
-        "source": str(write_abstracts(tmp_path / "abstracts.jsonl", 3)),
-        "output": str(tmp_path / "out"),
-        "generator": "transformers",
-        "transformers": local,
-        **DATES,
-    }
-    with pytest.raises(CompressorError, match=r"no question about 3 abstracts was accepted \(broken_json 3\)"):
-        build_questions(ArxivQAConfig(**settings))
-
-    def generate(self: Any, input_ids: torch.Tensor, **options: Any) -> torch.Tensor:
-        """What a trained model would write, behind the prompt it was given."""
-        said = [re.findall(r"In paper (\d+)", generator.tokenizer.decode(row))[0] for row in input_ids]
-        new = generator.tokenizer([json.dumps(good(int(number))) for number in said], padding=True, return_tensors="pt")
-        return torch.cat([input_ids, new["input_ids"]], dim=1)
-
-    monkeypatch.setattr(type(generator.model), "generate", generate)
-    settings["journal"] = str(tmp_path / "other.jsonl")
-    manifest = build_questions(ArxivQAConfig(**settings))
-    assert manifest["pairs"] == {"accepted": 3, "rejected": {}}
-    assert manifest["model"] == str(instruct_model)
-    with pytest.raises(CompressorError, match="has no chat template, so it is no instruct model"):
-        TransformersGenerator(TransformersConfig(model=str(tiny_base_folder)), 2)
-    with pytest.raises(CompressorError, match="cannot be loaded"):
-        TransformersGenerator(TransformersConfig(model=str(tmp_path / "none")), 2)
 
 
 ABSTRACT = (
@@ -519,7 +362,7 @@ def test_shipped_cloze_questions_are_what_the_rules_write() -> None:
         assert (row["question"], row["answers"], row["kind"]) == (item.question, [item.answer], item.kind)
 
 
-@pytest.mark.parametrize("name", ["rules", "endpoint", "transformers"])
+@pytest.mark.parametrize("name", ["rules", "endpoint"])
 def test_recipes_are_valid(name: str) -> None:
     from compressor.parsing import parse_config
 

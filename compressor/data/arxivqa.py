@@ -1,20 +1,19 @@
 """Builds extractive questions about abstracts, as ArxivQA of 500xCompressor has them: `compressor questions`.
 
 Abstracts are read and split by date as for a corpus, a generator writes questions, and every answer must be a span of
-its abstract. The generator is an instruct model (through transformers or an endpoint) or rules (`cloze.py`); records of
+its abstract. The generator is an instruct model behind an endpoint or rules (`cloze.py`); records of
 the latter carry another data set's name, so that they are never reported together.
 """
 
 from __future__ import annotations
 
 import gzip
-import hashlib
 import io
 import json
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,9 +24,8 @@ from compressor.data import generators
 from compressor.data.abstracts import Fields, read_abstract
 from compressor.data.cloze import cloze_questions
 from compressor.data.corpora import CorpusConfig, Progress, SampleConfig
-from compressor.data.endpoint import EndpointConfig, EndpointGenerator
-from compressor.data.generators import Generator, Pair, TransformersConfig, TransformersGenerator
-from compressor.data.journal import Journal
+from compressor.data.endpoint import EndpointConfig, replies
+from compressor.data.generators import Pair
 from compressor.data.records import load_hub
 from compressor.data.selection import Selection
 from compressor.data.shards import Sample
@@ -55,12 +53,10 @@ class ArxivQAConfig:
     """Name of the set, for its manifest."""
     licence: str = "unknown"
     """Licence of the source, for the manifest."""
-    generator: Literal["rules", "endpoint", "transformers"] = "rules"
+    generator: Literal["rules", "endpoint"] = "rules"
     questions: int = 2
     """Questions about each abstract, at most."""
     format: Literal["parquet", "jsonl.gz"] = "parquet"
-    journal: str | None = None
-    """File that keeps a model's replies, so that an interrupted run goes on; by default `output`.journal.jsonl."""
     hub_split: str | None = None
     """Split of a hub data set to read, where it has several."""
     train_before: str = "2023-07"
@@ -78,7 +74,6 @@ class ArxivQAConfig:
     sample: SampleConfig = field(default_factory=SampleConfig)
     """Abstracts of each split to ask about."""
     endpoint: EndpointConfig = field(default_factory=EndpointConfig)
-    transformers: TransformersConfig = field(default_factory=TransformersConfig)
 
     def __post_init__(self) -> None:
         require(1 <= self.questions <= 50, "questions", self.questions, "1 to 50")
@@ -94,8 +89,7 @@ class ArxivQAConfig:
     @property
     def model(self) -> str | None:
         """The model that writes the questions; None for rules."""
-        models = {"endpoint": self.endpoint.model, "transformers": self.transformers.model}
-        return models.get(self.generator)
+        return self.endpoint.model if self.generator == "endpoint" else None
 
 
 def build_questions(config: ArxivQAConfig, *, overwrite: bool = False) -> dict[str, Any]:
@@ -112,7 +106,7 @@ def build_questions(config: ArxivQAConfig, *, overwrite: bool = False) -> dict[s
 
     Raises:
         CompressorError: a broken record (file and line), a source that is not there, an output that exists, a model
-            that cannot be asked. The replies so far are kept in the journal.
+            that cannot be asked.
     """
     output = Path(config.output)
     places = resolve(config.source, every_split=True)
@@ -206,9 +200,8 @@ def _pairs(
             yield [(pair, kind) for pair, kind in checked if not isinstance(pair, str)]
         progress.close()
         return
-    replies = _replies(config, [abstract["abstract"] for abstract in abstracts])
-    for abstract in abstracts:
-        reply = replies.get(_key(abstract["abstract"]))
+    asked = replies(config.endpoint, [abstract["abstract"] for abstract in abstracts], config.questions)
+    for abstract, reply in zip(abstracts, _shown(asked, len(abstracts)), strict=True):
         if reply is None:
             yield None
         else:
@@ -235,39 +228,10 @@ def _accepted(abstract: str, reply: str, count: int, rejected: Counter[str]) -> 
     return accepted
 
 
-def _key(abstract: str) -> str:
-    return hashlib.blake2b(abstract.encode(), digest_size=16).hexdigest()
-
-
-def _replies(config: ArxivQAConfig, abstracts: list[str]) -> dict[str, str]:
-    """Replies by key of the abstract: those of the journal, and new ones, which are written there as they come."""
-    asked = asdict(config.endpoint if config.generator == "endpoint" else config.transformers)
-    settings = ("model", "temperature", "max_tokens", "max_new_tokens", "dtype", "response_format")
-    identity = {name: asked[name] for name in settings if name in asked}
-    prompt = hashlib.sha256(json.dumps([generators.messages("", config.questions), generators.SCHEMA]).encode())
-    identity |= {"generator": config.generator, "questions": config.questions, "prompt": prompt.hexdigest()[:16]}
-    path = Path(config.journal) if config.journal else Path(f"{config.output.rstrip('/')}.journal.jsonl")
-    with Journal(path, identity) as journal:
-        missing = [abstract for abstract in dict.fromkeys(abstracts) if _key(abstract) not in journal.entries]
-        if not missing:
-            return journal.entries
-        if journal.entries:
-            print(f"{path} holds {len(journal.entries):,} replies; {len(missing):,} abstracts are left", flush=True)
-        generator: Generator = (
-            EndpointGenerator(config.endpoint, config.questions)
-            if config.generator == "endpoint"
-            else TransformersGenerator(config.transformers, config.questions)
-        )
-        for index, reply in _shown(generator.replies(missing), len(missing)):
-            if reply is not None:
-                journal.add(_key(missing[index]), reply)
-        return journal.entries
-
-
-def _shown(replies: Iterable[tuple[int, str | None]], total: int) -> Iterator[tuple[int, str | None]]:
+def _shown(asked: Iterable[str | None], total: int) -> Iterator[str | None]:
     """Pass replies on, showing how many there are: a bar on a terminal, about ten lines elsewhere."""
     terminal = sys.stderr.isatty()
-    for done, item in enumerate(tqdm(replies, total=total, unit=" abstracts", disable=not terminal), start=1):
+    for done, item in enumerate(tqdm(asked, total=total, unit=" abstracts", disable=not terminal), start=1):
         yield item
         if not terminal and (done == total or done * 10 // total > (done - 1) * 10 // total):
             print(f"{done:,} of {total:,} abstracts", file=sys.stderr, flush=True)

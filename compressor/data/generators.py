@@ -1,18 +1,14 @@
 """Asking an instruct model for questions about an abstract: what it is told, what it must answer, what is accepted.
 
-A generator turns abstracts into replies (text); `read_pairs` reads a reply and `check_pair` decides on each pair. The
-model runs here, through transformers, or behind an OpenAI-compatible endpoint (`compressor/data/endpoint.py`).
+The model runs behind an OpenAI-compatible endpoint (`compressor/data/endpoint.py`); `read_pairs` reads a reply and
+`check_pair` decides on each pair.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol
-
-from compressor.errors import CompressorError, require
+from typing import Any, NamedTuple
 
 SYSTEM = (
     "You write reading-comprehension questions about abstracts of scientific papers. Every answer must be copied word "
@@ -50,13 +46,6 @@ class Pair(NamedTuple):
 
     question: str
     answer: str
-
-
-class Generator(Protocol):
-    """A model that is asked for questions."""
-
-    def replies(self, abstracts: Sequence[str]) -> Iterator[tuple[int, str | None]]:
-        """Index of each abstract with the reply, in any order; None where there was none."""
 
 
 def messages(abstract: str, count: int) -> list[dict[str, str]]:
@@ -110,76 +99,3 @@ def _span(text: str, answer: str) -> str | None:
     pattern = rf"(?<!\w){re.escape(answer)}(?!\w)"
     match = re.search(pattern, text) or re.search(pattern, text, re.IGNORECASE)
     return match.group() if match else None
-
-
-@dataclass
-class TransformersConfig:
-    """An instruct model run here, in batches."""
-
-    model: str = "Qwen/Qwen2.5-7B-Instruct"
-    """Hub id or folder of a causal LM with a chat template."""
-    batch_size: int = 16
-    max_new_tokens: int = 600
-    device: str | None = None
-    """By default the first GPU, else the CPU."""
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-
-    def __post_init__(self) -> None:
-        require(bool(self.model), "transformers.model", self.model, "a hub id or a folder")
-        require(self.batch_size >= 1, "transformers.batch_size", self.batch_size, "at least 1")
-        require(self.max_new_tokens >= 1, "transformers.max_new_tokens", self.max_new_tokens, "at least 1")
-
-
-class TransformersGenerator:
-    """Greedy replies of an instruct model, a batch at a time."""
-
-    def __init__(self, config: TransformersConfig, count: int) -> None:
-        """`count`: questions asked for about each abstract.
-
-        Raises:
-            CompressorError: the model cannot be loaded or has no chat template.
-        """
-        import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        self.config, self.count = config, count
-        self.device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        try:
-            self.tokenizer = AutoTokenizer.from_pretrained(config.model, padding_side="left")
-            model = AutoModelForCausalLM.from_pretrained(config.model, dtype=getattr(torch, config.dtype))
-        except (OSError, ValueError) as error:
-            raise CompressorError(
-                f"transformers.model = {config.model!r} cannot be loaded: {str(error).splitlines()[0]}. Check the name "
-                "and the network, or give a folder"
-            ) from None
-        if not self.tokenizer.chat_template:
-            raise CompressorError(
-                f"transformers.model = {config.model!r} has no chat template, so it is no instruct model: choose one "
-                "that was tuned to follow instructions"
-            )
-        if self.tokenizer.pad_token is None:
-            self.tokenizer.pad_token = self.tokenizer.eos_token
-        self.model = model.eval().to(self.device)
-
-    def replies(self, abstracts: Sequence[str]) -> Iterator[tuple[int, str | None]]:
-        """See `Generator`; here in order."""
-        import torch
-
-        for start in range(0, len(abstracts), self.config.batch_size):
-            batch = [messages(abstract, self.count) for abstract in abstracts[start : start + self.config.batch_size]]
-            inputs: Any = self.tokenizer.apply_chat_template(
-                batch, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
-            )
-            inputs = inputs.to(self.device)
-            with torch.inference_mode():
-                output = self.model.generate(
-                    **inputs,
-                    max_new_tokens=self.config.max_new_tokens,
-                    do_sample=False,
-                    temperature=None,
-                    top_p=None,
-                    top_k=None,
-                    pad_token_id=self.tokenizer.pad_token_id,
-                )
-            new = output[:, inputs["input_ids"].shape[1] :]
-            yield from enumerate(self.tokenizer.batch_decode(new, skip_special_tokens=True), start=start)
