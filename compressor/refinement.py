@@ -118,3 +118,13 @@ def _refined(
 def _spread(start: Tensor) -> Tensor:
     """Standard deviation of each layer of `[layers, kv_heads, tokens, head_size]`."""
     return start.flatten(1).std(1).clamp(min=1e-6)[:, None, None, None]
+
+
+def random_start(memory: Memory, seed: int = 0) -> Memory:
+    """Random vectors in a memory's place, as widely spread in each layer, to refine from: what k slots can hold at all."""
+    noise = torch.randn((2, *memory.keys.shape), generator=torch.Generator().manual_seed(seed))
+    keys, values = (
+        one.to(held) * held.float().flatten(1).std(1).to(held.dtype)[:, None, None, None]
+        for one, held in zip(noise, (memory.keys, memory.values), strict=True)
+    )
+    return replace(memory, keys=keys, values=values)

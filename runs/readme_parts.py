@@ -87,7 +87,7 @@ def refined() -> str:
         body.append([str(steps), f"{timed['compress'][str(steps)]:.2f}", *cells])
     long = next(row for row in refined_rows(LONG_STEPS, LONG) if row["tokens"] == 4)
     for steps in RANDOM_STEPS:
-        found = {row["tokens"]: row for row in results(f"refinement/optimise-{steps}-steps-96.json")["rows"]}
+        found = {row["tokens"]: row for row in results(f"refinement/random-{steps}-steps-96.json")["rows"]}
         cells = ["-", "-"] * len(sizes)
         for place, k in enumerate(sizes):
             if k in found:

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # What gradient steps on each memory bring (--refine_steps): results/refinement/STEPS-steps-LENGTH.json and README.md's part;
-# with METHOD=optimise from random vectors.
+# with FROM=random from random vectors.
 #   runs/refinement.sh STEPS LIMIT LENGTH...
 # The figures come from: runs/refinement.sh "5 10 20 50" 100 96; runs/refinement.sh 20 40 192 480;
-# runs/refinement.sh 20 20 288 384; TOKENS=4 runs/refinement.sh 50 20 480; METHOD=optimise runs/refinement.sh "20 50" 40 96;
+# runs/refinement.sh 20 20 288 384; TOKENS=4 runs/refinement.sh 50 20 480; FROM=random runs/refinement.sh "20 50" 40 96;
 # python benchmarks/refinement.py --output results/refinement/seconds.json
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -13,10 +13,10 @@ work=$(mktemp -d outputs/run.XXXXXX)
 trap 'rm -rf "$work"' EXIT
 for count in $steps; do
   for length in "${lengths[@]}"; do
-    name=${METHOD:+$METHOD-}$count-steps-$length
+    name=${FROM:+$FROM-}$count-steps-$length
     python evaluate.py --checkpoint models/arxiv-mini/compressor --task regeneration --data arxiv-test --tokens ${TOKENS:-16 4 1} \
-      --lengths "$length" --limit "$limit" --batch_size 20 --refine_steps "$count" --optimise_steps "$count" \
-      ${METHOD:+--methods "$METHOD"} --output "$work/$name"
+      --lengths "$length" --limit "$limit" --batch_size 20 --refine_steps "$count" \
+      --refine_from "${FROM:-encoder}" --output "$work/$name"
     cp "$work/$name/metrics.json" "results/refinement/$name.json"
   done
 done

@@ -18,14 +18,13 @@ from compressor import generation
 from compressor.base import Base, load_base
 from compressor.data.collate import regeneration_pair, stack_pairs
 from compressor.errors import CompressorError
-from compressor.generation import after, decode, generate, score
+from compressor.generation import after, generate, score
 from compressor.layouts import memory_positions
 from compressor.memory import Memory, memory_prefix
 from compressor.methods import registry
 from compressor.methods.encoder import pad
 from compressor.methods.interface import MemoryMethod, Method, Piece, TokenMethod, token_prefix
 from compressor.methods.keywords import Keywords, with_new_words
-from compressor.methods.optimise import Optimise
 from compressor.methods.recite import recited_prefix
 from compressor.methods.registry import READINGS, TRAINED, UNTRAINED, MethodSettings, memory_method, untrained_method
 from compressor.methods.summary import Summary, textrank
@@ -66,7 +65,7 @@ def make_method(
         if name in READINGS:
             return memory_method(name)(make_tiny_compressor())
         base = load_base(BaseConfig(path=str(tiny_base_folder)))
-        return untrained_method(name, base, MethodSettings(optimise_steps=3))
+        return untrained_method(name, base, MethodSettings())
 
     return make
 
@@ -101,7 +100,7 @@ def test_passages_of_any_length_are_held_decoded_and_independent_of_their_batch(
             assert [token for piece in pieces for token in piece.ids] == ids  # in order, nothing lost
             for piece in pieces:
                 assert piece.nbytes >= 0
-                if name in TRAINED or name == "optimise":
+                if name in TRAINED:
                     assert piece.tokens == count
                 elif name in READINGS:
                     assert piece.tokens == len(piece.held)
@@ -514,19 +513,6 @@ def test_llmlingua2_keeps_the_largest_share_that_fits(
     monkeypatch.setitem(sys.modules, "llmlingua", package)  # type: ignore[arg-type]
     with pytest.raises(CompressorError, match=r"'some/model' \(OSError\)"):
         untrained_method("llmlingua2", method.base, MethodSettings(llmlingua="some/model"))
-
-
-def test_optimise_lowers_the_passages_loss(tiny_base: Base, passages: list[list[int]]) -> None:
-    def loss(steps: int) -> list[float]:
-        memories = Optimise(tiny_base, steps).memories(passages[:3], 8)
-        stacked = stack_pairs([regeneration_pair(tiny_base.bos, tiny_base.eos, ids) for ids in passages[:3]])
-        with torch.no_grad():
-            logits = decode(tiny_base, memory_prefix(tiny_base, memories), stacked["inputs"])
-        found = nn.functional.cross_entropy(logits.transpose(1, 2), stacked["labels"], reduction="none")
-        return found.sum(1).tolist()
-
-    before, after_steps = loss(0), loss(40)
-    assert all(less < 0.97 * more for less, more in zip(after_steps, before, strict=True)), (before, after_steps)
 
 
 def test_a_row_without_tokens_reads_the_same_in_any_batch(tiny_base: Base) -> None:

@@ -128,3 +128,18 @@ def test_what_cannot_be_refined_is_refused(tiny_compressor: Compressor) -> None:
         tiny_compressor.refine([memory], ids, -1)
     with pytest.raises(CompressorError, match=f"of {memory.passage_tokens} tokens with one of 1"):
         tiny_compressor.refine([memory], [[5]], 1)
+
+
+def test_refinement_from_random_vectors(tiny_compressor: Compressor, texts: list[str]) -> None:
+    ids = tiny_compressor.base.tokenizer(texts[:2], add_special_tokens=False)["input_ids"]
+    ids = [one[:20] for one in ids]
+    start = [random_start(memory) for memory in tiny_compressor.compress_ids(ids, 4)]
+    assert not torch.equal(start[0].keys, tiny_compressor.compress_ids(ids[:1], 4)[0].keys)
+    assert random_start(start[0]).segments == start[0].segments
+    spreads = [one.keys.flatten(1).std(1) for one in (start[0], tiny_compressor.compress_ids(ids[:1], 4)[0])]
+    torch.testing.assert_close(spreads[0], spreads[1], rtol=0.4, atol=0)
+    before, after = (
+        nats(tiny_compressor, start, ids),
+        nats(tiny_compressor, tiny_compressor.refine(start, ids, 20), ids),
+    )
+    assert all(less < more for less, more in zip(after, before, strict=True))

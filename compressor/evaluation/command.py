@@ -33,7 +33,7 @@ class EvaluationConfig:
     methods: list[str] = field(default_factory=list)
     """Methods to compare, by default the checkpoint's own: kv, reference-500x, icae, mean-pool, anchor,
     sentence-embedding (trained; NAME=CHECKPOINT, or NAME for the folder methods/NAME beside the checkpoint), full,
-    none, truncate, keywords, summary, llmlingua2, optimise."""
+    none, truncate, keywords, summary, llmlingua2."""
     split: str | None = None
     """Split of a data set that has several."""
     text_field: str | None = None
@@ -49,6 +49,8 @@ class EvaluationConfig:
     as long as the compressor takes."""
     refine_steps: int = 0
     """Gradient steps on each memory of a trained method (`compressor/refinement.py`)."""
+    refine_from: Literal["encoder", "random"] = "encoder"
+    """What these steps start from: the memory that the encoder makes, or random vectors, to see what that is worth."""
     question_columns: dict[str, str] = field(default_factory=dict)
     """Names of the questions' columns where they are not the usual ones, for instance `{context: abstract}`."""
     question_tokens: int | None = None
@@ -64,8 +66,6 @@ class EvaluationConfig:
     """Language of the method keywords."""
     llmlingua: str = "microsoft/llmlingua-2-bert-base-multilingual-cased-meetingbank"
     """Token classifier (folder or hub id) of the method llmlingua2."""
-    optimise_steps: int = 200
-    """Gradient steps for each passage of the method optimise."""
     candidates: int = 16
     """Most passages that a query is to be found among in the task retrieve."""
     new_tokens: list[int] = field(default_factory=lambda: [100, 200, 300, 400])
@@ -104,7 +104,6 @@ class EvaluationConfig:
             "at least 1",
         )
         require(self.refine_steps >= 0, "refine_steps", self.refine_steps, "at least 0")
-        require(self.optimise_steps >= 1, "optimise_steps", self.optimise_steps, "at least 1")
         for name in ("data", "methods"):
             values = getattr(self, name)
             require(len(set(values)) == len(values), name, values, "names that differ from each other")

@@ -106,9 +106,7 @@ class Methods:
         config = self.config
         plain = [name for name, _ in self.specs if name in UNTRAINED]
         if plain:
-            settings = MethodSettings(
-                config.summariser, config.keyword_language, config.llmlingua, config.optimise_steps, config.seed
-            )
+            settings = MethodSettings(config.summariser, config.keyword_language, config.llmlingua)
             base = self._plain_base()
             self._note_base(base)
             made = [untrained_method(name, base, settings) for name in plain]
@@ -125,7 +123,9 @@ class Methods:
             )
             self._fingerprints[name] = checkpoint_fingerprint(model)
             self._note_base(model.base)
-            method = memory_method(name)(model, config.batch_size, config.segment_tokens, config.refine_steps)
+            method = memory_method(name)(
+                model, config.batch_size, config.segment_tokens, config.refine_steps, config.refine_from
+            )
             del model
             yield method
             del method

@@ -18,6 +18,7 @@ from compressor.memory import Memory, Prefix, empty_prefix, memory_prefix
 from compressor.methods.encoder import encoder_attention, pad
 from compressor.methods.registry import MethodSettings
 from compressor.model import Compressor
+from compressor.refinement import random_start
 
 BF16 = 2
 """Bytes of one bfloat16 value."""
@@ -75,6 +76,7 @@ class MemoryMethod:
         batch_size: segments encoded together.
         segment_tokens: most tokens of a segment; by default the compressor's own.
         refine_steps: gradient steps on each memory (`compressor/refinement.py`).
+        refine_from: `random` starts them from random vectors instead of the encoder's memory.
     """
 
     sized = True
@@ -87,9 +89,10 @@ class MemoryMethod:
         batch_size: int = 16,
         segment_tokens: int | None = None,
         refine_steps: int = 0,
+        refine_from: str = "encoder",
     ):
         self.compressor, self.batch_size, self.segment_tokens = compressor, batch_size, segment_tokens
-        self.refine_steps = refine_steps
+        self.refine_steps, self.refine_from = refine_steps, refine_from
         self.name = self.name or compressor.config.method
         self.base = compressor.base
         self.most: int | None = compressor.config.memory_tokens
@@ -104,6 +107,8 @@ class MemoryMethod:
             sizes = [[memory.truncate(count) for memory in largest] for count in tokens]
         else:
             sizes = [self._memories(passages, count) for count in tokens]
+        if self.refine_from == "random":
+            sizes = [[random_start(memory) for memory in one] for one in sizes]
         sizes = [self.compressor.refine(one, passages, self.refine_steps, self.batch_size) for one in sizes]
         return [
             [self._pieces(ids, memory) for ids, memory in zip(passages, memories, strict=True)] for memories in sizes

@@ -34,7 +34,6 @@ UNTRAINED: dict[str, str] = {
     "keywords": "keywords:Keywords",
     "summary": "summary:Summary",
     "llmlingua2": "llmlingua2:LLMLingua2",
-    "optimise": "optimise:Optimise",
 }
 """Methods that work with any base as it is: where their `Method` is, built by `from_settings(base, settings)`."""
 
@@ -51,9 +50,6 @@ class MethodSettings:
     keyword_language: str = "en"
     llmlingua: str = "microsoft/llmlingua-2-bert-base-multilingual-cased-meetingbank"
     """Folder or hub id of LLMLingua-2's token classifier."""
-    optimise_steps: int = 200
-    """Gradient steps for each passage of the method optimise."""
-    seed: int = 0
 
 
 def encoder_class(name: str) -> type[Encoder]:
