@@ -248,29 +248,6 @@ def export_base(argv: list[str]) -> int:
 
 
 @dataclass
-class ExportCompressorOptions:
-    """What `compressor export-compressor` takes."""
-
-    checkpoint: str
-    """Compressor checkpoint, for instance OUTPUT/final of a training run."""
-    output: str
-    """Folder to write."""
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-
-
-def export_compressor(argv: list[str]) -> int:
-    """write a compressor's checkpoint rounded to bfloat16, half the size, for sharing"""
-    options = _options(ExportCompressorOptions, argv, export_compressor, folder=True)
-    import torch
-
-    from compressor.model import Compressor
-
-    Compressor.from_pretrained(options.checkpoint).save_pretrained(options.output, getattr(torch, options.dtype))
-    print(f"wrote {options.output}")
-    return 0
-
-
-@dataclass
 class EvaluateBaseOptions:
     """What `compressor evaluate-base` takes."""
 
@@ -346,7 +323,6 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "corpus": corpus,
     "questions": questions,
     "export-base": export_base,
-    "export-compressor": export_compressor,
     "evaluate-base": evaluate_base,
     "pack": pack,
     "unpack": unpack,

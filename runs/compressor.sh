@@ -26,4 +26,5 @@ for stage in regenerate dense answer together finish; do
   cp "$output/$stage/log.jsonl" "results/$stage-log.jsonl"
   cp "$output/$stage/run.json" "results/$stage-run.json"
 done
-python -m compressor.cli export-compressor --checkpoint "$output/finish/final" --output models/arxiv-mini/compressor --overwrite
+python -c 'import sys, torch; from compressor.model import Compressor
+Compressor.from_pretrained(sys.argv[1]).save_pretrained(sys.argv[2], torch.bfloat16)' "$output/finish/final" models/arxiv-mini/compressor

@@ -149,14 +149,10 @@ def test_a_memory_file_regenerates_without_the_adapters(tmp_path: Path, capsys: 
     assert "damaged" in capsys.readouterr().err
 
 
-def test_an_exported_compressor_is_rounded_and_reads_alike(
-    tiny_compressor: Compressor, tiny_base: Base, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_checkpoint_rounded_to_half_the_size_reads_alike(
+    tiny_compressor: Compressor, tiny_base: Base, tmp_path: Path
 ) -> None:
-    tiny_compressor.save_pretrained(tmp_path / "full")
-    options = ["--checkpoint", str(tmp_path / "full"), "--output", str(tmp_path / "half")]
-    assert cli(["export-compressor", *options]) == 0
-    assert cli(["export-compressor", *options]) == 2
-    assert "--overwrite" in capsys.readouterr().err
+    tiny_compressor.save_pretrained(tmp_path / "half", torch.bfloat16)
     weights = load_file(tmp_path / "half" / "adapter_model.safetensors")
     assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
     loaded = Compressor.from_pretrained(tmp_path / "half", base=tiny_base)
