@@ -223,16 +223,6 @@ def test_sizes_that_a_method_does_not_have_are_named(
     assert not (tmp_path / "none").exists()
 
 
-def test_quality_flags_are_of_one_row_each(checkpoint: str, data: str, tmp_path: Path) -> None:
-    """Lengths differ in likelihood and in score: together they would correlate whatever the flag says."""
-    argv = ["--checkpoint", checkpoint, "--data", data, "--lengths", "12", "40", "--output", str(tmp_path / "out")]
-    assert evaluate_main(argv) == 0
-    metrics = _metrics(tmp_path / "out")
-    counts = {row["length"]: row["n"] for row in metrics["rows"]}
-    assert {flag["length"]: flag["n"] for flag in metrics["quality"]} == counts
-    assert len(metrics["quality"]) == 2
-
-
 def test_dates_split_rows(checkpoint: str, data: str, tmp_path: Path) -> None:
     argv = ["--checkpoint", checkpoint, "--data", data, "--tokens", "2", "--lengths", "12", "40"]
     assert evaluate_main([*argv, "--split_date", "2020-01-01", "--output", str(tmp_path / "out")]) == 0

@@ -168,9 +168,6 @@ def test_rows_for_methods_data_sets_and_their_average(
     long = [one for one in lines if one["method"] == "kv" and one["tokens"] == 8 and one["dataset"] == "set1"]
     assert all(one["memory_tokens"] == 8 * -(-one["passage_tokens"] // 64) > 8 for one in long)
     assert all(one["memory_tokens"] == 0 for one in lines if one["method"] == "none")
-    flags = {(row["method"], row["tokens"], row["flag"]) for row in metrics["quality"]}
-    assert ("kv", 8, "passage_nats_per_token") in flags
-    assert ("full", None, "prediction_logprob") in flags
     # Both read the memories of one checkpoint.
     assert metrics["methods"]["recite"] == metrics["methods"]["kv"] != {}
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from compressor.evaluation.command import EvaluationConfig
-from compressor.evaluation.metrics import interval, resampled_figures, spearman
+from compressor.evaluation.metrics import interval, resampled_figures
 from compressor.evaluation.tasks import Item, Result, Task
 from compressor.evaluation.tasks.interface import LEFT_OUT
 
@@ -108,25 +108,3 @@ def _row(task: Task, key: dict[str, Any], count: int, found: Mapping[str, np.nda
         row[name] = bounds and bounds.value
         row[f"{name}_low"], row[f"{name}_high"] = bounds and bounds.low, bounds and bounds.high
     return row
-
-
-def quality_flags(task: Task, items: Sequence[Item], results: Mapping[str, Results]) -> list[dict[str, Any]]:
-    """How well flags known at compression time predict scores: Spearman's rank correlation.
-
-    Over the items of one row of the table, because data sets and lengths differ in both, which is no prediction.
-    """
-    groups: dict[tuple[str, str | None, int | None], list[int]] = {}
-    without = left_out_of(results)
-    for place, item in enumerate(items):
-        if place not in without:
-            groups.setdefault((item.dataset, item.part, item.length), []).append(place)
-    rows = []
-    for method, sizes in results.items():
-        for count, of_size in sizes.items():
-            for (dataset, part, length), places in groups.items():
-                for name, (flag, wanted) in task.quality([of_size[i] for i in places]).items():
-                    first, _, second = name.partition("~")
-                    value = spearman(flag, wanted)
-                    key = {**row_key(method, dataset, part, count, length), "flag": first, "score": second}
-                    rows.append({**key, "n": len(flag), "spearman": None if value is None else round(value, 4)})
-    return rows

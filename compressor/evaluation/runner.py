@@ -30,7 +30,7 @@ from compressor.evaluation.command import EvaluationConfig
 from compressor.evaluation.methods import Methods
 from compressor.evaluation.metrics import FIGURES, LEVEL, bleu_signature, chrf_signature
 from compressor.evaluation.report import load_published, markdown_table, regeneration_plot
-from compressor.evaluation.rows import MACRO, Results, left_out_of, make_rows, quality_flags, row_key
+from compressor.evaluation.rows import MACRO, Results, left_out_of, make_rows, row_key
 from compressor.evaluation.studies import STUDIES, load_study
 from compressor.evaluation.tasks import TASKS, Item, Result, Task
 from compressor.evaluation.tasks.interface import BEYOND, LEFT_OUT
@@ -112,7 +112,6 @@ def evaluate(
         "task": config.task,
         "figures": [name for name in task.figures if any(row.get(name) is not None for row in rows)],
         "rows": rows,
-        "quality": quality_flags(task, items, results),
         "intervals": {"level": LEVEL, "resamples": config.resamples, "seed": config.seed, "over": "items"},
         "sacrebleu": bleu_signature(),
         "chrf": chrf_signature(),

@@ -84,9 +84,6 @@ class Continuation(Regeneration):
         names = ("nats", "correct_tokens", "target_tokens", "passage_tokens", "memory_tokens")
         return {name: float(result[name]) for name in names}
 
-    def quality(self, results: Sequence[Result]) -> dict[str, tuple[list[float], list[float]]]:
-        return {}
-
     def cautions(self, results: Sequence[Result]) -> dict[str, int]:
         return {}
 

@@ -93,10 +93,6 @@ class Task:
         """The numbers of one result that are summed over a row."""
         raise NotImplementedError
 
-    def quality(self, results: Sequence[Result]) -> dict[str, tuple[list[float], list[float]]]:
-        """Pairs of a flag that is known without the right answer and the score it should predict, by name."""
-        return {}
-
     def note(self) -> str:
         """What a reader of the table must know about its figures."""
         return ""

@@ -120,14 +120,6 @@ class QuestionAnswering(Task):
         apart |= {f"{kind}_questions": 1.0, f"{kind}_f1": float(result["f1"])}
         return {"questions": 1.0, **apart, **{name: float(result[name]) for name in names}}
 
-    def quality(self, results: Sequence[Result]) -> dict[str, tuple[list[float], list[float]]]:
-        """Flags known without the right answer, each beside the F1 it should predict."""
-        flags = {}
-        for name in ("passage_nats_per_token", "prediction_logprob"):
-            known = [result for result in results if result[name] is not None]
-            flags[f"{name}~f1"] = ([result[name] for result in known], [result["f1"] for result in known])
-        return flags
-
     def cautions(self, results: Sequence[Result]) -> dict[str, int]:
         longer = sum(result["answer_tokens"] - 1 > ANSWER_TOKENS for result in results)
         bare = sum(not answer_words(one) for result in results for one in result["answers"][:1])

@@ -170,10 +170,6 @@ class Regeneration(Task):
         )
         return {"passages": 1.0, **{name: float(result[name]) for name in names}}
 
-    def quality(self, results: Sequence[Result]) -> dict[str, tuple[list[float], list[float]]]:
-        nats = [result["nats"] / max(1, result["target_tokens"]) for result in results]
-        return {"passage_nats_per_token~rouge_l": (nats, [result["rouge_l"] for result in results])}
-
     def cautions(self, results: Sequence[Result]) -> dict[str, int]:
         references = [result["reference"] for result in results]
         return {
