@@ -70,9 +70,6 @@ def variants(calibration: Calibration, tokens: int, layers: int) -> list[tuple[s
     for dropped in sorted({0, layers // 2, layers - 1}):
         codec = Codec.parse("int4+ans", calibration, drop_layers=[dropped])
         rows.append((f"int4+ans, calibrated, without layer {dropped}", codec))
-    if tokens >= 4:
-        kept = Codec.parse("lowrank:0.3", calibration, keep_tokens=tokens // 2)
-        rows.append((f"lowrank:0.3, first {tokens // 2} tokens", kept))
     return rows
 
 
@@ -118,7 +115,7 @@ def measure(model: Compressor, calibration: Calibration, options: Options, lengt
                 total.append(sum(ledger.values()))
                 payload.append(total[-1] - ledger["header"])
             # The entropy coder changes sizes only, which loading just showed: what came back is compared, not assumed.
-            key = (codec.name, codec.calibration is None, codec.level, codec.drop_layers, codec.keep_tokens)
+            key = (codec.name, codec.calibration is None, codec.level, codec.drop_layers)
             flat = torch.stack([torch.stack([memory.keys, memory.values]).float() for memory in loaded])
             if key not in known:
                 known[key] = (flat, regenerated(model, loaded, ids, options.batch_size))

@@ -345,15 +345,6 @@ def test_dropped_layers_come_back_as_means_or_zeros(calibration: Calibration) ->
         round_trip(Codec.parse("int4", drop_layers=[3]), memory)
 
 
-def test_kept_tokens_are_the_truncated_memory(calibration: Calibration) -> None:
-    memory = made(1000)
-    for spec in ("int4", "lowrank:0.7"):
-        kept = round_trip(Codec.parse(spec, calibration, keep_tokens=2), memory)
-        whole = round_trip(Codec.parse(spec, calibration), memory.truncate(2))
-        assert torch.equal(kept.keys, whole.keys)
-        assert kept.segments == (Segment(2, 30),)
-
-
 @pytest.mark.parametrize(
     ("spec", "message"),
     [

@@ -6,8 +6,8 @@
 | int8, int4, int3, int2 | 8, 4, 3, 2   | integers, and a step for each channel unless a calibration has it     |
 | lowrank:RATE           | about RATE   | principal components (needs a calibration), entropy coded             |
 
-`int4+ans`, `int4+range`, `int4+huffman` entropy-code the integers. Options leave out layers (`drop_layers`) and memory
-tokens (`keep_tokens`).
+`int4+ans`, `int4+range`, `int4+huffman` entropy-code the integers. An option leaves out layers
+(`drop_layers`).
 """
 
 from __future__ import annotations
@@ -47,7 +47,6 @@ class Codec:
         calibration: fitted statistics; `lowrank` needs them, integers without them store a step for each channel.
         level: step of `lowrank` is 2^(level/4).
         drop_layers: layers that are not stored: they come back as the calibration's means, or zeros.
-        keep_tokens: store only the first so many memory tokens of each segment (`Memory.truncate`).
     """
 
     name: str
@@ -55,7 +54,6 @@ class Codec:
     calibration: Calibration | None = None
     level: int = 0
     drop_layers: tuple[int, ...] = ()
-    keep_tokens: int | None = None
 
     def __post_init__(self) -> None:
         if self.name not in NAMES:
@@ -74,7 +72,6 @@ class Codec:
         text: str,
         calibration: Calibration | str | Path | None = None,
         drop_layers: Sequence[int] = (),
-        keep_tokens: int | None = None,
     ) -> Codec:
         """The codec of a name such as `bf16`, `int4`, `int3+ans`, `lowrank`, `lowrank:0.2+range`.
 
@@ -104,7 +101,7 @@ class Codec:
         if rate and name != "lowrank":
             raise CompressorError(f"codec {text!r}: only lowrank takes a rate")
         drop = tuple(sorted(set(drop_layers)))
-        return Codec(name, cast("Coder", coder or "none"), calibration, level, drop, keep_tokens)
+        return Codec(name, cast("Coder", coder or "none"), calibration, level, drop)
 
     def record(self) -> dict[str, Any]:
         """What a file says about the codec."""
@@ -138,12 +135,10 @@ class Codec:
         return Codec(record["name"], record["coder"], calibration if named else None, record["level"], drop)
 
     def prepare(self, memory: Memory) -> Memory:
-        """The memory that is stored: with its first `keep_tokens` tokens only, checked against the calibration."""
+        """The memory that is stored, checked against the calibration."""
         layers = memory.keys.shape[0]
         if any(not 0 <= layer < layers for layer in self.drop_layers) or len(self.drop_layers) == layers:
             raise CompressorError(f"drop_layers = {list(self.drop_layers)}: the memory has layers 0 to {layers - 1}")
-        if self.keep_tokens is not None:
-            memory = memory.truncate(self.keep_tokens)
         if self.calibration is not None:
             self.calibration.check(memory)
         if not bool(torch.isfinite(memory.keys).all() and torch.isfinite(memory.values).all()):

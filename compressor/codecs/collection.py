@@ -241,7 +241,6 @@ class CollectionWriter:
     def _common(self, example: Memory) -> dict[str, Any]:
         prepared = self.codec.prepare(example)
         common = settings_of(prepared, self.codec, {})
-        common["codec"]["keep_tokens"] = self.codec.keep_tokens
         return common
 
     def write(self, names: Sequence[str], texts: Sequence[str], memories: Sequence[Memory]) -> Path:

@@ -58,8 +58,6 @@ class CompressOptions:
     """What `compressor calibrate` wrote: for lowrank, and for integers without steps of their own."""
     drop_layers: list[int] = field(default_factory=list)
     """Layers that are not stored."""
-    keep_tokens: int | None = None
-    """Store only the first so many memory tokens of each segment."""
     keep_text: bool = False
     """Keep the text with the memory, packed under the base's predictions (about a second for each 100 tokens), for
     `compressor regenerate --exact`."""
@@ -82,11 +80,6 @@ class CompressOptions:
         if self.target_fidelity is not None:
             require(0 < self.target_fidelity <= 1, "target_fidelity", self.target_fidelity, "above 0 and at most 1")
             require(not self.no_measure, "no_measure", True, "left out with target_fidelity, which is measured")
-        if self.refine_steps and self.keep_tokens is not None:
-            raise CompressorError(
-                "keep_tokens would cut a refined memory, whose tokens were fitted together: give --tokens "
-                f"{self.keep_tokens} instead of --keep_tokens {self.keep_tokens}"
-            )
 
 
 @dataclass
@@ -162,7 +155,7 @@ def chosen_codec(options: CompressOptions) -> Any:
     from compressor.codecs.codec import Codec
 
     name = options.codec or {"bfloat16": "bf16"}.get(options.dtype, options.dtype)
-    return Codec.parse(name, options.calibration, options.drop_layers, options.keep_tokens)
+    return Codec.parse(name, options.calibration, options.drop_layers)
 
 
 def text_packer(options: CompressOptions, base: Base) -> Callable[[str], bytes | None]:
@@ -209,12 +202,11 @@ def compress_text(options: CompressOptions) -> str:
     memory = replace(memory, text=text_packer(options, model.base)(passage))
     size = len(passage.encode())
     memory.save(options.output, codec, size)
-    kept = memory.tokens if options.keep_tokens is None else options.keep_tokens * len(memory.segments)
     text = "" if memory.text is None else f" (of which {len(memory.text):,} are the text)"
     share = "" if memory.fidelity is None else f"\n{memory.fidelity:.1%} of the text comes back"
     warn_of_losses({options.text: memory.fidelity}, respelled, options)
     return (
-        f"{memory.passage_tokens} tokens -> {tokens_named(kept)} in {len(memory.segments)} segment(s); "
+        f"{memory.passage_tokens} tokens -> {tokens_named(memory.tokens)} in {len(memory.segments)} segment(s); "
         f"{size:,} bytes of text -> {Path(options.output).stat().st_size:,} bytes{text}: {options.output}{share}"
     )
 
