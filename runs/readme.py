@@ -18,7 +18,7 @@ import yaml
 sys.path.insert(0, str(Path(__file__).parent))
 from readme_parts import LABELS, PARTS, REFINED_STEPS, ROOT, log_rows, refined_rows, results
 
-from compressor.evaluation.report import load_published, loss_curve, regeneration_plot
+from compressor.evaluation.report import figure, load_published, loss_curve, regeneration_plot
 
 CARD = ROOT / "models" / "arxiv-mini" / "README.md"
 
@@ -141,6 +141,34 @@ def draw_methods() -> None:
     )
 
 
+def draw_bytes() -> None:
+    """What comes back of a passage against the bytes that are stored of it."""
+    canvas, axes = figure(height=4.2)
+    for number, tokens in enumerate((16, 4)):
+        rows = [row for row in results("codecs.json")["rows"] if (row["length"], row["tokens"]) == (96, tokens)]
+        rows.sort(key=lambda row: row["bytes_per_passage_byte"])
+        axes.errorbar(
+            [row["bytes_per_passage_byte"] for row in rows],
+            [row["rouge_l"] for row in rows],
+            [
+                [row["rouge_l"] - row["rouge_l_low"] for row in rows],
+                [row["rouge_l_high"] - row["rouge_l"] for row in rows],
+            ],
+            fmt="o",
+            color=f"C{number}",
+            markersize=4,
+            linewidth=0.8,
+            label=f"{tokens} memory tokens, every codec",
+        )
+    packers = results("lossless.json")["sets"]["abstracts since 2026, each apart"]["packers"]
+    for number, name in enumerate(("compressor pack", "zstd -19"), start=2):
+        axes.plot(packers[name]["bits_per_byte"] / 8, 1.0, "*", color=f"C{number}", markersize=11, label=name)
+    axes.set(xscale="log", xlabel="bytes a byte of text", ylabel="ROUGE-L", ylim=(0, 1.05))
+    axes.axvline(1, color="0.5", linewidth=0.6, linestyle=":")
+    axes.legend(frameon=False, loc="lower right")
+    canvas.savefig(ROOT / "results" / "rate-distortion.png")
+
+
 def main() -> int:
     if "--snippet" in sys.argv[1:]:
         print(snippet_code())
@@ -159,7 +187,7 @@ def main() -> int:
         return 1 if stale else 0
     path.write_text(wanted)
     CARD.write_text(card())
-    for draw in (draw_training, draw_regeneration, draw_methods):
+    for draw in (draw_training, draw_regeneration, draw_methods, draw_bytes):
         try:
             draw()
         except FileNotFoundError as error:

@@ -26,7 +26,7 @@ class EvaluationConfig:
     task: str = "regeneration"
     """What is measured: regeneration, qa, continuation (of what follows a passage), summarise, classify, paraphrase,
     retrieve (a passage from a query); or a study: utilisation (what each memory token and layer is used for),
-    efficiency (what a memory saves), rate-distortion (bytes of every codec against what comes back)."""
+    efficiency (what a memory saves)."""
     data: list[str] = field(default_factory=list)
     """Data sets, each reported in rows of its own: JSONL, Parquet, CSV or text files, folders, shipped names or hub
     ids; by default the shipped ones of the task."""
@@ -70,12 +70,6 @@ class EvaluationConfig:
     """Most passages that a query is to be found among in the task retrieve."""
     new_tokens: list[int] = field(default_factory=lambda: [100, 200, 300, 400])
     """Numbers of new tokens that the study efficiency reports on."""
-    codecs: list[str] = field(default_factory=list)
-    """Codecs of memories in the study rate-distortion, by default bf16, int4+ans and lowrank:0.15."""
-    calibration: str | None = None
-    """Calibration of these codecs; by default one is fitted to arxiv-train."""
-    questions: str | None = None
-    """Questions that the study rate-distortion asks about their contexts, after each codec."""
     repeats: int = 5
     """Timed runs of each variant in the study efficiency, of which medians are reported."""
     split_date: str | None = None

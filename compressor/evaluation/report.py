@@ -96,7 +96,7 @@ def published_table(path: str | os.PathLike[str] = PUBLISHED, markdown: bool = F
     return f"{heading}\n" + ("\n" + _markdown(cells) if markdown else _aligned(cells))
 
 
-def _canvas(width: float = 7.0, height: float = 4.5) -> tuple[Canvas, Axes]:
+def figure(width: float = 7.0, height: float = 4.5) -> tuple[Canvas, Axes]:
     """A figure of its own, so that nothing depends on pyplot's state or a display."""
     canvas = Canvas(figsize=(width, height), layout="constrained", dpi=150)
     FigureCanvasAgg(canvas)
@@ -123,7 +123,7 @@ def regeneration_plot(
             lines.setdefault((row.get("method"), row.get("part"), row["tokens"]), []).append(row)
     if not lines:
         return False
-    canvas, axes = _canvas()
+    canvas, axes = figure()
     several = len({method for method, _, _ in lines}) > 1
     colours = {tokens: f"C{i}" for i, tokens in enumerate(dict.fromkeys(key[2] for key in lines))}
     markers = dict(zip(dict.fromkeys((key[0], key[1]) for key in lines), "os^vDPX*" * 8, strict=False))
@@ -185,7 +185,7 @@ def loss_curve(
     """
     if len(log_jsonl_paths) != len(labels):
         raise CompressorError(f"{len(log_jsonl_paths)} logs need as many labels, got {len(labels)}")
-    canvas, axes = _canvas(height=6.0)
+    canvas, axes = figure(height=6.0)
     for number, (path, label) in enumerate(zip(log_jsonl_paths, labels, strict=True)):
         rows = read_log(path)
         trained = [row for row in rows if "loss" in row and "passages" in row]

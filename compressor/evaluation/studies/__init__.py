@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 STUDIES: dict[str, str] = {
     "utilisation": "utilisation:utilisation",
     "efficiency": "efficiency:efficiency",
-    "rate-distortion": "rate_distortion:rate_distortion",
 }
 """Where each study is; loaded when it is asked for, because studies use the runner."""
 

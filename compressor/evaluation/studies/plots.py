@@ -115,38 +115,3 @@ def efficiency_plot(rows: Sequence[Row], tokens: int, folder: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize="small")
     figure.savefig(folder / "efficiency.png")
-
-
-def rate_distortion_plot(rows: Sequence[Row], folder: Path) -> None:
-    """`rate-distortion.png`: what comes back against bytes a passage byte and decoder tokens a passage token.
-
-    A line for each codec, a row of panels for each data set and length: the answers' F1 of questions' contexts,
-    elsewhere ROUGE-L.
-    """
-    groups = list(dict.fromkeys((row["dataset"], row["length"]) for row in rows))
-    names = list(dict.fromkeys(row["codec"] for row in rows))
-    styles = {name: (f"C{place % 10}", "os^vDPX*<>hp"[place % 12]) for place, name in enumerate(names)}
-    figure, grid = _panels(len(groups), 2, 5.2, 4.0)
-    axes_of = (("bytes_per_byte", "bytes per byte of text"), ("decoder_ratio", "decoder tokens per token of text"))
-    for line, (dataset, length) in zip(grid, groups, strict=True):
-        shown = [row for row in rows if (row["dataset"], row["length"]) == (dataset, length)]
-        asked = all(row.get("text_f1") is not None for row in shown)
-        quality, title, most = ("text_f1", "F1 from the text", 104.0) if asked else ("rouge_l", "ROUGE-L", 1.04)
-        for axes, (column, label) in zip(line, axes_of, strict=True):
-            for name in names:
-                chosen = sorted((row for row in shown if row["codec"] == name), key=lambda row: row[column])
-                colour, marker = styles[name]
-                x, y = [row[column] for row in chosen], [row[quality] for row in chosen]
-                axes.plot(x, y, marker=marker, color=colour, label=name, markersize=5, linewidth=1, alpha=0.85)
-                low = [max(0.0, row[quality] - row[f"{quality}_low"]) for row in chosen]
-                high = [max(0.0, row[f"{quality}_high"] - row[quality]) for row in chosen]
-                axes.errorbar(x, y, yerr=[low, high], fmt="none", ecolor=colour, linewidth=0.7, alpha=0.6)
-            axes.axvline(1, color="0.5", linewidth=0.6, linestyle=":")
-            axes.set_xscale("log")
-            axes.set(xlabel=label, ylabel=title, ylim=(0, most))
-            axes.set_title(dataset if length is None else f"{dataset}, {length} tokens", fontsize="small")
-            axes.grid(alpha=0.3)
-            axes.spines[["top", "right"]].set_visible(False)
-    handles, labels = grid[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize="small", frameon=False)
-    figure.savefig(folder / "rate-distortion.png")
