@@ -121,7 +121,7 @@ def _spread(start: Tensor) -> Tensor:
 
 
 def random_start(memory: Memory, seed: int = 0) -> Memory:
-    """Random vectors in a memory's place, as widely spread in each layer, to refine from: what k slots can hold at all."""
+    """Random vectors in a memory's place, as widely spread in each layer, to refine from."""
     noise = torch.randn((2, *memory.keys.shape), generator=torch.Generator().manual_seed(seed))
     keys, values = (
         one.to(held) * held.float().flatten(1).std(1).to(held.dtype)[:, None, None, None]

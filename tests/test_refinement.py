@@ -15,6 +15,7 @@ from compressor.fidelity import fidelities, passage_scores
 from compressor.memory import Memory, memory_prefix
 from compressor.model import Compressor
 from compressor.model_config import CompressorConfig
+from compressor.refinement import random_start
 
 Make = Callable[..., Compressor]
 

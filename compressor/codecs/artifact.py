@@ -8,7 +8,6 @@ file. Reading needs the base, not the adapters, and for calibrated codecs the ca
 from __future__ import annotations
 
 import hashlib
-import json
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
@@ -17,7 +16,6 @@ from typing import TYPE_CHECKING, Any, get_args
 from weakref import WeakKeyDictionary
 
 import torch
-from safetensors.torch import load
 from torch import Tensor
 
 import compressor
@@ -202,10 +200,19 @@ def load_memory(path: str | Path, calibration: Calibration | str | Path | None =
     Raises:
         CompressorError: not a memory file, of a newer format, damaged anywhere, or it needs another calibration.
     """
-    content = container.read(path, "memory", WHAT, FORMAT) if format_of(path) != 1 else None
-    if content is None:
-        return _load_format_1(path)
+    content = read(path)
     return restore(content.settings, content.settings.get("segments"), content.tensors, path, calibration)
+
+
+def read(path: str | Path) -> container.Content:
+    """A memory file's settings and tensors, checked.
+
+    Raises:
+        CompressorError: see `load_memory`.
+    """
+    if container.read_header(path, "memory", WHAT)[0].get("format") == 1:
+        raise CompressorError(f"{path} has format 1, which no released version wrote: compress the passage again")
+    return container.read(path, "memory", WHAT, FORMAT)
 
 
 def restore(
@@ -290,42 +297,3 @@ def number(value: Any, low: float, high: float) -> float:
     if type(value) not in (int, float) or not low <= value <= high:
         raise ValueError(f"{str(value)[:40]} is no number from {low} to {high}")
     return value
-
-
-def format_of(path: str | Path) -> Any:
-    """The format number a memory file states, unchecked."""
-    return container.read_header(path, "memory", WHAT)[0].get("format")
-
-
-def _load_format_1(path: str | Path) -> Memory:
-    """Files of the first format: keys and values as they are, the checksum over these and the settings."""
-    from compressor.memory import Memory, Segment
-
-    settings = container.read_header(path, "memory", WHAT)[0]
-    try:
-        tensors = load(Path(path).read_bytes())
-        claimed = settings.pop("sha256")
-        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-        for name in ("keys", "values"):
-            tensor = tensors[name]
-            digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-            digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
-        if digest.hexdigest() != claimed or set(tensors) != {"keys", "values"}:
-            raise CompressorError(f"{path} is damaged: its checksum does not match its content")
-        if any(tensor.dtype not in FLOATS.values() for tensor in tensors.values()):
-            raise CompressorError(f"{path} is damaged: keys and values are not floating-point")
-        segments = tuple(Segment(whole(k, 1, 1 << 20), whole(n, 1, 1 << 31)) for k, n in settings["segments"])
-        if settings["layout"] not in get_args(Layout) or not segments:
-            raise CompressorError(f"{path} has layout {settings['layout']!r}, which this version does not know")
-        return Memory(
-            tensors["keys"],
-            tensors["values"],
-            segments,
-            settings["layout"],
-            whole(settings["most"], 1, 1 << 20),
-            str(settings["base"]),
-        )
-    except CompressorError:
-        raise
-    except Exception as error:  # safetensors, json and torch raise many kinds on damaged data
-        raise CompressorError(f"{path} is damaged: its content does not describe a memory ({error!r})") from None
