@@ -253,7 +253,7 @@ def tiny_base(tiny_base_folder: Path) -> Any:
     return load_base(BaseConfig(path=str(tiny_base_folder)))
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_tiny_compressor(tiny_base_folder: Path) -> Callable[..., Any]:
     """Builds a compressor on a fresh tiny base: 8 memory tokens and LoRA rank 4, other settings by keyword.
 

@@ -1,4 +1,4 @@
-"""Text codecs: a file stands for one text, whatever is damaged or missing is refused."""
+"""Text codecs: a file stands for one text, from which the same base writes the same."""
 
 from __future__ import annotations
 
@@ -10,20 +10,18 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from compressor.base import load_base
 from compressor.cli import main
-from compressor.codecs.exact import ExactBase
-from compressor.codecs.fitting import calibrate
-from compressor.codecs.text import TEXT_CODECS, Needs, is_text_file, pack_texts, text_codec, unpack_text
+from compressor.codecs.pack_command import CODECS as CHOICES
+from compressor.codecs.pack_command import TEXT_MAGIC
+from compressor.codecs.text import CODECS, MAGIC, Embedding, Words, Writer, pack_text, text_codec, unpack_text
 from compressor.errors import CompressorError
 from compressor.generation import Sampling
 from compressor.model import Compressor
-from compressor.model_config import BaseConfig, CompressorConfig
 
-pytest.importorskip("zstandard")
-pytest.importorskip("constriction")
 pytest.importorskip("yake")
+Load = Callable[..., Words | Embedding]
 
 
 @pytest.fixture(scope="module")
@@ -32,162 +30,145 @@ def text(texts: list[str]) -> str:
 
 
 @pytest.fixture(scope="module")
-def load(tiny_base_folder: Path) -> Callable[[], Any]:
-    return lambda: load_base(BaseConfig(path=str(tiny_base_folder)))
+def checkpoint(tmp_path_factory: pytest.TempPathFactory, make_tiny_compressor: Callable[..., Compressor]) -> str:
+    folder = tmp_path_factory.mktemp("embedding") / "checkpoint"
+    model = make_tiny_compressor(method="sentence-embedding", layout="front", memory_tokens=4, max_passage_tokens=48)
+    model.save_pretrained(folder)
+    return str(folder)
 
 
 @pytest.fixture(scope="module")
-def models(load: Callable[[], Any]) -> dict[str, Compressor]:
-    """A compressor for each codec that needs one, with 4 memory tokens."""
-    settings = {"memory_tokens": 4, "lora_rank": 4, "lora_alpha": 8.0, "max_passage_tokens": 48}
-    kv = Compressor(load(), CompressorConfig(**settings)).eval()
-    embedding = Compressor(load(), CompressorConfig(method="sentence-embedding", layout="front", **settings)).eval()
-    return {"memory": kv, "sentence-embedding": embedding}
+def load(tiny_base_folder: Path, checkpoint: str) -> Load:
+    """Codecs by name, each loaded once."""
+    made: dict[Any, Words | Embedding] = {}
+
+    def get(name: str, **settings: Any) -> Words | Embedding:
+        key = (name, *settings.items())
+        if key not in made:
+            made[key] = text_codec(name, str(tiny_base_folder), checkpoint, **{"tokens": 4, **settings})
+        return made[key]
+
+    return get
 
 
-@pytest.fixture(scope="module")
-def needs(load: Callable[[], Any], models: dict[str, Compressor]) -> Callable[..., Needs]:
-    exact = ExactBase(load())
-
-    def make(name: str, **settings: Any) -> Needs:
-        return Needs(lambda: exact, lambda: models[name], tokens=settings.pop("tokens", 4), **settings)
-
-    return make
+def test_names_are_those_of_the_command() -> None:
+    assert {"lossless", *CODECS} == set(CHOICES)
+    assert bytes([MAGIC]) == TEXT_MAGIC
+    assert len(set(CODECS.values())) == len(CODECS)
 
 
-@pytest.mark.parametrize("name", list(TEXT_CODECS))
-def test_a_file_stands_for_one_text(name: str, text: str, needs: Callable[..., Needs], texts: list[str]) -> None:
-    two = pack_texts([text, texts[1][:60]], text_codec(name, needs(name)))
-    alone = pack_texts([text], text_codec(name, needs(name, batch=1)))[0]
-    assert alone == two[0]  # the company does not matter
-    assert is_text_file(alone.blob)
-    assert alone.blob != two[1].blob
-    for batch in (1, 7):
-        assert unpack_text(alone.blob, needs(name, batch=batch, tokens=None)) == alone.text
-    assert 0 < alone.decoder_tokens <= 4 * len(text) / 10
+@pytest.mark.parametrize("name", list(CODECS))
+def test_a_file_stands_for_one_text(name: str, text: str, load: Load) -> None:
+    blob, written = pack_text(text, name, load(name))
+    assert unpack_text(blob, load) == written
+    assert pack_text(text, name, load(name))[0] == blob
+    assert pack_text(text[30:], name, load(name))[0] != blob
     # No greater than it has to be: a prompt of four tokens takes a few bytes.
-    if name in ("keywords", "summary"):
-        assert len(alone.blob) < 40
+    if name != "sentence-embedding":
+        assert len(blob) < 40
     with pytest.raises(CompressorError, match="takes text"):
-        pack_texts([" \n"], text_codec(name, needs(name)))
+        pack_text(" \n", name, load(name))
 
 
-def test_sampling_is_in_the_file(text: str, needs: Callable[..., Needs]) -> None:
-    codec = text_codec("keywords", needs("keywords"))
-    found = [pack_texts([text], codec, Sampling(0.9, 40, 0.95, seed))[0] for seed in (0, 0, 70_000)]
-    assert found[0] == found[1]
-    assert found[0].text != found[2].text
-    assert unpack_text(found[2].blob, needs("keywords")) == found[2].text
-    greedy = pack_texts([text], codec, Sampling())[0]
-    assert len(greedy.blob) < len(found[0].blob)
-    assert unpack_text(greedy.blob, needs("keywords")) == greedy.text
-    for wrong in (Sampling(3.0), Sampling(0.001), Sampling(seed=-1)):
-        with pytest.raises(CompressorError):
-            pack_texts([text], codec, wrong)
+def test_long_texts_are_sent_in_pieces(load: Load, texts: list[str]) -> None:
+    long = " ".join(texts[:12])
+    for name in ("summary", "sentence-embedding"):
+        blob, written = pack_text(long, name, load(name))
+        assert unpack_text(blob, load) == written
+        assert len(blob) > 1.5 * len(pack_text(long[:130], name, load(name))[0])
 
 
-def test_a_template_is_in_the_file(text: str, needs: Callable[..., Needs]) -> None:
-    own = pack_texts([text], text_codec("summary", needs("summary")))[0]
-    other = pack_texts([text], text_codec("summary", needs("summary", template="About {prompt}: ")))[0]
-    assert other.text != own.text
-    assert unpack_text(other.blob, needs("summary")) == other.text
-    with pytest.raises(CompressorError, match=r"\{prompt\}"):
-        pack_texts([text], text_codec("summary", needs("summary", template="no place")))
+def test_the_sampling_is_in_the_file(text: str, load: Load) -> None:
+    codec = load("keywords")
+    greedy = pack_text(text, "keywords", codec, Sampling())
+    first, again, other = (pack_text(text, "keywords", codec, Sampling(1.5, seed=seed)) for seed in (1, 1, 2))
+    assert first == again
+    assert len({greedy[1], first[1], other[1]}) == 3
+    assert unpack_text(other[0], load) == other[1]
+    for wrong in (Sampling(3.0), Sampling(1.0, seed=-1), Sampling(1.0, top_k=5)):
+        with pytest.raises(CompressorError, match="cannot be stored"):
+            pack_text(text, "keywords", codec, wrong)
 
 
-def test_memory_codecs(text: str, needs: Callable[..., Needs], models: dict[str, Compressor], texts: list[str]) -> None:
-    model = models["memory"]
-    ids = model.base.tokenizer([one[:150] for one in texts[5:25]], add_special_tokens=False)["input_ids"]
-    calibration = calibrate(model, ids, sensitivity_passages=0, rank=16)
-    sizes = {}
-    for name in ("bf16", "int8", "int4+ans", "lowrank:0.5", "int3+range"):
-        fitted = {"load_calibration": lambda: calibration} if name in ("lowrank:0.5", "int3+range") else {}
-        packed = pack_texts([text], text_codec("memory", needs("memory", memory_codec=name, **fitted)))[0]
-        assert unpack_text(packed.blob, needs("memory", **fitted)) == packed.text
-        sizes[name] = len(packed.blob)
-    assert sizes["bf16"] > sizes["int8"] > sizes["lowrank:0.5"]
-    made = needs("memory", memory_codec="lowrank:0.5", load_calibration=lambda: calibration)
-    blob = pack_texts([text], text_codec("memory", made))[0].blob
-    with pytest.raises(CompressorError, match=r"needs the calibration .* none was given"):
-        unpack_text(blob, needs("memory"))
+def test_any_causal_model_writes(text: str, tiny_base_folder: Path, tmp_path: Path) -> None:
+    """GPT-2's positions are learned: no memory can be placed among its keys."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base_folder)
+    torch.manual_seed(0)
+    GPT2LMHeadModel(
+        GPT2Config(vocab_size=len(tokenizer), n_positions=512, n_embd=32, n_layer=2, n_head=2)
+    ).save_pretrained(tmp_path / "gpt2")
+    tokenizer.save_pretrained(tmp_path / "gpt2")
+    codec = Words(Writer.load(str(tmp_path / "gpt2")))
+    blob, written = pack_text(text, "keywords", codec)
+    assert unpack_text(blob, lambda name: codec) == written
+    with pytest.raises(CompressorError, match="another base"):
+        unpack_text(blob, lambda name: Words(Writer.load(str(tiny_base_folder))))
+    with pytest.raises(CompressorError, match="cannot load the base"):
+        Writer.load(str(tmp_path / "none"))
 
 
-def test_embeddings_need_their_checkpoint(text: str, needs: Callable[..., Needs], load: Callable[[], Any]) -> None:
+def test_embeddings_need_their_checkpoint(
+    text: str, load: Load, make_tiny_compressor: Callable[..., Compressor]
+) -> None:
     name = "sentence-embedding"
-    sizes = [len(pack_texts([text], text_codec(name, needs(name, bits=bits)))[0].blob) for bits in (8, 4, 2)]
+    sizes = [len(pack_text(text, name, load(name, bits=bits))[0]) for bits in (8, 4, 2)]
     assert sizes[0] > sizes[1] > sizes[2]
-    blob = pack_texts([text], text_codec(name, needs(name)))[0].blob
-    settings = CompressorConfig(method=name, layout="front", memory_tokens=4, max_passage_tokens=48)
-    other = Compressor(load(), settings, seed=5).eval()
+    blob = pack_text(text, name, load(name))[0]
+    settings = {"method": name, "layout": "front", "memory_tokens": 4, "max_passage_tokens": 48}
+    other = make_tiny_compressor(seed=5, **settings)
     with pytest.raises(CompressorError, match="another checkpoint"):
-        unpack_text(blob, Needs(load, lambda: other))
+        unpack_text(blob, lambda name: Embedding(other))
     with pytest.raises(CompressorError, match="this one is of kv"):
-        unpack_text(blob, Needs(load, needs("memory").load_model))
-    with pytest.raises(CompressorError, match="needs a compressor's checkpoint"):
-        unpack_text(blob, Needs(load))
+        Embedding(make_tiny_compressor())
     for wrong in ({"bits": 5}, {"tokens": 9}):
         with pytest.raises(CompressorError, match="bits are 8, 4, 3 or 2"):
-            pack_texts([text], text_codec(name, needs(name, **wrong)))
+            Embedding(other, **wrong)
 
 
-@pytest.mark.parametrize("name", ["keywords", "memory", "sentence-embedding"])
-def test_damaged_files_are_refused(name: str, text: str, needs: Callable[..., Needs]) -> None:
-    made = needs(name)
-    blob = pack_texts([text[:80]], text_codec(name, made))[0].blob
+@pytest.mark.parametrize("name", ["keywords", "sentence-embedding"])
+def test_damaged_files_are_refused(name: str, text: str, load: Load) -> None:
+    blob, expected = pack_text(text[:80], name, load(name))
     rng = random.Random(1)
     for case in range(40):
         data = bytearray(blob)
         data[case if case < 16 else rng.randrange(len(data))] ^= 1 << rng.randrange(8)
         with pytest.raises(CompressorError):
-            unpack_text(bytes(data), made)
+            unpack_text(bytes(data), load)
     for size in (0, 1, 9, 13, len(blob) - 1):
         with pytest.raises(CompressorError):
-            unpack_text(blob[:size], made)
+            unpack_text(blob[:size], load)
     # With a checksum that fits, as someone could write it, still no crash and no other text.
-    expected = unpack_text(blob, made)
     for case in range(10):
         data = bytearray(blob[:-4])
         place = case + 10 if case < 7 else rng.randrange(10, len(data))
         data[place] ^= 1 << rng.randrange(8)
-        signed = bytes(data) + zlib.crc32(data).to_bytes(4, "little")
         try:
-            assert unpack_text(signed, made) == expected
+            assert unpack_text(bytes(data) + zlib.crc32(data).to_bytes(4, "little"), load) == expected
         except CompressorError:
             continue
 
 
-def test_foreign_files_are_refused(text: str, needs: Callable[..., Needs], load: Callable[[], Any]) -> None:
-    made = needs("keywords")
-    blob = pack_texts([text], text_codec("keywords", made))[0].blob
+def test_foreign_files_are_refused(text: str, load: Load) -> None:
+    blob = pack_text(text, "keywords", load("keywords"))[0]
 
     def signed(data: bytes) -> bytes:
         return data + zlib.crc32(data).to_bytes(4, "little")
 
     with pytest.raises(CompressorError, match="not a file of a text codec"):
-        unpack_text(b"PK\x03\x04 something else entirely", made)
-    with pytest.raises(CompressorError, match="version 2"):
-        unpack_text(signed(bytes([blob[0], 0x20]) + blob[2:-4]), made)
+        unpack_text(b"PK\x03\x04 something else entirely", load)
+    with pytest.raises(CompressorError, match="version 1"):
+        unpack_text(signed(bytes([blob[0], 0x10]) + blob[2:-4]), load)
     with pytest.raises(CompressorError, match="number 99"):
-        unpack_text(signed(blob[:2] + bytes([99]) + blob[3:-4]), made)
-    other = load()
-    with torch.no_grad():
-        other.embeddings.weight.add_(0.01)
-    with pytest.raises(CompressorError, match="another base"):
-        unpack_text(blob, Needs(lambda: other))
+        unpack_text(signed(blob[:2] + bytes([99]) + blob[3:-4]), load)
     # A base that writes something else here: an error, no other text.
     with pytest.raises(CompressorError, match="does not write here"):
-        unpack_text(signed(blob[:6] + bytes(4) + blob[10:-4]), made)
+        unpack_text(signed(blob[:6] + bytes(4) + blob[10:-4]), load)
 
 
-def test_commands(
-    text: str, models: dict[str, Compressor], tiny_base_folder: Path, tmp_path: Path, capsysbinary: Any
-) -> None:
+def test_commands(text: str, checkpoint: str, tiny_base_folder: Path, tmp_path: Path, capsysbinary: Any) -> None:
     base = ["--base", str(tiny_base_folder)]
-    models["memory"].save_pretrained(tmp_path / "kv")
-    with_model = [*base, "--checkpoint", str(tmp_path / "kv")]
-    source = tmp_path / "text.txt"
+    source, packed = tmp_path / "text.txt", tmp_path / "text.txt.cz"
     source.write_text(text)
-    packed = tmp_path / "text.txt.cz"
     assert main(["pack", str(source), "--codec", "keywords", "--tokens", "6", "--seed", "3", *base]) == 0
     assert source.exists()  # it is the only copy
     assert len(packed.read_bytes()) < 60
@@ -196,8 +177,9 @@ def test_commands(
     assert main(["unpack", "-c", str(packed), *base]) == 0
     assert capsysbinary.readouterr().out == first != text.encode()
     assert main(["pack", str(source), "--codec", "summary", *base]) == 2  # gzip's way: what exists is left alone
-    assert main(["pack", str(source), "-f", "--codec", "memory", "--memory-codec", "int4+ans", *with_model]) == 0
-    assert main(["unpack", "-t", str(packed), *base]) == 0
+    embedding = ["--codec", "sentence-embedding", "--checkpoint", checkpoint]
+    assert main(["pack", str(source), "-f", *embedding]) == 0
+    assert main(["unpack", "-t", str(packed), *embedding[2:]]) == 0
     packed.unlink()
     source.write_bytes(b"\xff\xfe\x00")
     assert main(["pack", str(source), "--codec", "summary", *base]) == 1

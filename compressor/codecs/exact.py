@@ -89,7 +89,7 @@ class ExactBase:
         self.vocabulary = self.base.embeddings.weight.shape[0]
         check_vocabulary(self.vocabulary)
         self.window = min(512, getattr(model.config.get_text_config(), "max_position_embeddings", 512))
-        self.identity = _identity(self.base)
+        self.identity = identity_of(self.base.tokenizer, model)
         self.noise: Callable[[Tensor], Tensor] | None = None
 
     def memory_prefix(self, memories: Sequence[Memory]) -> Prefix:
@@ -201,13 +201,13 @@ class Lockstep(DynamicCache):
 
 
 @torch.no_grad()
-def _identity(base: Base) -> bytes:
-    """Hash over the vocabulary and evenly spaced weights in full precision.
+def identity_of(tokenizer: Any, model: torch.nn.Module) -> bytes:
+    """Hash over the vocabulary and evenly spaced weights in full precision, adapters left out.
 
     `Base.fingerprint` takes a base held in bfloat16 and in float32 for the same; their logits differ.
     """
-    digest = hashlib.sha256(repr(sorted(base.tokenizer.get_vocab().items())).encode())
-    for name, tensor in sorted(base.model.named_parameters()):
+    digest = hashlib.sha256(repr(sorted(tokenizer.get_vocab().items())).encode())
+    for name, tensor in sorted(model.named_parameters()):
         if "lora_" not in name:
             name = name.replace(".base_layer", "")
             flat = tensor.flatten()[:: max(1, tensor.numel() // FULL_HASH_VALUES)]

@@ -3,7 +3,7 @@
 What gzip does is done: FILE becomes FILE.cz and is removed, `-k` keeps it, `-c` writes to standard output and `-o` to a
 named file (both keep it), `-` or no file means standard input, `-d` unpacks, `-t` tests, `-f` replaces what exists. The
 status is 0, 1 after an error, 2 if the worst was a file that was left alone. `--codec NAME` packs a text by a lossy
-codec (`text_command.py`) and keeps the input.
+codec (`text.py`) and keeps the input.
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ from compressor.errors import CompressorError
 from compressor.files import atomic_file, check_file, is_special
 
 SUFFIX = ".cz"
+CODECS = ("lossless", "keywords", "summary", "sentence-embedding")
+TEXT_MAGIC = b"\xcd"
+"""How a file of a text codec begins."""
 _ERROR, _LEFT_ALONE = 1, 2
 
 
@@ -50,9 +53,17 @@ def _parser(unpack: bool) -> argparse.ArgumentParser:
     parser.add_argument(
         "--lane-tokens", type=int, default=1024, help="packing: tokens decoded one after the other; more pack better"
     )
-    from compressor.codecs.text_command import add_options
-
-    add_options(parser)
+    group = parser.add_argument_group("text codecs", "lossy: the input is kept; any causal LM may be the --base")
+    group.add_argument("--codec", default="lossless", choices=CODECS, help="packing: what to store")
+    group.add_argument("--tokens", type=int, help="packing: tokens that stand for each piece of the text")
+    group.add_argument(
+        "--checkpoint", default="models/arxiv-mini/methods/sentence-embedding", help="of sentence-embedding"
+    )
+    group.add_argument("--bits", type=int, default=8, help="packing: of a number of a sentence embedding")
+    group.add_argument("--summariser", help="packing: seq2seq model (folder or hub id); else sentences are extracted")
+    group.add_argument("--temperature", type=float, help="packing: 0 is greedy; by default the codec's own")
+    group.add_argument("--top-p", type=float, help="packing: nucleus sampling")
+    group.add_argument("--seed", type=int, default=0, help="packing: of the sampling")
     return parser
 
 
@@ -124,15 +135,11 @@ def _one(name: str, options: argparse.Namespace, load: Callable[[], Any]) -> Non
     if target is not None:
         _may_write(target, source, options)
     data = sys.stdin.buffer.read() if source is None else source.read_bytes()
-    from compressor.codecs import text_command
     from compressor.codecs.lossless import pack_bytes, unpack_bytes
-    from compressor.codecs.text import is_text_file
 
     with _Progress(name, options.quiet) as progress:
-        if options.decompress and is_text_file(data):
-            result = text_command.unpack(data, options, load)
-        elif not options.decompress and options.codec != "lossless":
-            result = text_command.pack(data, options, load)
+        if options.codec != "lossless" or (options.decompress and data[:1] == TEXT_MAGIC):
+            result = _text(data, options)
         elif options.decompress:
             result = unpack_bytes(data, load, options.batch, progress=progress)
         else:
@@ -152,6 +159,27 @@ def _one(name: str, options: argparse.Namespace, load: Callable[[], Any]) -> Non
         large, small = (len(result), len(data)) if options.decompress else (len(data), len(result))
         bits = f", {8 * small / large:.3f} bits a byte" if large else ""
         print(f"{name}: {len(data):,} -> {len(result):,} bytes{bits}", file=sys.stderr)
+
+
+def _text(data: bytes, options: argparse.Namespace) -> bytes:
+    """Pack or unpack a text by a text codec."""
+    from dataclasses import replace
+
+    from compressor.codecs.text import pack_text, text_codec, unpack_text
+
+    def load(name: str) -> Any:
+        chosen = (options.tokens, options.bits, options.summariser)
+        return text_codec(name, options.base, options.checkpoint, options.device, *chosen)
+
+    if options.decompress:
+        return unpack_text(data, load).encode()
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError:
+        raise CompressorError(f"not UTF-8 text, which the codec {options.codec} takes: leave --codec out") from None
+    codec = load(options.codec)
+    given = {name: getattr(options, name) for name in ("temperature", "top_p") if getattr(options, name) is not None}
+    return pack_text(text, options.codec, codec, replace(codec.sampling, seed=options.seed, **given))[0]
 
 
 def _target(source: Path | None, options: argparse.Namespace) -> Path | None:
