@@ -23,9 +23,11 @@ UNSUPPORTED_ROPE = {
     "longrope": "its frequencies change with the length of the input, so keys cannot be moved",
 }
 NO_ROPE = (
-    "it has no rotary position embedding, so memory keys cannot be moved; use a base with RoPE and full attention "
-    "(Llama, Qwen2/2.5/3, Mistral without sliding window, SmolLM2/3, OLMo2, Gemma-1, Phi-3, GPT-NeoX, Granite, GLM)"
+    "it has no rotary position embedding, so memory keys cannot be moved; use a base with RoPE (Llama, Qwen2/2.5/3, "
+    "Mistral, SmolLM2/3, OLMo2/3, Gemma 1 to 3, Phi-3, GPT-NeoX, Granite, GLM)"
 )
+ATTENTION = {"full_attention", "sliding_attention"}
+"""Kinds of layers that keep plain keys and values of every position; sliding ones must not have to forget any."""
 
 
 class Base(nn.Module):
@@ -37,6 +39,8 @@ class Base(nn.Module):
         name: the path or hub id it was loaded from.
         quantisation, revision: how it was loaded, as in `BaseConfig`.
         layers, kv_heads, head_size, hidden: shape of the keys and of the embeddings.
+        window: positions that layers with a sliding window attend over, None without such layers. What is read
+            together must fit into it (`check_window`): then these layers do as layers with full attention do.
         rotated: for each layer, whether its keys carry RoPE (SmolLM3 leaves it out in some).
         interleaved: whether RoPE turns neighbouring dimensions (Cohere, GLM) rather than the two halves of a key.
         doubled: whether the model lists each angle twice in a row rather than all of them twice.
@@ -58,6 +62,7 @@ class Base(nn.Module):
         refuse_unsupported(model.config, name)
         self.model, self.tokenizer, self.name = model, tokenizer, name
         self.quantisation, self.revision = quantisation, revision
+        self.window = window_of(model.config)
         self.model.requires_grad_(False)
         self.model.eval()
         if tokenizer.eos_token_id is None:
@@ -66,7 +71,15 @@ class Base(nn.Module):
         self.tokenizer.split_special_tokens = True
         if getattr(model.get_decoder(), "rotary_emb", None) is None:
             raise CompressorError(f"{name} ({model.config.model_type}) is not supported: {NO_ROPE}")
-        self.layers, self.kv_heads, self.head_size, self.rotated = self._probe()
+        try:
+            self.layers, self.kv_heads, self.head_size, self.rotated = self._probe()
+        except (CompressorError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # a family whose model takes or gives something else
+            raise CompressorError(
+                f"{name} ({model.config.model_type}) cannot be read as a base ({type(error).__name__}: "
+                f"{first_line(error)}): use one of another family"
+            ) from None
         self.hidden = self.embeddings.weight.shape[1]
         self.fingerprint = fingerprint(model) if stored is None else stored
         settings = model.config.get_text_config()
@@ -92,8 +105,10 @@ class Base(nn.Module):
 
     @property
     def positions(self) -> int | None:
-        """Positions that the base was made for, beyond which it writes noise; None where its configuration has none."""
-        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        """Positions that the base was made for, beyond which it writes noise, or those of its sliding window if these
+        are fewer; None where its configuration has neither."""
+        limits = (getattr(self.model.config.get_text_config(), "max_position_embeddings", None), self.window)
+        return min((limit for limit in limits if limit is not None), default=None)
 
     @property
     def bos(self) -> int:
@@ -116,7 +131,7 @@ class Base(nn.Module):
             YaRN-type embeddings multiply into cos and sin is applied and taken out with the rotation.
         """
         with torch.autocast(keys.device.type, enabled=False):
-            cos, sin = (angle[None, :, None] for angle in self._angles(positions))
+            cos, sin = self._angles(positions)
             if inverse:
                 scale = cos**2 + sin**2
                 cos, sin = cos / scale, -sin / scale
@@ -135,13 +150,32 @@ class Base(nn.Module):
         return torch.where(chosen, moved, keys)
 
     def _angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosine and sine of each pair's angle, float32 `[batch, k, pairs]`; models give each of them twice."""
+        """Cosine and sine of each pair's angle, float32 `[layers or 1, batch, 1, k, pairs]`.
+
+        Models give each of them twice, some for each kind of layer.
+        """
         rotary = self.model.get_decoder().rotary_emb
-        twice = rotary(torch.empty(0, device=positions.device, dtype=torch.float32), positions)
-        pairs = twice[0].shape[-1] // 2
-        if self.doubled:
-            return twice[0][..., ::2].float(), twice[1][..., ::2].float()
-        return twice[0][..., :pairs].float(), twice[1][..., :pairs].float()
+        nothing = torch.empty(0, device=positions.device, dtype=torch.float32)
+        if getattr(rotary, "layer_types", None):
+            kinds = self.model.config.get_text_config().layer_types
+            of_kind = {kind: torch.stack(rotary(nothing, positions, kind)) for kind in set(kinds)}
+            twice = torch.stack([of_kind[kind] for kind in kinds], dim=1)
+        else:
+            twice = torch.stack(rotary(nothing, positions))[:, None]
+        once = twice[..., ::2] if self.doubled else twice[..., : twice.shape[-1] // 2]
+        cos, sin = once.float()[:, :, :, None]
+        return cos, sin
+
+    def check_window(self, first: int | Tensor, last: int | Tensor) -> None:
+        """Raise a `CompressorError` if positions from `first` to `last` do not fit into the sliding window."""
+        if self.window is None:
+            return
+        span = int((torch.as_tensor(last) - torch.as_tensor(first)).max()) + 1
+        if span > self.window:
+            raise CompressorError(
+                f"passage, memory and prompt take {span:,} positions, and {self.name} has layers that attend over "
+                f"{self.window:,} alone: compress fewer tokens at a time, or use a base without a sliding window"
+            )
 
     def attention_mask(self, allowed: Tensor) -> Tensor:
         """A mask the attention implementation takes, from bool `[batch, queries, keys]` (True = may attend)."""
@@ -154,6 +188,8 @@ class Base(nn.Module):
         self, embedded: Tensor, positions: Tensor, allowed: Tensor, cache: DynamicCache | None = None
     ) -> Tensor:
         """Last hidden states (after the final norm), `[batch, width, hidden]`; arguments as for `keys_and_values`."""
+        # What was read before begins at position 0.
+        self.check_window(0 if cache is not None and cache.get_seq_length() else positions.amin(1), positions.amax(1))
         output = self.model.get_decoder()(
             inputs_embeds=embedded,
             position_ids=positions,
@@ -196,7 +232,8 @@ class Base(nn.Module):
             Rotated keys and values, each `[layers, batch, kv_heads, last or cached + width, head_size]`.
 
         Raises:
-            CompressorError: the layers do not keep one key tensor of one shape each.
+            CompressorError: the layers do not keep one key tensor of one shape each, or have a window that the
+                positions do not fit into.
         """
         cache = DynamicCache() if cache is None else cache
         self.hidden_states(embedded, positions, allowed, cache)
@@ -276,24 +313,31 @@ def refuse_unsupported(config: Any, name: str) -> None:
     layer_types = set(getattr(config, "layer_types", None) or [])
     if encoder_decoder:
         reason = "it is an encoder-decoder; a causal LM is needed"
-    elif layer_types - {"full_attention"}:
-        others = ", ".join(sorted(layer_types - {"full_attention"}))
-        reason = f"it has layers of type {others}; every layer must attend fully"
-    elif not layer_types and getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
-        reason = (
-            f"it attends within a sliding window of {config.sliding_window} tokens, whose cache drops positions; "
-            "load a version without one (sliding_window: null)"
-        )
+    elif layer_types - ATTENTION:
+        others = ", ".join(sorted(layer_types - ATTENTION))
+        reason = f"it has layers of type {others}; every layer must keep keys and values of all positions"
+    elif getattr(config, "num_kv_shared_layers", None):
+        reason = f"its last {config.num_kv_shared_layers} layers have no keys and values of their own"
     elif getattr(config, "kv_lora_rank", None):
         reason = "multi-head latent attention keeps no plain keys and values"
     elif not hasattr(config, "rope_parameters"):
         reason = NO_ROPE
     rope = getattr(config, "rope_parameters", None) or {}
-    rope_type = rope.get("rope_type", "default") if isinstance(rope, dict) else "default"
-    if not reason and rope_type in UNSUPPORTED_ROPE:
-        reason = f"RoPE type {rope_type}: {UNSUPPORTED_ROPE[rope_type]}"
+    # Either one set of settings or, where kinds of layers differ, one for each kind.
+    sets = [rope, *rope.values()] if isinstance(rope, dict) else []
+    for rope_type in [one.get("rope_type") for one in sets if isinstance(one, dict)]:
+        if not reason and rope_type in UNSUPPORTED_ROPE:
+            reason = f"RoPE type {rope_type}: {UNSUPPORTED_ROPE[rope_type]}"
     if reason:
         raise CompressorError(f"{name} ({kind}) is not supported: {reason}")
+
+
+def window_of(config: Any) -> int | None:
+    """Positions that the layers with a sliding window of a base of this configuration attend over, if it has any."""
+    config = config.get_text_config()
+    size, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
+    windowed = "sliding_attention" in kinds if kinds else getattr(config, "use_sliding_window", True)
+    return size if windowed else None
 
 
 @torch.no_grad()
@@ -381,7 +425,8 @@ def load_base(config: BaseConfig, device: str | torch.device = "cpu") -> Base:
                 path,
                 revision=config.revision,
                 dtype=dtype if extra else "auto",
-                attn_implementation=attention,
+                # By default transformers takes what the base has: Gemma 2 has eager attention alone.
+                attn_implementation=None if attention == "sdpa" else attention,
                 **extra,
             )
     except CompressorError:

@@ -20,7 +20,7 @@ from compressor.data.collate import WIDTH_MULTIPLE, continuation_pair, regenerat
 from compressor.data.left_out import LeftOut
 from compressor.data.passages import BatchPlan, Piece, load_passages, passages_digest
 from compressor.errors import CompressorError
-from compressor.generation import regenerate_ids
+from compressor.generation import regenerate_ids, regeneration_limit
 from compressor.methods.encoder import pad
 from compressor.model import Compressor
 from compressor.objectives import target_loss
@@ -67,6 +67,12 @@ class CompressionStage:
             raise CompressorError(
                 f"data.lengths goes up to {too_long} tokens but compressor.max_passage_tokens is "
                 f"{self.module.config.max_passage_tokens}: longer passages are always segmented"
+            )
+        window, written = base.window, max(regeneration_limit(too_long), CONTINUATION_TOKENS)
+        if window is not None and (needed := too_long + most + 1 + written) > window:
+            raise CompressorError(
+                f"data.lengths goes up to {too_long} tokens, which take {needed} positions with their memory and the "
+                f"regeneration, and {base.name} has layers that attend over {window} alone: give shorter ones"
             )
         with accelerator.main_process_first():
             self.passages = load_passages(

@@ -122,6 +122,7 @@ class _HeadNats(torch.autograd.Function):
 def _read(base: Base, part: nn.Module, prefix: Prefix, ids: Tensor, **options: bool) -> Any:
     """What the base's model, or its decoder, gives for `ids` after a prefix, as for `decode`."""
     width = ids.shape[1]
+    base.check_window(0, prefix.start + width - 1)
     columns = torch.arange(width, device=ids.device)
     causal = (columns[:, None] >= columns[None, :]).expand(len(ids), -1, -1)
     context = prefix.mask[:, None, :].expand(-1, width, -1)
@@ -228,6 +229,8 @@ def stream(
     batch, device = len(prompts), base.device
     generators = [torch.Generator().manual_seed(sampling.seed) for _ in range(batch)]
     widest = max(map(len, prompts))
+    longest = [len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True)]
+    base.check_window(0, prefix.start + torch.tensor(longest, device=device) - 2)  # the last token is not read again
     ids = torch.full((batch, widest), base.eos, device=device)
     real = torch.zeros(batch, widest, dtype=torch.bool, device=device)
     for row, prompt in enumerate(prompts):

@@ -32,6 +32,7 @@ if str(PROJECT) not in sys.path:
 
 
 _PARTIAL = {"partial_rotary_factor": 0.5, "rope_type": "default", "rope_theta": 10000.0}
+_SLIDING = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama-untied": ("llama", {"tie_word_embeddings": False}),
@@ -86,6 +87,15 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "nemotron": ("nemotron", {"rope_parameters": _PARTIAL}),
     "ernie4-5": ("ernie4_5", {}),
     "falcon": ("falcon", {"alibi": False, "new_decoder_architecture": True, "num_kv_heads": 2, "head_dim": None}),
+    "mistral-window": ("mistral", {"sliding_window": 256}),
+    "phi3-window": ("phi3", {"pad_token_id": 0, "sliding_window": 256}),
+    "qwen2-window": ("qwen2", {"use_sliding_window": True, "sliding_window": 256, "max_window_layers": 1}),
+    "starcoder2": ("starcoder2", {"sliding_window": 256}),
+    "gemma2": ("gemma2", {"sliding_window": 256, **_SLIDING}),
+    "gemma3": ("gemma3_text", {"sliding_window": 256, **_SLIDING}),
+    "olmo3": ("olmo3", {"sliding_window": 256, **_SLIDING}),
+    "cohere2": ("cohere2", {"sliding_window": 256, **_SLIDING}),
+    "exaone4": ("exaone4", {"sliding_window": 256, "sliding_window_pattern": 3, **_SLIDING}),
     "dropout": ("phi", {"rope_parameters": _PARTIAL, "resid_pdrop": 0.5, "attention_dropout": 0.5}),
 }
 """Families that must work: model type of transformers, and settings besides the common small ones."""
@@ -123,9 +133,11 @@ def family_model(family: str, **settings: Any) -> Any:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A test that takes `family` runs for every family."""
+    """A test that takes `family` runs for every family, one that takes `windowed` for those with a sliding window."""
     if "family" in metafunc.fixturenames:
         metafunc.parametrize("family", list(FAMILIES))
+    if "windowed" in metafunc.fixturenames:
+        metafunc.parametrize("windowed", [name for name, (_, one) in FAMILIES.items() if one.get("sliding_window")])
 
 
 @pytest.fixture

@@ -10,12 +10,13 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedTokenizerFast
 
-from compressor.base import Base, load_base, refuse_unsupported
+from compressor.base import Base, load_base, refuse_unsupported, window_of
 from compressor.data.collate import regeneration_pair, stack_pairs
 from compressor.errors import CompressorError
 from compressor.generation import Sampling, decode, generate
-from compressor.memory import Prefix, memory_prefix
+from compressor.memory import Memory, Prefix, memory_prefix
 from compressor.methods.encoder import pad
+from compressor.methods.interface import token_prefix
 from compressor.model import Compressor
 from compressor.model_config import BaseConfig, CompressorConfig
 
@@ -156,6 +157,39 @@ def test_rotate_agrees_with_the_models_own_keys(family: str, make_family_base: C
     torch.testing.assert_close(base.rotate(turned_back, columns[None] + 17), keys[1], atol=1e-5, rtol=1e-4)
 
 
+def test_what_fits_into_a_sliding_window_is_read_as_the_model_reads_it_and_no_more(
+    windowed: str, make_family_base: Callable[..., Base]
+) -> None:
+    """The base's own forward, with its own masks, is the reference: up to the window no mask hides anything."""
+    base = make_family_base(windowed, sliding_window=24)
+    assert base.window == base.positions == 24
+    ids = torch.randint(3, 500, (30,), generator=torch.Generator().manual_seed(0)).tolist()
+    context, rest = ids[:11], ids[11:]
+    with torch.no_grad():
+        prefix = token_prefix(base, [context])  # BOS and the context take 12 positions
+        ours = decode(base, prefix, torch.tensor([rest[:12]]))[0]
+        theirs = base.model(torch.tensor([[base.bos, *ids]])).logits[0]
+    torch.testing.assert_close(ours, theirs[12:24], atol=2e-4, rtol=2e-3)
+    with pytest.raises(
+        CompressorError, match=f"take 25 positions, and {windowed} has layers that attend over 24 alone"
+    ):
+        decode(base, prefix, torch.tensor([rest[:13]]))
+    assert generate(base, prefix, [rest[:2]], [11])[0].ids  # 13 read, the last one not
+    with pytest.raises(CompressorError, match="take 25 positions"):
+        generate(base, prefix, [rest[:2]], [12])
+    with pytest.raises(CompressorError, match="take 25 positions"):
+        token_prefix(base, [ids[:24]])
+
+
+def test_a_compressor_on_a_windowed_base_refuses_what_does_not_fit(make_family_base: Callable[..., Base]) -> None:
+    model = Compressor(make_family_base("gemma3", sliding_window=64), small(layout="after"))
+    short = model.compress_ids([list(range(10, 30))])[0]
+    assert isinstance(model.regenerate(short), str)
+    together = Memory.concatenate([short, short, short])
+    with pytest.raises(CompressorError, match="compress fewer tokens at a time"):
+        model.answer(together, "What is it about?")
+
+
 def test_layers_without_rope_are_left_alone(make_family_base: Callable[..., Base]) -> None:
     base = make_family_base("smollm3")
     assert base.rotated == [True, False, True]
@@ -185,15 +219,20 @@ REFUSED = {
     "bloom": ("bloom", {"n_layer": 2, "n_head": 4}, "rotary"),
     "gpt-j": ("gptj", {"n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 8, "n_inner": 64}, "rotary"),
     "mamba": ("mamba", {"state_size": 4}, "attention"),
-    "mistral with a window": ("mistral", {"sliding_window": 32}, "sliding window"),
-    "phi-3 with a window": ("phi3", {"sliding_window": 32}, "sliding"),
-    "qwen2 with a window": (
-        "qwen2",
-        {"use_sliding_window": True, "sliding_window": 32, "max_window_layers": 1},
-        "sliding_attention",
+    "lfm2": ("lfm2", {"layer_types": ["conv", "full_attention"], "block_multiple_of": 8}, "layers of type conv"),
+    "llama-4": ("llama4_text", {"intermediate_size_mlp": 64, "num_local_experts": 2}, "chunked_attention"),
+    "jamba": (
+        "jamba",
+        {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 2, "use_mamba_kernels": False,
+         "mamba_d_state": 4, "mamba_dt_rank": 4},
+        "linear_attention",
     ),
-    "gemma-2": ("gemma2", {}, "sliding_attention"),
-    "gemma-3": ("gemma3_text", {}, "sliding_attention"),
+    "gemma-4": (
+        "gemma4_text",
+        {"layer_types": ["sliding_attention", "full_attention"], "global_head_dim": 32, "num_kv_shared_layers": 0,
+         "hidden_size_per_layer_input": 0},
+        "one key tensor of one shape",
+    ),
     "deepseek-v3": (
         "deepseek_v3",
         {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16,
@@ -261,8 +300,9 @@ def test_encoder_decoders_are_refused(kind: str) -> None:
 
 
 def test_a_multimodal_wrapper_is_judged_by_its_text_part() -> None:
-    with pytest.raises(CompressorError, match="sliding_attention"):
-        refuse_unsupported(AutoConfig.for_model("gemma3"), "some/gemma-3")
+    with pytest.raises(CompressorError, match="15 layers have no keys and values of their own"):
+        refuse_unsupported(AutoConfig.for_model("gemma3n"), "some/gemma-3n")
+    assert window_of(AutoConfig.for_model("gemma3")) == 4096
 
 
 def test_a_tokenizer_without_eos_is_refused(make_family_base: Callable[..., Base]) -> None:

@@ -88,7 +88,7 @@ class ExactBase:
                 module._disable_adapters = True
         self.vocabulary = self.base.embeddings.weight.shape[0]
         check_vocabulary(self.vocabulary)
-        self.window = min(512, getattr(model.config.get_text_config(), "max_position_embeddings", 512))
+        self.window = min(512, base.positions or 512)
         self.identity = identity_of(self.base.tokenizer, model)
         self.noise: Callable[[Tensor], Tensor] | None = None
 
@@ -172,6 +172,7 @@ class Lockstep(DynamicCache):
         """Feed each row a token; returns the next token's logits, float64 `[rows, vocabulary]` on the CPU."""
         base, prefix = self.exact.base, self.prefix
         lengths = torch.from_numpy(self.lengths).to(base.device)
+        base.check_window(0, prefix.start + lengths)
         self._all = torch.arange(len(tokens), device=base.device)
         self._place = lengths + prefix.slots
         self._used = int(self.lengths.max()) + 1 + prefix.slots
