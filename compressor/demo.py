@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compressor.errors import CompressorError, exits_cleanly, require
+from compressor.model_config import BaseMismatch
 from compressor.parsing import parse_config
 
 if TYPE_CHECKING:
@@ -45,7 +46,9 @@ class DemoConfig:
     checkpoint: str = "models/arxiv-mini/compressor"
     """Compressor checkpoint: folder or hub id."""
     base: str | None = None
-    """Frozen base: folder or hub id; by default the one the checkpoint names."""
+    """Frozen base: folder, hub id, GGUF file or name; by default the one the checkpoint names."""
+    base_mismatch: BaseMismatch = "refuse"
+    """allow: take a base with other weights than the checkpoint was trained on, with a warning."""
     device: str = "cpu"
     port: int | None = None
     """Port of the page (--web); by default the first free one from 7860 on. It is served to this machine alone."""
@@ -133,7 +136,9 @@ def load_model(config: DemoConfig) -> Compressor:
     """The compressor that the options name."""
     from compressor.model import Compressor
 
-    return Compressor.from_pretrained(config.checkpoint, base=config.base, device=config.device)
+    return Compressor.from_pretrained(
+        config.checkpoint, base=config.base, device=config.device, base_mismatch=config.base_mismatch
+    )
 
 
 def run_demo(config: DemoConfig) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
-from compressor.errors import CompressorError
+from compressor.errors import CompressorError, WriteError
 from compressor.files import FolderKind, atomic_folder, read_json, sha256, write_json
 
 CACHE = "KV_COMPRESSOR_CACHE"
@@ -129,6 +129,7 @@ def converted(name: str, digest: str, origin: str, source: Callable[[Path], Path
             return found
         for left in cache.glob(f".{target.name}.*/"):  # of a process that was killed
             shutil.rmtree(left, ignore_errors=True)
+        shutil.rmtree(target, ignore_errors=True)  # if it is there, it is damaged
         with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=cache) as temporary:
             path = source(Path(temporary))
             if (actual := sha256(path)) != digest:
@@ -185,9 +186,10 @@ def _convert(path: Path, target: Path, record: dict[str, Any]) -> None:
             sizes = {file.name: file.stat().st_size for file in files}
             record |= {"versions": {"gguf": _version(gguf), "transformers": transformers.__version__}, "files": sizes}
             write_json(folder / RECORD, record)
-    except Exception as error:  # of the disk, through safetensors and tokenizers
+    except Exception as error:  # of the disk, also through tokenizers, which raises a kind of its own
+        reason = error.reason if isinstance(error, WriteError) else first_line(error)
         raise CompressorError(
-            f"cannot write the converted base to {target} ({first_line(error)}): free some space there (it takes "
+            f"cannot write the converted base to {target} ({reason}): free some space there (it takes "
             f"{sum(weight.nbytes for weight in weights.values()) >> 20:,} MB), or set {CACHE} to another folder"
         ) from None
 

@@ -328,6 +328,7 @@ class Compressor(nn.Module):
         revision: str | None = None,
         attention: str = "sdpa",
         quantisation: str | None = None,
+        base_mismatch: str = "refuse",
     ) -> Compressor:
         """Load a checkpoint.
 
@@ -339,11 +340,12 @@ class Compressor(nn.Module):
             revision: hub revision of the checkpoint.
             attention: attention implementation of the base.
             quantisation: of the base; by default as it was in training.
+            base_mismatch: `allow` takes a base with other weights than the checkpoint was trained on, with a warning.
 
         Raises:
             CompressorError: no such checkpoint, a damaged one, or another base than it was trained with.
         """
-        folder, chosen = find_base(path, base, device, dtype, revision, attention, quantisation)
+        folder, chosen = find_base(path, base, device, dtype, revision, attention, quantisation, base_mismatch)
         model = cls(chosen, CompressorConfig(**read_settings(folder)["config"]))
         load_weights(model, folder)
         return model.eval()

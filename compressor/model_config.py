@@ -20,6 +20,8 @@ METHOD_LAYOUTS: dict[TrainedMethod, tuple[Layout, ...]] = {
     "sentence-embedding": ("front",),
 }
 """Layouts that a method can work with; those of icae let its memories, which stand in `front`, be truncated."""
+BaseMismatch = Literal["refuse", "allow"]
+"""What is done about a base with other weights than a checkpoint was trained on."""
 PassageAttention = Literal["causal", "bidirectional"]
 MemoryAttention = Literal["passage", "tree"]
 

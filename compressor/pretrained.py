@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from safetensors import SafetensorError
@@ -14,10 +14,12 @@ from torch import Tensor
 
 from compressor import __version__
 from compressor.base import Base, load_base, resolve
-from compressor.errors import CompressorError
+from compressor.bases import NAMED
+from compressor.errors import CompressorError, require
 from compressor.files import FolderKind, atomic_folder, read_json, sha256, write_json
+from compressor.gguf_cache import say
 from compressor.lora import READER
-from compressor.model_config import BaseConfig, CompressorConfig
+from compressor.model_config import BaseConfig, BaseMismatch, CompressorConfig
 
 if TYPE_CHECKING:
     from compressor.model import Compressor
@@ -149,13 +151,15 @@ def find_base(
     revision: str | None = None,
     attention: str = "sdpa",
     quantisation: str | None = None,
+    base_mismatch: str = "refuse",
 ) -> tuple[Path, Base]:
     """A checkpoint's folder and the base it was trained on, loaded; arguments as for `Compressor.from_pretrained`."""
     folder = fetch_checkpoint(str(path), revision)
     trained_on = read_settings(folder)["base"]
     if not isinstance(base, Base):
         name = base or trained_on["path"]
-        if base is None and not Path(resolve(name)).exists() and (folder.parent / "base").exists():
+        known = name in NAMED or Path(resolve(name)).exists()
+        if base is None and not known and (folder.parent / "base").exists():
             name = str(folder.parent / "base")
         if quantisation is None:
             quantisation = trained_on.get("quantisation", "none")
@@ -168,14 +172,36 @@ def find_base(
             quantisation=quantisation,  # type: ignore[arg-type]
         )
         base = load_base(chosen, device)
-    if base.fingerprint != trained_on["fingerprint"]:
-        raise CompressorError(
-            f"checkpoint {path} was trained on the base {trained_on['path']} "
-            f"(weights {trained_on['fingerprint'][:12]}, quantisation {trained_on.get('quantisation', 'none')}) "
-            f"but {base.name} has weights {base.fingerprint[:12]} (quantisation {base.quantisation}): "
-            "give the right base"
-        )
+    check_fingerprint(path, trained_on, base, base_mismatch)
     return folder, base
+
+
+def check_fingerprint(checkpoint: str | Path, trained_on: dict[str, Any], base: Base, mismatch: str) -> None:
+    """See to it that a base has the weights that a checkpoint was trained on, by the checkpoint's record of them.
+
+    Args:
+        mismatch: `refuse` or `allow`, which warns: weights that are nearly the same (a base before it was quantised, a
+            later version of it) read and write memories nearly as well.
+
+    Raises:
+        CompressorError: other weights, unless they are allowed.
+    """
+    require(mismatch in get_args(BaseMismatch), "base_mismatch", mismatch, " or ".join(get_args(BaseMismatch)))
+    if base.fingerprint == trained_on["fingerprint"]:
+        return
+    found = (
+        f"checkpoint {checkpoint} was trained on the base {trained_on['path']} "
+        f"(weights {trained_on['fingerprint'][:12]}, quantisation {trained_on.get('quantisation', 'none')}) "
+        f"but {base.name} has weights {base.fingerprint[:12]} (quantisation {base.quantisation})"
+    )
+    if mismatch == "allow":
+        say(f"warning: {found}: what comes back may be worse")
+        return
+    name = trained_on["path"]
+    get = f" (`compressor fetch {name}` gets it)" if name in NAMED else ""
+    raise CompressorError(
+        f"{found}: give the base that it was trained on{get}, or take this one all the same with --base-mismatch allow"
+    )
 
 
 def read_settings(folder: Path) -> dict[str, Any]:

@@ -22,7 +22,9 @@ from compressor import bases, gguf_cache
 from compressor.base import Base, load_base
 from compressor.bases import NAMED, NamedBase, fetch, locate
 from compressor.cli import main
+from compressor.demo import demo_main
 from compressor.errors import CompressorError
+from compressor.evaluation.command import evaluate_main
 from compressor.files import sha256
 from compressor.gguf_cache import CACHE, cached
 from compressor.model_config import BaseConfig
@@ -318,3 +320,68 @@ def test_without_a_home_the_cache_is_a_temporary_folder(
     monkeypatch.setenv(CACHE, str(tmp_path / "file"))
     with pytest.raises(CompressorError, match=rf"cannot be written .*set {CACHE}"):
         locate(str(tiny_gguf))
+
+
+COMMANDS = {
+    "demo": "--text {text} --json",
+    "evaluate": "--data {text} --tokens 4 --lengths 16 --resamples 10 --output {out}",
+    "efficiency": "--task efficiency --lengths 16 --new_tokens 2 --repeats 1 --output {out}",
+    "utilisation": "--task utilisation --data {text} --lengths 16 --tokens 2 --resamples 10 --output {out}",
+    "compress": "{text} --output {out}",
+    "calibrate": "--data {text} --limit 8 --lengths 8 --rank 4 --sensitivity 0 --output {out}",
+}
+"""Commands that load a checkpoint, and what they need besides it and its base."""
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_compressor_of_a_named_base_on_other_weights(
+    name: str,
+    named: NamedBase,
+    make_tiny_compressor: Any,
+    tiny_base_folder: Path,
+    tiny_gguf: Path,
+    texts: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Trained on a quantised base, which the hub has unquantised."""
+    install(tiny_gguf.read_bytes(), tmp_path / "site", monkeypatch)
+    make_tiny_compressor(base=load_base(BaseConfig(path="tiny"))).save_pretrained(tmp_path / "checkpoint")
+    record = json.loads((tmp_path / "checkpoint" / "compressor.json").read_text())["base"]
+    converted = json.loads((Path(locate("tiny")) / "source.json").read_text())
+    assert (record["path"], record["fingerprint"]) == ("tiny", converted["fingerprint"])
+    text = tmp_path / ("texts.jsonl" if name not in ("demo", "compress") else "text.txt")
+    text.write_text(texts[0] if text.suffix == ".txt" else "".join(json.dumps({"text": t}) + "\n" for t in texts[:10]))
+    values = {"text": text, "out": tmp_path / "out"}
+    arguments = [part.format_map(values) for part in COMMANDS[name].split()]
+    run = {"demo": demo_main, "evaluate": evaluate_main, "efficiency": evaluate_main, "utilisation": evaluate_main}.get(
+        name, lambda argv: main([name, *argv])
+    )
+    given = [*arguments, "--checkpoint", str(tmp_path / "checkpoint"), "--base", str(tiny_base_folder)]
+    assert run(given) == 2
+    said = capsys.readouterr().err
+    assert "was trained on the base tiny (" in said
+    assert "(`compressor fetch tiny` gets it), or take this one all the same with --base-mismatch allow" in said
+    assert not (tmp_path / "out").exists()
+    assert run([*given, "--base-mismatch", "allow"]) == 0
+    assert "warning: checkpoint" in capsys.readouterr().err
+
+
+def test_a_memory_read_by_other_weights(
+    make_tiny_compressor: Any,
+    tiny_base_folder: Path,
+    tiny_gguf: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model = make_tiny_compressor(base=load_base(BaseConfig(path=str(tiny_gguf))))
+    model.compress("We measure dust in 12 galaxies.").save(tmp_path / "dust.memory")
+    arguments = ["regenerate", "--memory", str(tmp_path / "dust.memory"), "--base", str(tiny_base_folder)]
+    assert main(arguments) == 2
+    assert "another base" in (said := capsys.readouterr().err)
+    assert "--base-mismatch allow" in said
+    assert main([*arguments, "--base-mismatch=allow"]) == 0
+    assert "warning: this memory was made with another base" in capsys.readouterr().err
+    assert main([*arguments[:-1], "models/arxiv-mini/base", "--base-mismatch=allow"]) == 2
+    assert "this memory is one of 3 layers" in capsys.readouterr().err

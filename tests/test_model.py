@@ -416,13 +416,20 @@ def test_the_base_is_also_found_beside_the_checkpoint(
     assert torch.equal(found.compress_ids(PASSAGES)[0].keys, tiny_compressor.compress_ids(PASSAGES)[0].keys)
 
 
-def test_another_base_is_refused(saved: Path, tiny_base: Base, tmp_path: Path) -> None:
+def test_another_base_is_refused_or_allowed(
+    saved: Path, tiny_base: Base, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with torch.no_grad():
         tiny_base.model.get_decoder().layers[1].self_attn.v_proj.weight[0, 0] += 0.5
     tiny_base.model.save_pretrained(tmp_path / "other")
     tiny_base.tokenizer.save_pretrained(tmp_path / "other")
-    with pytest.raises(CompressorError, match="trained on the base"):
+    with pytest.raises(CompressorError, match=r"trained on the base .*--base-mismatch allow"):
         Compressor.from_pretrained(saved, base=str(tmp_path / "other"))
+    allowed = Compressor.from_pretrained(saved, base=str(tmp_path / "other"), base_mismatch="allow")
+    assert allowed.base.name == str(tmp_path / "other")
+    assert "warning: checkpoint" in capsys.readouterr().err
+    with pytest.raises(CompressorError, match=r"base_mismatch = 'yes' is out of range: it must be refuse or allow"):
+        Compressor.from_pretrained(saved, base=str(tmp_path / "other"), base_mismatch="yes")
 
 
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "memory_tokens.safetensors", "compressor.json"])

@@ -23,6 +23,7 @@ from compressor.codecs import container
 from compressor.codecs.calibration import Calibration
 from compressor.codecs.codec import FLOATS, Codec
 from compressor.errors import CompressorError
+from compressor.gguf_cache import say
 from compressor.model_config import Layout
 
 if TYPE_CHECKING:
@@ -100,13 +101,33 @@ def check_base(memory: Memory, base: Base) -> None:
     if memory.base != base.fingerprint:
         raise CompressorError(
             f"this memory was made with another base ({memory.base_name or 'unnamed'}, weights {memory.base[:12]}) "
-            f"than {base.name} (weights {base.fingerprint[:12]}): load the base it was made with"
+            f"than {base.name} (weights {base.fingerprint[:12]}): load the base it was made with; `compressor ask` and "
+            "`regenerate` read it with this one all the same with --base-mismatch allow"
         )
     if memory.tokenizer and memory.tokenizer != (found := tokenizer_fingerprint(base.tokenizer)):
         raise CompressorError(
             f"this memory was made with another tokenizer ({memory.tokenizer[:12]}) than that of {base.name} "
             f"({found[:12]}): load the tokenizer that belongs to the base it was made with"
         )
+
+
+def on_base(memory: Memory, base: Base) -> Memory:
+    """The memory as one of this base, with a warning if it was made with other weights or another tokenizer.
+
+    Raises:
+        CompressorError: keys and values of another shape than the base's.
+    """
+    layers, heads, _, size = memory.keys.shape
+    if (layers, heads, size) != (base.layers, base.kv_heads, base.head_size):
+        raise CompressorError(
+            f"this memory is one of {layers} layers and {heads} heads of {size}, {base.name} has {base.layers} and "
+            f"{base.kv_heads} of {base.head_size}: load the base it was made with ({memory.base_name or 'unnamed'})"
+        )
+    try:
+        check_base(memory, base)
+    except CompressorError as error:
+        say(f"warning: {str(error).split(': ')[0]}: what comes back may be worse")
+    return replace(memory, base=base.fingerprint, tokenizer=tokenizer_fingerprint(base.tokenizer))
 
 
 def as_held(memory: Memory) -> str:

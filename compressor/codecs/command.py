@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from tqdm import tqdm
 
 from compressor.errors import CompressorError, require
+from compressor.model_config import BaseMismatch
 
 if TYPE_CHECKING:
     from compressor.base import Base
@@ -49,7 +50,9 @@ class CompressOptions:
     checkpoint: str = "models/arxiv-mini/compressor"
     """Compressor checkpoint: folder or hub id."""
     base: str | None = None
-    """Frozen base: folder or hub id; by default the one the checkpoint names."""
+    """Frozen base: folder, hub id, GGUF file or name; by default the one the checkpoint names."""
+    base_mismatch: BaseMismatch = "refuse"
+    """allow: take a base with other weights than the checkpoint was trained on, with a warning."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Type that keys and values are stored in, where --codec does not say."""
     codec: str | None = None
@@ -94,6 +97,8 @@ class CalibrateOptions:
     """Compressor checkpoint: folder or hub id."""
     base: str | None = None
     """Frozen base; by default the one the checkpoint names."""
+    base_mismatch: BaseMismatch = "refuse"
+    """allow: take a base with other weights than the checkpoint was trained on, with a warning."""
     tokens: int | None = None
     """Memory tokens; by default all the compressor has."""
     lengths: list[int] = field(default_factory=lambda: [96, 192, 384])
@@ -196,7 +201,9 @@ def compress_text(options: CompressOptions) -> str:
     from compressor.codecs.artifact import compressor_name, signed
     from compressor.model import Compressor
 
-    model = Compressor.from_pretrained(options.checkpoint, base=options.base, device=options.device)
+    model = Compressor.from_pretrained(
+        options.checkpoint, base=options.base, device=options.device, base_mismatch=options.base_mismatch
+    )
     (memory,), respelled = compressed(model, [passage], options, codec)
     memory = signed(memory, model.base, compressor_name(model, options.checkpoint))
     memory = replace(memory, text=text_packer(options, model.base)(passage))
@@ -286,7 +293,9 @@ def compress_corpus(options: CompressOptions) -> str:
     with accelerator.main_process_first():
         records = load_texts(options.text, field=options.text_field, limit=options.limit)
     names, texts = list(records["id"]), list(records["text"])
-    model = Compressor.from_pretrained(options.checkpoint, base=options.base, device=device)
+    model = Compressor.from_pretrained(
+        options.checkpoint, base=options.base, device=device, base_mismatch=options.base_mismatch
+    )
     packed = text_packer(options, model.base)
     source = {"name": public_name(options.text), "field": options.text_field, "limit": options.limit}
     source |= {"records": len(texts), "sha256": text_hash("\0".join([*names, *map(text_hash, texts)]))}
@@ -334,7 +343,9 @@ def calibrate_codecs(options: CalibrateOptions) -> str:
     from compressor.model import Compressor
 
     records = load_texts(options.data, limit=options.limit)
-    model = Compressor.from_pretrained(options.checkpoint, base=options.base, device=options.device)
+    model = Compressor.from_pretrained(
+        options.checkpoint, base=options.base, device=options.device, base_mismatch=options.base_mismatch
+    )
     encoded = model.base.tokenizer(list(records["text"]), add_special_tokens=False, verbose=False)["input_ids"]
     most = model.config.max_passage_tokens
     lengths = [min(length, most) for length in options.lengths]

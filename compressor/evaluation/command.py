@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from compressor.errors import exits_cleanly, require
+from compressor.model_config import BaseMismatch
 from compressor.parsing import parse_config
 
 if TYPE_CHECKING:
@@ -22,7 +23,9 @@ class EvaluationConfig:
     checkpoint: str = "models/arxiv-mini/compressor"
     """Compressor checkpoint: folder or hub id."""
     base: str | None = None
-    """Folder or hub id of the frozen base; by default the one the checkpoint names."""
+    """Folder, hub id, GGUF file or name of the frozen base; by default the one the checkpoint names."""
+    base_mismatch: BaseMismatch = "refuse"
+    """allow: take a base with other weights than the checkpoint was trained on, with a warning."""
     task: str = "regeneration"
     """What is measured: regeneration, qa, continuation (of what follows a passage), summarise, classify, paraphrase,
     retrieve (a passage from a query); or a study: utilisation (what each memory token and layer is used for),

@@ -119,7 +119,11 @@ class Methods:
                 continue
             assert place is not None
             model = Compressor.from_pretrained(
-                place, base=config.base, device=self.accelerator.device, dtype=config.dtype
+                place,
+                base=config.base,
+                device=self.accelerator.device,
+                dtype=config.dtype,
+                base_mismatch=config.base_mismatch,
             )
             self._fingerprints[name] = checkpoint_fingerprint(model)
             self._note_base(model.base)
@@ -135,7 +139,9 @@ class Methods:
         """The base without adapters, the one that the checkpoint was trained on if there is a checkpoint."""
         config, device = self.config, self.accelerator.device
         if self.settings is not None:
-            return find_base(config.checkpoint, config.base, device, config.dtype)[1]
+            return find_base(config.checkpoint, config.base, device, config.dtype, base_mismatch=config.base_mismatch)[
+                1
+            ]
         assert config.base is not None
         return load_base(BaseConfig(path=config.base, dtype=config.dtype), device)
 

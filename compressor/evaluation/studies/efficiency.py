@@ -76,7 +76,11 @@ def efficiency(config: EvaluationConfig, accelerator: Accelerator) -> Findings |
     """
     check_settings(config)
     model = Compressor.from_pretrained(
-        config.checkpoint, base=config.base, device=accelerator.device, dtype=config.dtype
+        config.checkpoint,
+        base=config.base,
+        device=accelerator.device,
+        dtype=config.dtype,
+        base_mismatch=config.base_mismatch,
     )
     settings, base = model.config, model.base
     if settings.method != "kv":

@@ -48,7 +48,12 @@ def utilisation(config: EvaluationConfig, accelerator: Accelerator) -> Findings 
         loaded = {source: load(source, config) for source in sources}
     names = data_names(sources)
     model = Compressor.from_pretrained(
-        config.checkpoint, base=config.base, device=accelerator.device, dtype=config.dtype, attention="eager"
+        config.checkpoint,
+        base=config.base,
+        device=accelerator.device,
+        dtype=config.dtype,
+        attention="eager",
+        base_mismatch=config.base_mismatch,
     )
     check_tokens(config.tokens or [1], model.config.memory_tokens, config.checkpoint)
     tokens = config.tokens[0] if config.tokens else model.config.memory_tokens
