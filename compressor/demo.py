@@ -8,9 +8,9 @@ import re
 import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compressor.data.text_files import read_text
 from compressor.errors import CompressorError, exits_cleanly, require
 from compressor.model_config import BaseMismatch
 from compressor.parsing import parse_config
@@ -62,26 +62,6 @@ class DemoConfig:
         require(self.refine_steps >= 0, "refine_steps", self.refine_steps, "at least 0")
         require(self.length is None or self.length >= 1, "length", self.length, "at least 1")
         require(self.example >= 0, "example", self.example, "at least 0")
-
-
-def read_text(path: str, stripped: bool = True) -> str:
-    """A text file, or standard input for "-", without the white space around it unless not `stripped`.
-
-    Raises:
-        CompressorError: the file is missing, empty or not text.
-    """
-    name = "standard input" if path == "-" else path
-    try:
-        text = (sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()).decode("utf-8")
-    except OSError as error:
-        raise CompressorError(f"cannot read {name}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise CompressorError(f"{name} is not UTF-8 text: only text can be compressed") from None
-    if "\x00" in text:
-        raise CompressorError(f"{name} holds NUL bytes, so it is not text: only text can be compressed")
-    if not text.strip():
-        raise CompressorError(f"{name} is empty: give a passage of at least one word")
-    return text.strip() if stripped else text
 
 
 def read_passage(config: DemoConfig) -> tuple[str, str]:

@@ -142,7 +142,7 @@ def test_an_unknown_name_lists_those_that_exist(monkeypatch: pytest.MonkeyPatch)
         ("a.jsonl", '{"body": "a"}\n', "line 1 has no field 'text' or 'abstract'; its fields are 'body'"),
         ("a.jsonl", "[" * 100_000 + "\n", "line 1 is not valid JSON"),
         ("a.jsonl", b'{"text": "a"}\n\xff\xff\n', "line 2 is not UTF-8"),
-        ("a.jsonl", '{"text": "a"}'.encode("utf-16"), "line 1 holds a zero byte"),
+        ("a.jsonl", '{"text": "a"}'.encode("utf-16-le"), "line 1 holds a zero byte"),
         ("a.jsonl", "", "is empty"),
         ("a.jsonl", "\n\n", "holds no records"),
         ("a.json", '[{"text": "a"}, 3]', "item 2 is a number"),

@@ -32,7 +32,7 @@ class CompressOptions:
 
     text: str
     """File with the passage, or - for standard input; or a corpus (JSONL, JSON, CSV, TSV, Parquet, a corpus folder, a
-    shipped name), each record of which becomes a memory of a collection."""
+    shipped name), each record of which becomes a memory of a collection, as each text file of a folder does."""
     output: str
     """Memory file to write; for a corpus the folder of the collection, which is continued if it exists."""
     tokens: int | None = None
@@ -148,11 +148,16 @@ class Progress:
 
 
 def is_corpus(source: str) -> bool:
-    """Whether `compress` makes a collection of this: a data file, a folder or a shipped name; a .txt is one passage."""
+    """Whether `compress` makes a collection of this: a data file, a folder, a glob, several or a shipped name.
+
+    A text file is one passage, by itself as in a folder.
+    """
     from compressor.data.sources import kind_of, shipped_names
 
     path = Path(source)
-    return path.is_dir() or kind_of(path) not in (None, ".txt") or (not path.exists() and source in shipped_names())
+    if path.exists():
+        return path.is_dir() or kind_of(path) not in (None, ".txt")
+    return kind_of(path) not in (None, ".txt") or any(mark in source for mark in "*?[,") or source in shipped_names()
 
 
 def chosen_codec(options: CompressOptions) -> Any:
@@ -195,9 +200,10 @@ def how_made(options: CompressOptions, model: Compressor) -> dict[str, float]:
 
 def compress_text(options: CompressOptions) -> str:
     """Compress one passage into a memory file; returns a line about it."""
-    from compressor.demo import read_text, tokens_named
+    from compressor.data.text_files import read_text
+    from compressor.demo import tokens_named
 
-    passage, codec = read_text(options.text, stripped=not options.keep_text), chosen_codec(options)
+    passage, codec = read_text(options.text, as_written=options.keep_text), chosen_codec(options)
     from compressor.codecs.artifact import compressor_name, signed
     from compressor.model import Compressor
 
@@ -291,7 +297,7 @@ def compress_corpus(options: CompressOptions) -> str:
     if accelerator.num_processes > 1:
         device = accelerator.device
     with accelerator.main_process_first():
-        records = load_texts(options.text, field=options.text_field, limit=options.limit)
+        records = load_texts(options.text, field=options.text_field, limit=options.limit, documents=True)
     names, texts = list(records["id"]), list(records["text"])
     model = Compressor.from_pretrained(
         options.checkpoint, base=options.base, device=device, base_mismatch=options.base_mismatch

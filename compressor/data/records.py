@@ -13,7 +13,7 @@ from itertools import groupby, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-from compressor.data.sources import Hub, Row, open_parquet, read_rows, resolve, type_name
+from compressor.data.sources import Hub, Row, kind_of, open_parquet, read_rows, resolve, type_name
 from compressor.errors import CompressorError
 from compressor.processes import bars_on_terminals
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 TEXT_FIELDS = ("text", "abstract")
 
 # Part of the cache key: raise it when the rows made from the same file change.
-_READER_VERSION = 1
+_READER_VERSION = 2
 
 
 def load_texts(
@@ -32,6 +32,7 @@ def load_texts(
     split: str | None = None,
     field: str | None = None,
     limit: int | None = None,
+    documents: bool = False,
 ) -> datasets.Dataset:
     """Read passages from a corpus folder, files or the hub.
 
@@ -42,6 +43,7 @@ def load_texts(
         split: the split of a folder or hub data set that has several; plain files have none.
         field: the field that holds the passage; by default `text`, else `abstract`.
         limit: read only the first `limit` passages.
+        documents: a .txt file is one passage, called as the file is, and not its paragraphs.
 
     Returns:
         A memory-mapped `datasets.Dataset` with the columns `id`, `text` and, where every part of the
@@ -58,7 +60,7 @@ def load_texts(
     parts: list[datasets.Dataset] = []
     left = limit
     with bars_on_terminals():
-        for part in _parts(resolve(source, split=split), split, field, limit):
+        for part in _parts(resolve(source, split=split), split, _Reading(field, limit, documents)):
             part = part if left is None else part.select(range(min(left, len(part))))
             parts.append(part)
             left = None if left is None else left - len(part)
@@ -69,15 +71,21 @@ def load_texts(
     return parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
 
 
-def _parts(
-    places: list[Path | Hub], split: str | None, field: str | None, limit: int | None
-) -> Iterator[datasets.Dataset]:
+class _Reading(NamedTuple):
+    """What is asked for of every source; see `load_texts`."""
+
+    field: str | None
+    limit: int | None
+    documents: bool
+
+
+def _parts(places: list[Path | Hub], split: str | None, reading: _Reading) -> Iterator[datasets.Dataset]:
     for is_hub, group in groupby(places, key=lambda place: isinstance(place, Hub)):
         if is_hub:
             for place in group:
-                yield _hub(cast("Hub", place), split, field)
+                yield _hub(cast("Hub", place), split, reading.field)
         else:
-            yield from _files([cast("Path", place) for place in group], field, limit)
+            yield from _files([cast("Path", place) for place in group], reading)
 
 
 class _Plan(NamedTuple):
@@ -88,26 +96,26 @@ class _Plan(NamedTuple):
     has_date: bool
 
 
-def _files(paths: list[Path], field: str | None, limit: int | None) -> Iterator[datasets.Dataset]:
+def _files(paths: list[Path], reading: _Reading) -> Iterator[datasets.Dataset]:
     """One data set for each run of files that can be read alike, up to about `limit` records."""
     import datasets
 
-    planned = [(path, _plan(path, field)) for path in paths]
+    planned = [(path, _plan(path, reading)) for path in paths]
     for plan, group in groupby(planned, key=lambda pair: pair[1]):
         files = [path for path, _ in group]
         names = ["id", plan.field, "date"] if plan.has_date else ["id", plan.field]
         if plan.direct:
-            files = _first_files(files, limit)
+            files = _first_files(files, reading.limit)
             for path in files:
                 _check_columns(path, names)
             features = datasets.Features({name: datasets.Value("string") for name in names})
             part = datasets.Dataset.from_parquet([str(path) for path in files], features=features, columns=names)
             yield part if plan.field == "text" else part.rename_column(plan.field, "text")
         else:
-            yield _generated(files, plan, limit)
+            yield _generated(files, plan, reading)
 
 
-def _plan(path: Path, field: str | None) -> _Plan:
+def _plan(path: Path, reading: _Reading) -> _Plan:
     import pyarrow as pa
 
     if path.suffix == ".parquet":
@@ -115,13 +123,15 @@ def _plan(path: Path, field: str | None) -> _Plan:
             schema, rows = file.schema_arrow, file.metadata.num_rows
         if rows == 0:
             raise CompressorError(f"{path} holds no records")
-        name = text_field(schema.names, field, str(path))
+        name = text_field(schema.names, reading.field, str(path))
         strings = {
             column.name for column in schema if pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
         }
         dated = "date" in schema.names
         return _Plan({"id", name} <= strings and (not dated or "date" in strings), name, dated)
-    row = next(read_rows(path))
+    # A text has no other fields to choose from, whatever is asked of the files beside it.
+    field = None if kind_of(path) == ".txt" else reading.field
+    row = next(read_rows(path, documents=reading.documents))
     return _Plan(False, text_field(row.values, field, row.where), "date" in row.values)
 
 
@@ -160,19 +170,19 @@ def _check_columns(path: Path, names: list[str]) -> None:
             raise CompressorError(f"{path} is damaged after row {seen}: {error}") from None
 
 
-def _generated(files: list[Path], plan: _Plan, limit: int | None) -> datasets.Dataset:
+def _generated(files: list[Path], plan: _Plan, reading: _Reading) -> datasets.Dataset:
     """Rows checked one by one and kept in the loading layer's cache."""
     import datasets
 
     names = ["id", "text", "date"] if plan.has_date else ["id", "text"]
     # A key of our own: the layer's would not notice that a file changed under the same name.
     states = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    key = hashlib.sha256(repr((_READER_VERSION, states, plan, limit)).encode()).hexdigest()[:32]
+    key = hashlib.sha256(repr((_READER_VERSION, states, plan, reading)).encode()).hexdigest()[:32]
     try:
         return datasets.Dataset.from_generator(
             _passages,
             features=datasets.Features({name: datasets.Value("string") for name in names}),
-            gen_kwargs={"files": [str(path) for path in files], "field": plan.field, "limit": limit},
+            gen_kwargs={"files": [str(path) for path in files], "field": plan.field, "reading": reading},
             fingerprint=key,
         )
     except datasets.exceptions.DatasetGenerationError as error:
@@ -181,9 +191,9 @@ def _generated(files: list[Path], plan: _Plan, limit: int | None) -> datasets.Da
         raise
 
 
-def _passages(files: list[str], field: str, limit: int | None) -> Iterator[dict[str, str]]:
-    rows = ((Path(file), row) for file in files for row in read_rows(Path(file)))
-    for path, row in islice(rows, limit):
+def _passages(files: list[str], field: str, reading: _Reading) -> Iterator[dict[str, str]]:
+    rows = ((Path(file), row) for file in files for row in read_rows(Path(file), documents=reading.documents))
+    for path, row in islice(rows, reading.limit):
         passage = {"id": record_id(row, default=f"{path.name}:{row.number}"), "text": text_value(row, field)}
         if "date" in row.values:
             passage["date"] = date_value(row, "date")

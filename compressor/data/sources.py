@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import csv
 import glob
-import gzip
 import json
 import os
 import re
-import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
+from compressor.data.text_files import MOST_LINE, raw_lines, read_text, text_lines
 from compressor.errors import CompressorError
 from compressor.files import read_json
 
@@ -24,8 +23,6 @@ SPLITS = ("train", "validation", "test")
 MANIFEST = "manifest.json"
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt")
 
-# A line longer than this is not a record; without a limit, binary junk is read into memory whole.
-_MAX_LINE = 1 << 26
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(:[\w.-]+)?")
 
 
@@ -164,17 +161,22 @@ def _folder_files(folder: Path, split: str | None, every_split: bool) -> list[Pa
     return chosen
 
 
-def read_rows(path: Path) -> Iterator[Row]:
+def read_rows(path: Path, *, documents: bool = False) -> Iterator[Row]:
     """Read a data file record by record, in constant memory (a JSON array is read whole).
 
     JSON lines (also under the name .json), JSON arrays of objects, CSV and TSV with a header line,
     Parquet, and text, where each paragraph (separated by blank lines) becomes `{"text": ...}`.
     All but Parquet may be compressed with gzip.
 
+    Args:
+        documents: a text file is one record, as `read_text` reads it, and not its paragraphs.
+
     Raises:
         CompressorError: names the file and line of whatever is broken; also when there is no record.
     """
     readers = {".csv": _csv_rows, ".tsv": _csv_rows, ".parquet": _parquet_rows, ".txt": _text_rows}
+    if documents:
+        readers[".txt"] = _document_rows
     kind = kind_of(path)
     if kind is None:
         raise CompressorError(f"{path} is not a kind of file that can be read: {_kinds()}")
@@ -190,32 +192,6 @@ def read_rows(path: Path) -> Iterator[Row]:
         raise CompressorError(f"{path} cannot be read: {error.strerror or error}") from None
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Decoded lines with their ends, numbered from 1. Decoded one by one so that errors have a line."""
-    with open(path, "rb") as probe:
-        compressed = probe.read(2) == b"\x1f\x8b"
-    number = 0
-    try:
-        with cast("IO[bytes]", gzip.open(path, "rb") if compressed else open(path, "rb")) as file:
-            while line := file.readline(_MAX_LINE + 1):
-                number += 1
-                if len(line) > _MAX_LINE:
-                    raise CompressorError(f"{path} line {number} is longer than {_MAX_LINE:,} bytes: not text?")
-                if b"\0" in line:
-                    raise CompressorError(
-                        f"{path} line {number} holds a zero byte: binary data or UTF-16; give UTF-8 text"
-                    )
-                try:
-                    yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
-                except UnicodeDecodeError as error:
-                    raise CompressorError(
-                        f"{path} line {number} is not UTF-8 (byte {error.start + 1}: {error.reason}); "
-                        "convert the file, or it is damaged"
-                    ) from None
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise CompressorError(f"{path} is a damaged gzip file after line {number}: {error}") from None
-
-
 def _parse_json(text: str, where: str) -> Any:
     try:
         return json.loads(text)
@@ -228,12 +204,12 @@ def _parse_json(text: str, where: str) -> Any:
 
 def read_document(path: Path) -> tuple[Any, str]:
     """The one JSON value that a file (also .gz) holds, and the text it was read from."""
-    text = "".join(line for _, line in _lines(path))
+    text = "".join(line for _, line in raw_lines(path))
     return _parse_json(text, str(path)), text
 
 
 def _json_rows(path: Path) -> Iterator[Row]:
-    lines = _lines(path)
+    lines = raw_lines(path)
     first = True
     for number, line in lines:
         where = f"{path} line {number}"
@@ -256,9 +232,9 @@ def _object_row(number: int, where: str, value: Any) -> Row:
 
 def _csv_rows(path: Path) -> Iterator[Row]:
     # The csv module refuses fields of more than 128 KiB by default; a long passage is no error.
-    csv.field_size_limit(max(csv.field_size_limit(), _MAX_LINE))
+    csv.field_size_limit(max(csv.field_size_limit(), MOST_LINE))
     delimiter = "\t" if kind_of(path) == ".tsv" else ","
-    reader = csv.reader((line for _, line in _lines(path)), delimiter=delimiter, strict=True)
+    reader = csv.reader((line for _, line in raw_lines(path)), delimiter=delimiter, strict=True)
     header: list[str] | None = None
     while True:
         first = reader.line_num + 1
@@ -287,16 +263,20 @@ def _csv_rows(path: Path) -> Iterator[Row]:
 def _text_rows(path: Path) -> Iterator[Row]:
     paragraph: list[str] = []
     start = 1
-    for number, line in _lines(path):
+    for number, line in text_lines(path):
         if line.strip():
             if not paragraph:
                 start = number
             paragraph.append(line)
         elif paragraph:
-            yield Row(start, f"{path} line {start}", {"text": "".join(paragraph).rstrip("\r\n")})
+            yield Row(start, f"{path} line {start}", {"text": "".join(paragraph).rstrip("\n")})
             paragraph = []
     if paragraph:
-        yield Row(start, f"{path} line {start}", {"text": "".join(paragraph).rstrip("\r\n")})
+        yield Row(start, f"{path} line {start}", {"text": "".join(paragraph).rstrip("\n")})
+
+
+def _document_rows(path: Path) -> Iterator[Row]:
+    yield Row(1, str(path), {"id": path.name, "text": read_text(path)})
 
 
 def _parquet_rows(path: Path) -> Iterator[Row]:
