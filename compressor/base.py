@@ -119,6 +119,13 @@ class Base(nn.Module):
     def eos(self) -> int:
         return self.tokenizer.eos_token_id
 
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """Tokens that end what is written: EOS, and those that the base's generation settings list, as Llama 3's do."""
+        listed = getattr(getattr(self.model, "generation_config", None), "eos_token_id", None)
+        others = listed if isinstance(listed, list | tuple) else [listed]
+        return tuple(dict.fromkeys([self.eos, *(one for one in others if isinstance(one, int))]))
+
     def rotate(self, keys: Tensor, positions: Tensor, inverse: bool = False) -> Tensor:
         """Turn keys by RoPE to `positions` (or, inverse, back to position 0).
 

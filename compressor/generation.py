@@ -50,7 +50,7 @@ class Generation:
     logprobs: list[float] = field(default_factory=list)
     """Natural log-probability of each token under the base, EOS included where it came."""
     finished: bool = False
-    """Whether EOS came before the limit."""
+    """Whether EOS (or another of `Base.ends`) came before the limit."""
 
 
 def decode(base: Base, prefix: Prefix, ids: Tensor) -> Tensor:
@@ -218,7 +218,7 @@ def stream(
     Args:
         prompts: token ids for each row, at least one each; lengths may differ.
         limits: most new tokens for each row.
-        ends: whether EOS ends a row; without, every row is as long as its limit, which timings need.
+        ends: whether `Base.ends` end a row; without, every row is as long as its limit, which timings need.
 
     Yields:
         For each row the new token and its log-probability, or None when the row has ended. EOS is yielded too.
@@ -250,6 +250,7 @@ def stream(
     cache = prefix.to_cache()
     left = torch.tensor(list(limits), device=device)
     alive = left > 0
+    stops = torch.tensor(base.ends, device=device)
     while bool(alive.any()):
         logits = (
             base.model(
@@ -270,7 +271,7 @@ def stream(
             for token, logprob, going in zip(chosen.tolist(), logprobs.tolist(), alive.tolist(), strict=True)
         ]
         left = left - 1
-        alive = alive & (left > 0) & ((chosen != base.eos) | (not ends))
+        alive = alive & (left > 0) & (~torch.isin(chosen, stops) | (not ends))
         ids = chosen[:, None]
         positions = positions[:, -1:] + 1
         context = torch.cat([context, torch.ones(batch, 1, dtype=torch.bool, device=device)], dim=1)
@@ -285,12 +286,12 @@ def generate(
     sampling: Sampling | None = None,
 ) -> list[Generation]:
     """`stream`, collected."""
-    results = [Generation() for _ in prompts]
+    results, ends = [Generation() for _ in prompts], base.ends
     for step in stream(base, prefix, prompts, limits, sampling):
         for result, new in zip(results, step, strict=True):
             if new is not None:
                 result.logprobs.append(new[1])
-                if new[0] == base.eos:
+                if new[0] in ends:
                     result.finished = True
                 else:
                     result.ids.append(new[0])

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from compressor.errors import require
-from compressor.prompts import CHAT, QUESTION
+from compressor.prompts import CHAT, QUESTION, chat_arguments
 
 Layout = Literal["restart", "published", "after", "front", "spread", "overlay", "nested"]
 TrainedMethod = Literal["kv", "reference-500x", "icae", "mean-pool", "anchor", "sentence-embedding"]
@@ -120,7 +120,8 @@ class CompressorConfig:
     max_passage_tokens: int = 500
     """Longer passages are split into segments of at most this many tokens."""
     question_template: str = QUESTION
-    """Prompt of a question after a memory, with `{question}` in it; `chat` for the base's chat template."""
+    """Prompt of a question after a memory, with `{question}` in it; `chat` for the base's chat template, with arguments
+    of it as in `chat {"enable_thinking": false}`."""
     text_encoder: str | None = None
     """Folder or hub id of the frozen text encoder of the method sentence-embedding; by default the base itself."""
 
@@ -152,7 +153,7 @@ class CompressorConfig:
             "at least 1",
         )
         require(
-            self.question_template == CHAT or "{question}" in self.question_template,
+            "{question}" in self.question_template or chat_arguments(self.question_template) is not None,
             "compressor.question_template",
             self.question_template,
             f"a text with {{question}} in it, or {CHAT}",

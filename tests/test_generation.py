@@ -129,14 +129,17 @@ def test_the_first_token_comes_before_the_rest_is_computed(decoder: tuple[Base, 
 # -- ends and limits -----------------------------------------------------------------------------------------------
 
 
-def test_generation_stops_at_eos_and_leaves_it_out(
-    decoder: tuple[Base, list[Memory]],
-) -> None:
+@pytest.mark.parametrize("where", ["tokenizer", "generation settings"])
+def test_generation_stops_at_eos_and_leaves_it_out(decoder: tuple[Base, list[Memory]], where: str) -> None:
+    """Chat models end a turn by tokens that only their generation settings list beside EOS."""
     base, memories = decoder
     free = generate(base, memory_prefix(base, memories), PROMPTS, [20] * 3, HOT)
     token = free[0].ids[4]
-    base.tokenizer.eos_token = base.tokenizer.convert_ids_to_tokens(token)
-    assert base.eos == token
+    if where == "tokenizer":
+        base.tokenizer.eos_token = base.tokenizer.convert_ids_to_tokens(token)
+    else:
+        base.model.generation_config.eos_token_id = [base.eos, token]
+    assert token in base.ends
     stopped = generate(base, memory_prefix(base, memories), PROMPTS, [20] * 3, HOT)
     for one, whole in zip(stopped, free, strict=True):
         ids = [*whole.ids, *([2] if whole.finished else [])]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import collections
+import copy
 import json
 import re
-import shutil
 import string
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from compressor.errors import CompressorError
 from compressor.evaluation.command import evaluate_main
 from compressor.evaluation.metrics import (
     answer_scores,
@@ -23,6 +24,7 @@ from compressor.evaluation.metrics import (
     retained,
     spearman,
 )
+from compressor.model_config import CompressorConfig
 from compressor.prompts import question_ids
 
 CASES: list[tuple[str, list[str]]] = [
@@ -241,45 +243,45 @@ def test_bad_settings_end_with_a_message(
     assert not (tmp_path / "out").exists()
 
 
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<bos>{{ m.content }}<eos>{% endfor %}{% if add_generation_prompt %}<bos>{% endif %}"
+    "{% if enable_thinking is defined and not enable_thinking %}<think>{% endif %}"
+)
+
+
 def test_a_chat_template_is_used_with_its_special_tokens(tiny_base: Any) -> None:
-    tokenizer = tiny_base.tokenizer
-    tokenizer.chat_template = (
-        "{% for m in messages %}<bos>{{ m.content }}<eos>{% endfor %}{% if add_generation_prompt %}<bos>{% endif %}"
-    )
+    tokenizer = copy.deepcopy(tiny_base.tokenizer)
+    tokenizer.chat_template = CHAT_TEMPLATE
     (ids,) = question_ids(tokenizer, ["Why?"], "chat")
     assert (ids[0], ids[-2], ids[-1]) == (tiny_base.bos, tiny_base.eos, tiny_base.bos)
     assert tokenizer.decode(ids[1:-2]) == "Why?"
     assert tokenizer("<eos>", add_special_tokens=False)["input_ids"] != [tiny_base.eos]  # elsewhere it is text
 
 
-def test_contexts_beyond_the_base_are_left_out_and_counted(
-    argv: list[str], tiny_compressor: Any, questions: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """A base with few positions: the whole passage, or the text recited, would be read as noise."""
-    limit = 140
-    folder = Path(tiny_compressor.base.name)
-    short = tmp_path / "short-base"
-    shutil.copytree(folder, short)
-    settings = json.loads((short / "config.json").read_text())
-    (short / "config.json").write_text(json.dumps(settings | {"max_position_embeddings": limit}))
-    argv = [*argv, "--base", str(short), "--resamples", "4"]
-    whole = tmp_path / "whole"
-    assert evaluate_main([*argv, "--methods", "kv", "full", "none", "--output", str(whole)]) == 0
-    metrics = json.loads((whole / "metrics.json").read_text())
-    lines = [json.loads(line) for line in (whole / "predictions.jsonl").read_text().splitlines()]
-    without = {one["id"] for one in lines if one.get("left_out") == "beyond_positions"}
-    assert without == {"1-0-0", "1-0-1", "1-1-0", "1-1-1"}
-    assert metrics["base"]["positions"] == limit
-    assert metrics["left_out"]["set1"]["beyond_positions"] == {"count": 4, "first": "1-0-0", "by": "full"}
-    assert metrics["left_out"]["set0"] == {}
-    assert any("set1: 4 of 4 items (100.0%) are left out of every row" in note for note in metrics["notes"])
-    assert {row["n"] for row in metrics["rows"] if row["dataset"] == "set0"} == {6}
-    assert {row["n"] for row in metrics["rows"] if row["dataset"] == "set1"} == {0}
-    assert f"fit into the base's {limit} positions" in capsys.readouterr().out
-    # Windows fit, and without anything that fits there is nothing to measure.
-    argv = [*argv, "--data", questions[1], "--methods", "full"]
-    assert evaluate_main([*argv, "--question_tokens", "64", "--output", str(tmp_path / "windows")]) == 0
-    assert json.loads((tmp_path / "windows" / "metrics.json").read_text())["left_out"] == {"set1": {}}
-    assert evaluate_main([*argv, "--output", str(tmp_path / "none")]) == 2
-    assert "Nothing is left to measure" in capsys.readouterr().err
-    assert not (tmp_path / "none").exists()
+def test_control_tokens_that_a_question_spells_are_text(tiny_base: Any) -> None:
+    tokenizer = copy.deepcopy(tiny_base.tokenizer)
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.add_tokens(["<think>", "<other>"])  # not special; the template writes the first
+    think, other = tokenizer.convert_tokens_to_ids(["<think>", "<other>"])
+    question = "Is <eos><bos>a <think> or <other> there?"
+    (ids,) = question_ids(tokenizer, [question], "chat")
+    assert tokenizer.decode(ids[1:-2]).replace(" ", "") == question.replace(" ", "")
+    assert not {tiny_base.bos, tiny_base.eos, think} & set(ids[1:-2])
+    assert other in ids
+    assert (ids[0], ids[-2], ids[-1]) == (tiny_base.bos, tiny_base.eos, tiny_base.bos)
+
+
+def test_arguments_of_a_chat_template_are_passed(tiny_base: Any) -> None:
+    tokenizer = copy.deepcopy(tiny_base.tokenizer)
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.add_tokens(["<think>"])
+    (plain,) = question_ids(tokenizer, ["Why?"], "chat")
+    (ids,) = question_ids(tokenizer, ["Why?"], 'chat {"enable_thinking": false}')
+    assert ids == [*plain, tokenizer.convert_tokens_to_ids("<think>")]
+    CompressorConfig(question_template='chat {"enable_thinking": false}')
+    for template in ('chat {"enable_thinking": no}', "chatty"):
+        with pytest.raises(CompressorError, match=r"no JSON object after chat|is out of range: it must be a text with"):
+            CompressorConfig(question_template=template)
+    tokenizer.chat_template = "{{ raise_exception('only with tools') }}"
+    with pytest.raises(CompressorError, match=r"chat template fails .*only with tools"):
+        question_ids(tokenizer, ["Why?"], "chat")

@@ -62,7 +62,8 @@ class EvaluationConfig:
     keep_unanswerable: bool = False
     """Ask questions that the data says have no answer (SQuAD 2.0), too; right is to say nothing."""
     question_template: str | None = None
-    """Prompt of a question, with `{question}` in it, or `chat`; by default the checkpoint's."""
+    """Prompt of a question, with `{question}` in it, or `chat`, with arguments of the template as in
+    `chat {"enable_thinking": false}`; by default the checkpoint's."""
     summariser: str | None = None
     """Seq2seq summariser (folder or hub id) of the method summary; by default sentences are extracted."""
     keyword_language: str = "en"
