@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import warnings
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
 
@@ -69,6 +72,7 @@ class Base(nn.Module):
             raise CompressorError(f"the tokenizer of {name} has no end-of-text token (eos_token), which ends a passage")
         # Text that spells a special token is text: "</s>" in a passage must not end it.
         self.tokenizer.split_special_tokens = True
+        fit_tokenizer(tokenizer, self.embeddings.weight.shape[0], name)
         if getattr(model.get_decoder(), "rotary_emb", None) is None:
             raise CompressorError(f"{name} ({model.config.model_type}) is not supported: {NO_ROPE}")
         try:
@@ -308,6 +312,45 @@ def _alike(tensors: list[Any]) -> bool:
 def start_token(tokenizer: Any) -> int:
     """BOS or, where there is none, the end-of-text token."""
     return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+
+
+def fit_tokenizer(tokenizer: Any, rows: int, name: str) -> None:
+    """See to it that no text becomes a token without one of the base's `rows` embeddings; warns of what is left out.
+
+    Tokens that were added to a tokenizer, but not to the base, are read as the text that spells them.
+
+    Raises:
+        CompressorError: tokens of the vocabulary itself, or BOS or EOS, have no embedding.
+    """
+    beyond = {token: number for token, number in tokenizer.get_vocab().items() if number >= rows}
+    if not beyond:
+        return
+    added = tokenizer.added_tokens_decoder
+    needed = [token for token in (tokenizer.bos_token, tokenizer.eos_token) if token in beyond]
+    own = [token for token, number in beyond.items() if number not in added]
+    if needed or own or getattr(tokenizer, "backend_tokenizer", None) is None:
+        some = ", ".join(list(dict.fromkeys([*needed, *own, *beyond]))[:3])
+        raise CompressorError(
+            f"the tokenizer of {name} has {len(beyond):,} tokens ({some}, ...) for which the base has no embedding (it "
+            f"has {rows:,}): give the tokenizer that belongs to it, or add the embeddings to the base "
+            "(model.resize_token_embeddings)"
+        )
+    plain = [token for token, number in beyond.items() if not added[number].special]
+    if plain:
+        settings = json.loads(tokenizer.backend_tokenizer.to_str())
+        settings["added_tokens"] = [one for one in settings["added_tokens"] if one["id"] < rows]
+        tokenizer._tokenizer = Tokenizer.from_str(json.dumps(settings))
+        warnings.warn(
+            f"the tokenizer of {name} has {len(beyond):,} added tokens ({', '.join(plain[:3])}, ...) for which the "
+            "base has no embedding: they are left out, and read as the text that spells them",
+            stacklevel=3,
+        )
+    template = getattr(tokenizer, "chat_template", None)
+    if template and any(token in str(template) for token in beyond):
+        tokenizer.chat_template = None
+        warnings.warn(
+            f"the chat template of {name} uses tokens for which the base has no embedding: it is left out", stacklevel=3
+        )
 
 
 def refuse_unsupported(config: Any, name: str) -> None:

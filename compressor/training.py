@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from compressor.base import held_dtype
+from compressor.base import first_line, held_dtype
 from compressor.checkpoints import Checkpoints, TrainingState
 from compressor.config import RunConfig, TrainingConfig
 from compressor.errors import CompressorError
@@ -186,6 +186,31 @@ def run_step(
     return StepResult(total_loss, targets, passages, norm, stops > 0)
 
 
+def _compile(stage: Stage, mode: str, accelerator: Accelerator) -> None:
+    """Compile the module, and try it forward and backward on two micro-batches; where that fails, do without."""
+    stage.module.compile(dynamic=mode == "dynamic")
+    reason = ""
+    try:
+        for index in range(2):
+            with accelerator.autocast():
+                loss = stage.module(_move(stage.micro_batch(index), accelerator.device))
+            loss.backward()
+    except (CompressorError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # the compiler's own, of many kinds
+        reason = f"{type(error).__name__}: {first_line(error)}"
+    stage.module.zero_grad(set_to_none=True)
+    reasons = [one for one in gather_object([reason]) if one]
+    if reasons:
+        stage.module._compiled_call_impl = None
+        if accelerator.is_main_process:
+            print(
+                f"note: torch {torch.__version__} cannot compile this model with training.compile {mode} "
+                f"({reasons[0][:300]}): it is trained without",
+                flush=True,
+            )
+
+
 def train(
     stage: Stage,
     config: RunConfig,
@@ -213,7 +238,7 @@ def train(
     if on_start is not None and accelerator.is_main_process:
         on_start(state.step)
     if settings.compile != "no":
-        stage.module.compile(dynamic=settings.compile == "dynamic")
+        _compile(stage, settings.compile, accelerator)
     module, prepared = accelerator.prepare(stage.module, optimizer)
     if settings.trackers:
         accelerator.init_trackers("compressor", config={"output": config.output, "seed": config.seed})

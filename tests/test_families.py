@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -310,6 +313,43 @@ def test_a_tokenizer_without_eos_is_refused(make_family_base: Callable[..., Base
     base.tokenizer.eos_token = None
     with pytest.raises(CompressorError, match="end-of-text"):
         Base(base.model, base.tokenizer, "no-eos")
+
+
+BEYOND: dict[str, tuple[list[str], bool, bool, str]] = {
+    "special tokens that no text becomes": (["<mask>"], True, False, ""),
+    "ordinary tokens": (["graphene", "<mask>"], False, False, r"2 added tokens \(graphene, <mask>, ...\).*left out"),
+    "those of the chat template": (["<|user|>"], True, True, "chat template of llama uses tokens"),
+}
+
+
+@pytest.mark.parametrize("case", list(BEYOND))
+def test_tokens_without_an_embedding_are_left_out(make_family_base: Callable[..., Base], case: str) -> None:
+    tokens, special, in_template, warned = BEYOND[case]
+    plain = make_family_base("llama")
+    tokenizer = copy.deepcopy(plain.tokenizer)
+    tokenizer.add_tokens(tokens, special_tokens=special)
+    assert len(tokenizer) > plain.embeddings.weight.shape[0]
+    if in_template:
+        tokenizer.chat_template = "<|user|>{{ messages[0].content }}"
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        base = Base(plain.model, tokenizer, "llama")
+    assert [bool(re.search(warned, str(one.message))) for one in caught] == [True] * bool(warned)
+    model, text = Compressor(base, small()), "graphene <mask> and <|user|> graphene"
+    ids = base.tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert ids == plain.tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert isinstance(model.answer(model.compress(text), "graphene?"), str)
+    with pytest.raises(CompressorError, match="no chat template"):
+        model.answer(model.compress(text), "graphene?", template="chat")
+
+
+def test_a_tokenizer_of_another_base_is_refused(make_family_base: Callable[..., Base]) -> None:
+    with pytest.raises(CompressorError, match=r"112 tokens .* no embedding \(it has 400\): give the tokenizer"):
+        make_family_base("llama", vocab_size=400)
+    base = make_family_base("llama")
+    base.tokenizer.add_special_tokens({"eos_token": "<end>"})
+    with pytest.raises(CompressorError, match=r"1 tokens \(<end>, ...\) for which"):
+        Base(base.model, base.tokenizer, "llama")
 
 
 def test_lora_targets_can_be_named_and_unknown_names_list_those_there_are(

@@ -409,6 +409,42 @@ def test_processes_that_cannot_share_the_batch_of_a_run_are_refused(tmp_path: Pa
         checkpoints.keep_batch(settings(tmp_path, resume=True))
 
 
+class _Uncompilable(Dot):
+    """A module whose compiled form fails, forward or backward, as torch's compiler does at times."""
+
+    def __init__(self, fails: str):
+        super().__init__()
+        self.fails, self.calls = fails, 0
+
+    def compile(self, *_: Any, **__: Any) -> None:
+        self._compiled_call_impl = self._compiled
+
+    def _compiled(self, batch: dict[str, Any]) -> Tensor:
+        self.calls += 1
+        if self.fails == "forward":
+            raise RuntimeError("InductorError: no kernel\nand many lines more")
+        loss = self.forward(batch)
+        if self.fails == "backward":
+            loss.register_hook(lambda gradient: gradient.no_such_thing)
+        return loss
+
+
+@pytest.mark.parametrize("fails", ["forward", "backward", "nowhere"])
+def test_what_cannot_be_compiled_is_trained_without(
+    tmp_path: Path, fails: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain, stage = Scripted(), Scripted()
+    run(plain, settings(tmp_path / "plain", steps=3))
+    stage.module = _Uncompilable(fails)
+    run(stage, settings(tmp_path / "compiled", steps=3, compile="dynamic"))
+    assert ("cannot compile this model with training.compile dynamic" in capsys.readouterr().out) == (
+        fails != "nowhere"
+    )
+    assert stage.module.calls == {"forward": 1, "backward": 1, "nowhere": 2 + 3}[fails]
+    losses = [[row["loss"] for row in rows(tmp_path / name)] for name in ("plain", "compiled")]
+    assert losses[0] == losses[1]
+
+
 # -- stops and failures --------------------------------------------------------------------------------------------
 
 
