@@ -46,8 +46,7 @@ EVALUATION = FolderKind(
     ("metrics.json", "predictions.jsonl", "config.yaml", "table.md", *PLOTS, "rate-distortion.png"),
 )
 OWN_SETTINGS = (
-    *("lengths", "split_date", "text_field", "question_columns", "question_tokens", "keep_unanswerable"),
-    *("published", "codecs", "calibration", "questions"),
+    *("lengths", "split_date", "text_field", "question_columns", "question_tokens", "keep_unanswerable", "published"),
 )
 """Settings that only some tasks and studies read (`Task.settings`); elsewhere they would be ignored."""
 
