@@ -1,94 +1,221 @@
-"""How long a training step takes, variants alternating in one run; prints medians and ratios.
+"""What a training step costs: passages a second, share of the processor's matrix products, peak memory; prints a table.
 
-    python benchmarks/training_step.py --output results/benchmark-training-step.json
+    python benchmarks/training_step.py --base smollm2-135m --output results/benchmark-training-step.json
+    python benchmarks/training_step.py --base smollm2-135m --lengths 96
 
-Variants: the base with eager or sdpa attention; every passage padded to 500 tokens, as the published code does.
-Times are the process's CPU seconds on a CPU (other programs do not count) and wall seconds on a GPU.
+Variants alternate in one run: ours as it trains, ours without one lever each, and the published recipe as it is (every
+passage extended to 500 tokens, no mask, LoRA of rank 64 on queries and values, 4 passages a step). Passages are as long
+as the shipped test abstracts (up to 500 tokens), or of --lengths tokens. Seconds are the process's own on a CPU (other
+programs do not count) and wall seconds on a GPU; the peak is that of products of 2048 x 2048 matrices in the same run.
+--memory runs each variant in a process of its own and reports the largest resident set (on a GPU, the most memory
+allocated).
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import platform
+import resource
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from compressor.base import load_base
-from compressor.data.collate import regeneration_pair, stack_pairs
+from compressor.base import held_dtype, load_base
+from compressor.data.collate import padded_width, regeneration_pair, stack_pairs
+from compressor.data.passages import load_passages
+from compressor.errors import exits_cleanly
 from compressor.files import write_json
+from compressor.methods.encoder import pad
 from compressor.model import Compressor
 from compressor.model_config import BaseConfig, CompressorConfig
+from compressor.processes import current_device
 
-PADDED = 500
-
-
-def batch(model: Compressor, passages: int, length: int, width: int) -> dict:
-    """Random passages of `length` tokens, padded with EOS to `width` where that is more."""
-    generator = torch.Generator().manual_seed(0)
-    table = model.base.model.get_input_embeddings().weight
-    ids = torch.randint(3, len(table), (passages, length), generator=generator)
-    ids = torch.cat([ids, torch.full((passages, max(0, width - length)), model.base.eos)], dim=1)
-    pairs = stack_pairs([regeneration_pair(model.base.bos, model.base.eos, row.tolist()) for row in ids])
-    tensors = {
-        "input_ids": ids,
-        "lengths": torch.full((passages,), ids.shape[1]),
-        "memory_tokens": torch.full((passages,), model.config.memory_tokens),
-        "regeneration_inputs": pairs["inputs"],
-        "regeneration_labels": pairs["labels"],
-    }
-    return {name: tensor.to(model.base.device) for name, tensor in tensors.items()} | {"regeneration_weight": 1.0}
+OURS, PUBLISHED = "ours", "published recipe"
+VARIANTS = {
+    OURS: "",
+    "fused attention": "torch's own attention instead of grouped products (on a GPU the same)",
+    "autocast": "float32 weights under bfloat16 autocast",
+    "whole logits": "the logits of every position as one tensor",
+    "activation checkpointing": "activations computed again in the backward pass",
+    PUBLISHED: "passages extended to 500 tokens, q and v only, 4 a step",
+}
+TOKENS = 512
 
 
-def step(model: Compressor, data: dict) -> None:
-    with torch.autocast(model.base.device.type, torch.bfloat16):
-        loss = model(data)
-    loss.backward()
-    model.zero_grad()
+def build(variant: str, base: str, device: torch.device) -> Compressor:
+    """The model of a variant, ready to train."""
+    held = "float32" if variant == "autocast" else held_dtype("auto", device)
+    attention: Any = "sdpa" if variant in ("fused attention", PUBLISHED) else "auto"
+    loaded = load_base(BaseConfig(path=base, dtype=held, attention=attention), device)  # type: ignore[arg-type]
+    loaded.plain_head = variant not in ("whole logits", PUBLISHED)
+    if variant == PUBLISHED:
+        settings: dict[str, Any] = {"method": "reference-500x", "layout": "published", "passage_attention": "causal"}
+        settings |= {"lora_targets": _named(loaded, ("q_proj", "v_proj"))}
+    else:
+        settings = {"lora_rank": 32, "writer_rank": 32, "lora_alpha": 32.0}
+    model = Compressor(loaded, CompressorConfig(**settings)).train()
+    model.activation_checkpointing = variant == "activation checkpointing"
+    return model
 
 
+def _named(base: Any, names: tuple[str, ...]) -> Any:
+    leaves = {name.split(".")[-1] for name, part in base.model.named_modules() if isinstance(part, torch.nn.Linear)}
+    return [name for name in names if name in leaves] or "all-linear"
+
+
+def batches(model: Compressor, passages: list[list[int]], variant: str) -> list[dict[str, Any]]:
+    """Micro-batches of the passages, as the trainer makes them: sorted by length, up to `TOKENS` tokens each."""
+    groups: list[list[list[int]]] = [[]]
+    for ids in sorted(passages, key=len):
+        full = len(groups[-1]) == 4 if variant == PUBLISHED else (len(groups[-1]) + 1) * len(ids) > TOKENS
+        if groups[-1] and full:
+            groups.append([])
+        groups[-1].append(ids)
+    made = []
+    for group in groups:
+        if model.encoder.padded_to:
+            group = [ids + [model.base.eos] * (model.encoder.padded_to - len(ids)) for ids in group]
+        ids, lengths = pad(group, model.base.device, width=padded_width)
+        pairs = stack_pairs([regeneration_pair(model.base.bos, model.base.eos, one) for one in group])
+        made.append(
+            {
+                "input_ids": ids,
+                "lengths": lengths,
+                "memory_tokens": torch.full_like(lengths, model.config.memory_tokens),
+                "regeneration_inputs": pairs["inputs"].to(ids.device),
+                "regeneration_labels": pairs["labels"].to(ids.device),
+                "regeneration_weight": 1.0,
+            }
+        )
+    return made
+
+
+def run(model: Compressor, data: list[dict[str, Any]], variant: str) -> None:
+    """Forward and backward pass over all of the micro-batches."""
+    device, precision = model.base.device, nullcontext()  # type: AbstractContextManager[Any]
+    for batch in data:
+        if variant == "autocast":
+            precision = torch.autocast(device.type, torch.bfloat16)
+        with precision:
+            loss = model(batch)
+        loss.backward()
+        model.zero_grad()
+
+
+def seconds(work: Callable[[], object], device: torch.device) -> float:
+    """What `work` takes: CPU seconds of this process, or wall seconds of a GPU."""
+    gpu = device.type == "cuda"
+    clock = time.perf_counter if gpu else time.process_time
+    if gpu:
+        torch.cuda.synchronize()
+    started = clock()
+    work()
+    if gpu:
+        torch.cuda.synchronize()
+    return clock() - started
+
+
+def peak(device: torch.device) -> float:
+    """Matrix products a second, in FLOP, in the type that training computes in; the best of a few."""
+    dtype = getattr(torch, held_dtype("auto", device))
+    left = torch.randn(2048, 2048, device=device).to(dtype)
+    return 2 * 2048**3 / min(seconds(lambda: left @ left, device) for _ in range(5))
+
+
+def passages_of(base: str, lengths: list[int], count: int) -> list[list[int]]:
+    """Token ids of shipped test abstracts, at their own lengths up to 500, or cut to `lengths` in turn."""
+    tokenizer = load_base(BaseConfig(path=base)).tokenizer
+    found = [row["input_ids"] for row in load_passages(["arxiv-test"], tokenizer, "test")]
+    if not lengths:
+        return [ids[:500] for ids in found[:count]]
+    made = []
+    for i in range(count):
+        length = lengths[i % len(lengths)]
+        made.append(next(ids for ids in found[i:] + found if len(ids) >= length)[:length])
+    return made
+
+
+def memory_of(variant: str, options: argparse.Namespace) -> int:
+    """Bytes at the peak of a variant's step, in a process of its own."""
+    command = [sys.executable, __file__, "--base", options.base, "--passages", str(options.passages), "--only", variant]
+    lengths = ["--lengths", *map(str, options.lengths)] if options.lengths else []
+    done = subprocess.run([*command, *lengths], capture_output=True, text=True, check=True)
+    return int(json.loads(done.stdout.splitlines()[-1])["bytes"])
+
+
+@exits_cleanly
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", default="models/arxiv-mini/base")
-    parser.add_argument("--passages", type=int, default=16)
-    parser.add_argument("--length", type=int, default=96)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--passages", type=int, default=12)
+    parser.add_argument("--lengths", type=int, nargs="*", default=[])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--memory", action="store_true")
+    parser.add_argument("--only", help=argparse.SUPPRESS)
     parser.add_argument("--output")
     options = parser.parse_args()
-
-    models = {
-        name: Compressor(load_base(BaseConfig(path=options.base, attention=name), options.device), CompressorConfig())  # type: ignore[arg-type]
-        for name in ("eager", "sdpa")
-    }
-    short = batch(models["eager"], options.passages, options.length, 0)
-    padded = batch(models["eager"], options.passages, options.length, PADDED)
-    variants: dict[str, Callable[[], None]] = {
-        "eager": lambda: step(models["eager"], short),
-        "sdpa": lambda: step(models["sdpa"], short),
-        "eager, padded to 500": lambda: step(models["eager"], padded),
-    }
-    seconds: dict[str, list[float]] = {name: [] for name in variants}
-    for repeat in range(options.repeats + 1):
-        for name, run in variants.items():
-            if options.device.startswith("cuda"):
-                torch.cuda.synchronize()
-            clock = time.perf_counter if options.device.startswith("cuda") else time.process_time
-            started = clock()
-            run()
-            if options.device.startswith("cuda"):
-                torch.cuda.synchronize()
-            if repeat:  # the first round warms up
-                seconds[name].append(clock() - started)
-    medians = {name: statistics.median(times) for name, times in seconds.items()}
-    first = medians["eager"]
-    for name, median in medians.items():
-        print(f"{name:<24} {median:8.3f} s   {median / first:6.2f} x eager")
+    torch.set_num_threads(options.threads)
+    device = current_device()
+    passages = passages_of(options.base, options.lengths, options.passages)
+    if options.only:
+        model = build(options.only, options.base, device)
+        run(model, batches(model, passages, options.only), options.only)
+        used = (
+            torch.cuda.max_memory_allocated()
+            if device.type == "cuda"
+            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        )
+        print(json.dumps({"bytes": used}))
+        return 0
+    work: dict[str, Callable[[], None]] = {}
+    flops: dict[str, int] = {}
+    for variant in VARIANTS:
+        model = build(variant, options.base, device)
+        data = batches(model, passages, variant)
+        with FlopCounterMode(display=False) as counter:
+            run(model, data, variant)  # warms up, too
+        flops[variant] = counter.get_total_flops()
+        work[variant] = lambda model=model, data=data, variant=variant: run(model, data, variant)
+    taken: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
+    peaks = [peak(device)]
+    for _ in range(options.repeats):
+        for variant, step in work.items():
+            taken[variant].append(seconds(step, device))
+        peaks.append(peak(device))
+    median = {variant: statistics.median(times) for variant, times in taken.items()}
+    memory = {variant: memory_of(variant, options) for variant in VARIANTS} if options.memory else {}
+    best = max(peaks)
+    mean = sum(map(len, passages)) / len(passages)
+    print(f"{len(passages)} passages of {mean:.0f} tokens on average; products at {best / 1e9:.0f} GFLOP/s")
+    print(f"{'':<26}{'s':>8}{'passages/s':>12}{'of the peak':>13}{'x ours':>8}{'GB':>8}")
+    rows = {}
+    for variant, time_taken in median.items():
+        rows[variant] = {
+            "seconds": taken[variant],
+            "median": time_taken,
+            "passages_per_second": len(passages) / time_taken,
+            "flops": flops[variant],
+            "share_of_peak": flops[variant] / time_taken / best,
+            "bytes": memory.get(variant),
+        }
+        size = f"{memory[variant] / 1e9:8.2f}" if memory else ""
+        print(
+            f"{variant:<26}{time_taken:8.2f}{len(passages) / time_taken:12.2f}"
+            f"{flops[variant] / time_taken / best:12.0%} {time_taken / median[OURS]:8.2f}{size}"
+        )
     if options.output:
-        settings = {"passages": options.passages, "length": options.length, "device": options.device}
-        write_json(options.output, {**settings, "torch": torch.__version__, "seconds": seconds, "median": medians})
+        settings = {"base": options.base, "lengths": options.lengths or "natural", "passages": len(passages)}
+        machine = {"device": device.type, "threads": options.threads, "machine": platform.machine(), "peaks": peaks}
+        write_json(options.output, {**settings, **machine, "torch": torch.__version__, "variants": rows})
     return 0
 
 

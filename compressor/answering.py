@@ -12,7 +12,7 @@ from compressor.checkpoints import VALIDATION
 from compressor.compression import CompressionStage
 from compressor.config import RunConfig
 from compressor.data.asked import Asked, Draw, QuestionPlan, ask, questions_digest
-from compressor.data.collate import WIDTH_MULTIPLE, answer_pair, stack_pairs
+from compressor.data.collate import answer_pair, padded_width, stack_pairs
 from compressor.data.questions import load_questions
 from compressor.errors import CompressorError
 from compressor.generation import after, generate
@@ -71,7 +71,7 @@ class AnswerStage(CompressionStage):
         """Tensors for passages with their questions, each compressed to its number of memory tokens."""
         base, objective = self.module.base, self.config.objective
         chosen = [asked[draw.passage] for draw in drawn]
-        ids, lengths = pad([self.padded(one.ids) for one in chosen], multiple=WIDTH_MULTIPLE)
+        ids, lengths = pad([self.padded(one.ids) for one in chosen], width=padded_width)
         rows = [(owner, q) for owner, draw in enumerate(drawn) for q in draw.questions]
         prompts = [chosen[owner].prompts[q] for owner, q in rows]
         answers = [chosen[owner].answers[q] for owner, q in rows]

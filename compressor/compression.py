@@ -16,7 +16,7 @@ from compressor.base import load_base
 from compressor.checkpoints import VALIDATION
 from compressor.codecs.artifact import tokenizer_fingerprint
 from compressor.config import RunConfig
-from compressor.data.collate import WIDTH_MULTIPLE, continuation_pair, regeneration_pair, stack_pairs
+from compressor.data.collate import continuation_pair, padded_width, regeneration_pair, stack_pairs
 from compressor.data.left_out import LeftOut
 from compressor.data.passages import BatchPlan, Piece, load_passages, passages_digest
 from compressor.errors import CompressorError
@@ -128,7 +128,7 @@ class CompressionStage:
             for record, p in zip(records, pieces, strict=True)
         ]
         cut = [self.padded(one) for one in cut]
-        ids, lengths = pad(cut, multiple=WIDTH_MULTIPLE)
+        ids, lengths = pad(cut, width=padded_width)
         batch: Batch = {
             "input_ids": ids,
             "lengths": lengths,

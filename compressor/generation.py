@@ -107,7 +107,9 @@ class _HeadNats(torch.autograd.Function):
                 chunk = chunk.detach().requires_grad_(ctx.needs_input_grad[0])
                 found = nn.functional.cross_entropy(base.logits(chunk).float(), wanted, reduction="none")
                 if ctx.needs_input_grad[0]:
-                    gradients += torch.autograd.grad(found.sum(), chunk)
+                    # Not `autograd.grad`, which hooks on modules (FLOP counters, sharding) do not bear.
+                    found.sum().backward()
+                    gradients.append(chunk.grad)
             nats.append(found.detach())
         if gradients:
             ctx.save_for_backward(torch.cat(gradients))

@@ -27,7 +27,7 @@ from compressor.base import load_base
 from compressor.checkpoints import Checkpoints
 from compressor.compression import CompressionStage
 from compressor.config import RunConfig, TrainingConfig
-from compressor.data.collate import WIDTH_MULTIPLE
+from compressor.data.collate import padded_width
 from compressor.errors import CompressorError
 from compressor.launch import train_main
 from compressor.model import Compressor
@@ -526,6 +526,12 @@ def configure(training_options: list[str], tmp_path: Path) -> Callable[..., RunC
     return make
 
 
+def test_widths_are_few() -> None:
+    widths = [padded_width(longest) for longest in range(1, 513)]
+    assert len(set(widths)) == 32
+    assert all(longest <= width < longest + 8 or width < 1.125 * longest for longest, width in enumerate(widths, 1))
+
+
 def test_batches_hold_what_the_configuration_asks_for(configure: Callable[..., RunConfig]) -> None:
     config = configure()
     stage = CompressionStage(config, start_run(config))
@@ -538,8 +544,7 @@ def test_batches_hold_what_the_configuration_asks_for(configure: Callable[..., R
         )
         size, width = batch["input_ids"].shape
         assert size * int(batch["lengths"].max()) <= 128
-        assert width - int(batch["lengths"].max()) < WIDTH_MULTIPLE
-        assert width % WIDTH_MULTIPLE == 0
+        assert width == padded_width(int(batch["lengths"].max()))
         assert batch["passages"] == size == len(batch["ids"])
         seen |= set(batch["memory_tokens"].tolist())
         total = 0

@@ -7,11 +7,19 @@ from typing import Any
 
 import torch
 
-WIDTH_MULTIPLE = 8
-"""Widths of training batches are multiples of this: kernels are built and kept for each shape (on a CPU, unbounded
-shapes cost gigabytes), and tensor cores like it too."""
 IGNORED = -100
 """Label of positions without a loss."""
+
+
+def padded_width(longest: int) -> int:
+    """The width of a training batch whose longest row has so many tokens.
+
+    A multiple of 8, from 128 tokens on of 16, from 256 of 32, and so on. Kernels are built and kept for each shape, so
+    that a process which trains for hours grows with every new width: up to 512 tokens there are 32 of these, at most an
+    eighth of a row is padding, and tensor cores like them too.
+    """
+    step = max(8, 1 << max(0, longest - 1).bit_length() >> 4)
+    return -(-longest // step) * step
 
 
 def regeneration_pair(bos: int, eos: int, passage: Sequence[int]) -> tuple[list[int], list[int]]:
@@ -31,7 +39,7 @@ def answer_pair(prompt: Sequence[int], answer: Sequence[int], eos: int) -> tuple
 
 def stack_pairs(pairs: Sequence[tuple[list[int], list[int]]]) -> dict[str, Any]:
     """Pad decoder inputs and labels: int64 `[batch, width]` each, and the number of targets."""
-    width = -(-max(len(ids) for ids, _ in pairs) // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
+    width = padded_width(max(len(ids) for ids, _ in pairs))
     inputs = torch.zeros(len(pairs), width, dtype=torch.int64)
     labels = torch.full((len(pairs), width), IGNORED, dtype=torch.int64)
     for row, (ids, wanted) in enumerate(pairs):

@@ -7,7 +7,7 @@ the same for all of them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from itertools import pairwise
 from typing import ClassVar, NamedTuple, Protocol
@@ -189,12 +189,14 @@ def equal_segments(ids: Sequence[int], most: int) -> list[list[int]]:
 
 
 def pad(
-    sequences: Sequence[Sequence[int]], device: torch.device | str = "cpu", fill: int = 0, multiple: int = 1
+    sequences: Sequence[Sequence[int]],
+    device: torch.device | str = "cpu",
+    fill: int = 0,
+    width: Callable[[int], int] = int,
 ) -> tuple[Tensor, Tensor]:
-    """Right-pad token ids: int64 `[batch, width]`, the width a multiple of `multiple`, and lengths, int64 `[batch]`."""
+    """Right-pad token ids: int64 `[batch, width]`, as wide as `width` makes of the longest, and lengths `[batch]`."""
     lengths = torch.tensor([len(ids) for ids in sequences], dtype=torch.int64)
-    width = -(-int(lengths.max()) // multiple) * multiple
-    padded = torch.full((len(sequences), width), fill, dtype=torch.int64)
+    padded = torch.full((len(sequences), width(int(lengths.max()))), fill, dtype=torch.int64)
     for row, ids in zip(padded, sequences, strict=True):
         row[: len(ids)] = torch.as_tensor(ids, dtype=torch.int64)
     return padded.to(device), lengths.to(device)
