@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from compressor import __version__
 from compressor.errors import CompressorError, exits_cleanly
@@ -231,57 +231,6 @@ def ask(argv: list[str]) -> int:
     return 0
 
 
-@dataclass
-class ExportOptions:
-    """What `compressor export-base` takes."""
-
-    run: str
-    """Output folder of a finished `train.py` run of stage `base`."""
-    output: str
-    """Folder to write."""
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-
-
-def export_base(argv: list[str]) -> int:
-    """write a trained base as a small transformers model with a card"""
-    options = _options(ExportOptions, argv, export_base, folder=True)
-    from compressor.pretraining import export
-
-    export(Path(options.run), Path(options.output), options.dtype)
-    print(f"wrote {options.output}")
-    return 0
-
-
-@dataclass
-class EvaluateBaseOptions:
-    """What `compressor evaluate-base` takes."""
-
-    output: str
-    """JSON file to write."""
-    base: str = "models/arxiv-mini/base"
-    """Folder or hub id."""
-    data: str = "arxiv-test"
-    """Texts the base has not seen: a file, a corpus folder or a shipped name."""
-    limit: int | None = None
-    """Use only the first so many texts."""
-
-
-def evaluate_base(argv: list[str]) -> int:
-    """measure a base: bits per byte, in-context copying accuracy, a sample"""
-    from compressor.parsing import parse_config
-
-    options, _ = parse_config(EvaluateBaseOptions, argv, f"compressor evaluate-base: {evaluate_base.__doc__}")
-    from compressor.evaluation.base_figures import evaluate
-    from compressor.files import write_json
-
-    figures = evaluate(options.base, options.data, options.limit)
-    write_json(options.output, figures)
-    copying = ", ".join(f"{value:.1%} at {length} tokens" for length, value in figures["copying"].items())
-    print(f"{figures['bits_per_byte']:.4f} bits per byte over {figures['n']} texts; copying {copying}")
-    print(f"sample: {figures['sample']}")
-    return 0
-
-
 def pack(argv: list[str]) -> int:
     """pack files, used as gzip is: without loss under the base's predictions, or by a text codec (--codec)"""
     from compressor.codecs.pack_command import main as pack_main
@@ -327,8 +276,6 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "ask": ask,
     "corpus": corpus,
     "questions": questions,
-    "export-base": export_base,
-    "evaluate-base": evaluate_base,
     "pack": pack,
     "unpack": unpack,
 }

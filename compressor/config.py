@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from compressor.errors import require
-from compressor.model_config import ArchitectureConfig, BaseConfig, BaseMismatch, CompressorConfig
+from compressor.model_config import BaseConfig, BaseMismatch, CompressorConfig
 
 
 @dataclass
@@ -42,9 +42,6 @@ class DataConfig:
     """Mixture of passage lengths in tokens. Mixing from the start avoids a jump between lengths."""
     random_start: float = 0.25
     """Share of the passages cut from a random place instead of the beginning of the text."""
-    qa: list[str] = field(default_factory=list)
-    """Question-answer records (JSON lines with context, question and answers) for the base's mixture; without any, the
-    mixture's share of them goes to the rest."""
     questions: list[str] = field(default_factory=list)
     """Questions to train on (stage `answer`): files, folders, shipped names or hub ids. Those of the last
     `validation_limit` contexts are validated on instead."""
@@ -75,46 +72,6 @@ class DataConfig:
         require(self.limit is None or self.limit >= 1, "data.limit", self.limit, "at least 1")
         require(self.validation_limit >= 1, "data.validation_limit", self.validation_limit, "at least 1")
         require(self.workers >= 1, "data.workers", self.workers, "at least 1")
-
-
-@dataclass
-class MixtureConfig:
-    """What the base is trained on, as shares of its documents (stage `base`)."""
-
-    plain: float = 0.5
-    """An abstract."""
-    repeat: float = 0.3
-    """A passage followed by itself: in-context copying."""
-    random: float = 0.0
-    """Random tokens followed by themselves: nothing but copying predicts the second half, so it is learned early."""
-    qa: float = 0.2
-    """A context followed by its questions and answers."""
-    question_words: int | None = None
-    """Half of the contexts with questions are cut to half to all of so many words around an answer."""
-    answer_weight: float = 1.0
-    """Weight of the loss of an answer's token, where that of any other is 1: answers are few among a row's tokens."""
-    row_tokens: list[int] = field(default_factory=lambda: [512, 512, 512, 1024])
-    """Lengths of packed rows, used in turn by batch."""
-    copying_start: int = 0
-    """Step from which, for `copying_steps`, every row is 16 random tokens followed by themselves."""
-    copying_steps: int = 0
-    """A short stretch of nothing but copying makes it emerge, where the mixture alone takes thousands of steps."""
-
-    def __post_init__(self) -> None:
-        for name in ("plain", "repeat", "random", "qa"):
-            require(getattr(self, name) >= 0, f"mixture.{name}", getattr(self, name), "at least 0")
-        for name in ("copying_start", "copying_steps"):
-            require(getattr(self, name) >= 0, f"mixture.{name}", getattr(self, name), "at least 0")
-        words = self.question_words
-        require(words is None or words >= 1, "mixture.question_words", words, "at least 1")
-        require(self.answer_weight > 0, "mixture.answer_weight", self.answer_weight, "positive")
-        require(self.plain + self.repeat + self.random + self.qa > 0, "mixture", "all shares 0", "positive in total")
-        require(
-            bool(self.row_tokens) and min(self.row_tokens) >= 16,
-            "mixture.row_tokens",
-            self.row_tokens,
-            "a non-empty list of lengths of at least 16",
-        )
 
 
 @dataclass
@@ -253,9 +210,9 @@ class TrainingConfig:
 class RunConfig:
     """One training run."""
 
-    stage: Literal["base", "regenerate", "answer"] = "regenerate"
-    """`base` trains a small language model from text; `regenerate` trains a compressor for a frozen base to write
-    passages back, `answer` to answer questions about them."""
+    stage: Literal["regenerate", "answer"] = "regenerate"
+    """`regenerate` trains a compressor for a frozen base to write passages back, `answer` to answer questions about
+    them."""
     output: str = "outputs/run"
     """Folder for checkpoints, logs and the final model."""
     seed: int = 0
@@ -263,11 +220,9 @@ class RunConfig:
     base: BaseConfig = field(default_factory=BaseConfig)
     compressor: CompressorConfig = field(default_factory=CompressorConfig)
     init: str | None = None
-    """Compressor checkpoint (in stage `base`, a base) to start from, not a fresh one; its own settings then apply."""
+    """Compressor checkpoint to start from, not a fresh one; its own settings then apply."""
     base_mismatch: BaseMismatch = "refuse"
     """allow: go on from an `init` that was trained on other weights than its base has here."""
-    architecture: ArchitectureConfig = field(default_factory=ArchitectureConfig)
-    mixture: MixtureConfig = field(default_factory=MixtureConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     data: DataConfig = field(default_factory=DataConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
@@ -294,12 +249,6 @@ class RunConfig:
                 f"at most compressor.memory_tokens = {self.compressor.memory_tokens}",
             )
         require(
-            self.stage != "base" or not self.training.activation_checkpointing,
-            "training.activation_checkpointing",
-            True,
-            "false in stage base, whose models are small",
-        )
-        require(
             self.stage != "answer" or bool(self.data.questions),
             "data.questions",
             self.data.questions,
@@ -313,7 +262,7 @@ class RunConfig:
         )
         longest = max(share.high for share in self.data.lengths)
         require(
-            self.stage == "base" or self.init is not None or longest <= self.compressor.max_passage_tokens,
+            self.init is not None or longest <= self.compressor.max_passage_tokens,
             "data.lengths",
             longest,
             f"at most compressor.max_passage_tokens = {self.compressor.max_passage_tokens}",

@@ -37,7 +37,7 @@ def train_main(argv: list[str] | None = None) -> int:
     config, flags = parse_config(
         RunConfig,
         argv,
-        "Train a compressor (stages regenerate and answer) or a small base (stage base).",
+        "Train a compressor: stage regenerate, then answer.",
         {"dry_run": "show settings, batch arithmetic, parameter counts and memory, then stop"},
     )
     # Imported after the settings are known to be good: torch and transformers take seconds.
@@ -49,7 +49,7 @@ def train_main(argv: list[str] | None = None) -> int:
     accelerator = start_run(config)
     set_seed(config.seed)
     if flags.dry_run:
-        stage = make_stage(config, accelerator, dry_run=True)
+        stage = make_stage(config, accelerator)
         if accelerator.is_main_process:
             print(yaml.safe_dump(asdict(config), sort_keys=False) + "\n" + describe(stage, config, accelerator))
         return 0
@@ -89,12 +89,8 @@ def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def make_stage(config: RunConfig, accelerator: Accelerator, dry_run: bool = False) -> Stage:
-    """The stage that `config.stage` names; a dry run leaves nothing in the output folder."""
-    if config.stage == "base":
-        from compressor.pretraining import BaseStage
-
-        return BaseStage(config, accelerator, dry_run=dry_run)
+def make_stage(config: RunConfig, accelerator: Accelerator) -> Stage:
+    """The stage that `config.stage` names."""
     if config.stage == "answer":
         from compressor.answering import AnswerStage
 
@@ -153,7 +149,7 @@ def memory_estimate(stage: Stage, config: RunConfig) -> int:
     training = sum(p.numel() * 12 for p in parameters if p.requires_grad)
     holder: Any = getattr(stage.module, "base", stage.module)
     model = holder.model.config
-    tokens = config.training.batch_tokens * (1 if config.stage == "base" else 2)
+    tokens = config.training.batch_tokens * 2
     values = 2 if config.training.activation_checkpointing else 34
     activations = tokens * model.num_hidden_layers * model.hidden_size * values * 2
     logits = config.training.batch_tokens * model.vocab_size * 4 * 3

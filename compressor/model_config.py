@@ -1,4 +1,4 @@
-"""What a model is: the frozen base, the shape of one trained from scratch, and the compressor on top."""
+"""What a model is: the frozen base, and the compressor on top."""
 
 from __future__ import annotations
 
@@ -42,50 +42,6 @@ class BaseConfig:
     on an accelerator, and on a CPU one whose backward pass is several times as fast (`compressor/attention.py`)."""
     quantisation: Literal["none", "int8", "int4"] = "none"
     """Load the frozen weights in 8 or 4 bits (needs the `quantised-base` extra and a GPU)."""
-
-
-@dataclass
-class ArchitectureConfig:
-    """Shape of a Llama-type base trained from scratch (stage `base`)."""
-
-    vocabulary: int = 4096
-    """Tokenizer size, including the three special tokens and the 256 bytes."""
-    hidden: int = 256
-    """Size of the hidden states."""
-    layers: int = 8
-    """Number of layers."""
-    heads: int = 8
-    """Attention heads of a layer."""
-    key_value_heads: int = 8
-    """Key-value heads of a layer; fewer than heads is grouped-query attention."""
-    intermediate: int = 640
-    """Size of the MLP's hidden layer."""
-    positions: int = 2048
-    """Largest position the model accepts."""
-    rope_theta: float = 10000.0
-    """Base of the rotary frequencies."""
-
-    def __post_init__(self) -> None:
-        require(
-            260 <= self.vocabulary <= 1 << 16,
-            "architecture.vocabulary",
-            self.vocabulary,
-            "260 (256 bytes and the special tokens) to 65536 (rows are stored in 16 bits)",
-        )
-        require(self.layers >= 1, "architecture.layers", self.layers, "at least 1")
-        require(
-            self.heads >= 1 and self.hidden % self.heads == 0 and self.hidden // self.heads % 2 == 0,
-            "architecture.heads",
-            self.heads,
-            f"a divisor of architecture.hidden = {self.hidden} that leaves an even head size",
-        )
-        require(
-            self.key_value_heads >= 1 and self.heads % self.key_value_heads == 0,
-            "architecture.key_value_heads",
-            self.key_value_heads,
-            f"a divisor of architecture.heads = {self.heads}",
-        )
-        require(self.intermediate >= 1, "architecture.intermediate", self.intermediate, "at least 1")
 
 
 @dataclass

@@ -5,7 +5,6 @@ cd "$(dirname "$0")/.."
 mkdir -p outputs
 work=$(mktemp -d outputs/run.XXXXXX)
 trap 'rm -rf "$work"' EXIT
-python -m compressor.cli evaluate-base --base models/arxiv-mini/base --data arxiv-test --output results/base.json
 python evaluate.py --checkpoint models/arxiv-mini/compressor --task regeneration --data arxiv-test \
   --tokens 16 4 1 --lengths 96 192 288 384 480 --limit 100 --batch_size 50 --output "$work/regeneration"
 cp "$work/regeneration/metrics.json" results/regeneration.json

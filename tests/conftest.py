@@ -5,6 +5,7 @@ Nothing here uses the network or the caches of the person who runs the tests.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -176,20 +177,26 @@ def texts() -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def tiny_base_folder(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> Path:
+def from_scratch() -> Any:
+    """`examples/from_scratch.py`, which makes a base."""
+    spec = importlib.util.spec_from_file_location("from_scratch", PROJECT / "examples" / "from_scratch.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def tiny_base_folder(tmp_path_factory: pytest.TempPathFactory, texts: list[str], from_scratch: Any) -> Path:
     """A saved Llama of 3 layers and hidden size 32, random weights, with a byte-level BPE of 512 tokens."""
     import torch
 
-    from compressor.model_config import ArchitectureConfig
-    from compressor.pretraining import make_model, train_tokenizer
-
     folder = tmp_path_factory.mktemp("base") / "tiny-base"
-    tokenizer = train_tokenizer(texts, 512)
-    shape = ArchitectureConfig(
-        vocabulary=512, hidden=32, layers=3, heads=4, key_value_heads=2, intermediate=64, positions=1024
-    )
+    tokenizer = from_scratch.train_tokenizer(texts, 512)
+    shape = {"num_key_value_heads": 2, "intermediate_size": 64, "max_position_embeddings": 1024}
     torch.manual_seed(0)
-    model = make_model(shape, tokenizer)
+    model = from_scratch.make_model(tokenizer, hidden=32, layers=3, heads=4, **shape)
     # Random weights of the usual spread give nearly uniform logits; wider ones make each test say more.
     with torch.no_grad():
         for parameter in model.parameters():

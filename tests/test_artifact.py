@@ -227,17 +227,18 @@ def test_inspect(originals: Any, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "not a memory file" in capsys.readouterr().err
 
 
-def test_another_base_or_tokenizer_is_refused(tiny_compressor: Any, tiny_base_folder: Path, texts: list[str]) -> None:
+def test_another_base_or_tokenizer_is_refused(
+    tiny_compressor: Any, tiny_base_folder: Path, texts: list[str], from_scratch: Any
+) -> None:
     base = tiny_compressor.base
     memory = artifact.signed(tiny_compressor.compress("We measure dust."), base, "tiny@1")
     artifact.check_base(memory, base)
     assert memory.base_name == tiny_base_folder.name
     with pytest.raises(CompressorError, match=r"another base \(tiny-base, weights"):
         artifact.check_base(replace(memory, base="f" * 64), base)
-    from compressor.pretraining import train_tokenizer
 
     class Other:
-        name, fingerprint, tokenizer = base.name, base.fingerprint, train_tokenizer(texts[:50], 512)
+        name, fingerprint, tokenizer = base.name, base.fingerprint, from_scratch.train_tokenizer(texts[:50], 512)
 
     with pytest.raises(CompressorError, match="another tokenizer"):
         artifact.check_base(memory, Other())  # type: ignore[arg-type]

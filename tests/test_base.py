@@ -10,7 +10,6 @@ import torch
 
 from compressor.base import PROJECT, Base, load_base, resolve
 from compressor.errors import CompressorError
-from compressor.evaluation.base_figures import bits_per_byte, copying_accuracy
 from compressor.model_config import BaseConfig
 
 
@@ -115,12 +114,3 @@ def test_memory_that_runs_out_is_not_taken_for_an_unsupported_base(
     monkeypatch.setattr(torch, "stack", run_out)
     with pytest.raises(torch.OutOfMemoryError):
         tiny_base.keys_and_values(*inputs)
-
-
-def test_a_base_without_bos_and_padding_is_measured(tiny_base: Base, texts: list[str]) -> None:
-    tiny_base.tokenizer.bos_token = tiny_base.tokenizer.pad_token = None
-    chosen = texts[:3]
-    together = bits_per_byte(tiny_base.model, tiny_base.tokenizer, chosen)
-    alone = [bits_per_byte(tiny_base.model, tiny_base.tokenizer, [text]) for text in chosen]
-    assert together == pytest.approx(tuple(map(sum, zip(*alone, strict=True))), rel=1e-5)
-    assert copying_accuracy(tiny_base.model, tiny_base.tokenizer, chosen, 20)[1] == 60

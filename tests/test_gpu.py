@@ -40,36 +40,17 @@ def losses(output: Path) -> list[float]:
 
 
 @pytest.fixture
-def options(training_options: list[str], project: Path) -> dict[str, list[str]]:
-    """Both stages in bfloat16, ten steps."""
+def options(training_options: list[str]) -> list[str]:
+    """Training in bfloat16, ten steps."""
     common = ["--training.steps=10", "--training.mixed_precision=bf16", "--training.checkpoint_every=4"]
     regenerate = [option for option in training_options if "mixed_precision" not in option]
-    base = [
-        "--stage=base",
-        f"--data.train={project}/data/arxiv-train.parquet",
-        f"--data.validation={project}/data/arxiv-validation.parquet",
-        "--data.limit=150",
-        "--data.validation_limit=4",
-        "--architecture.vocabulary=400",
-        "--architecture.hidden=64",
-        "--architecture.layers=2",
-        "--architecture.heads=4",
-        "--architecture.key_value_heads=2",
-        "--architecture.intermediate=96",
-        "--mixture.qa=0",
-        "--mixture.row_tokens=[64, 64, 128]",
-        "--training.batch_tokens=256",
-        "--training.warmup_steps=2",
-        "--training.log_every=1",
-    ]
-    return {"regenerate": [*regenerate, "--base.dtype=bfloat16", *common], "base": [*base, *common]}
+    return [*regenerate, "--base.dtype=bfloat16", *common]
 
 
-@pytest.mark.parametrize("stage", ["regenerate", "base"])
 def test_bfloat16_training_runs_and_resumes_on_the_gpu(
-    options: dict[str, list[str]], stage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    argv = options[stage]
+    argv = options
     assert train_main([*argv, f"--output={tmp_path / 'whole'}"]) == 0
     whole = losses(tmp_path / "whole")
     assert whole[-1] < whole[0]
@@ -87,12 +68,9 @@ def test_bfloat16_training_runs_and_resumes_on_the_gpu(
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # torch's own import of its compiler
-@pytest.mark.parametrize("stage", ["regenerate", "base"])
 @pytest.mark.parametrize("mode", ["static", "dynamic"])
-def test_compiled_training_equals_plain_training(
-    options: dict[str, list[str]], stage: str, mode: str, tmp_path: Path
-) -> None:
-    argv = [*options[stage], "--training.steps=4", "--training.mixed_precision=no", "--base.dtype=float32"]
+def test_compiled_training_equals_plain_training(options: list[str], mode: str, tmp_path: Path) -> None:
+    argv = [*options, "--training.steps=4", "--training.mixed_precision=no", "--base.dtype=float32"]
     assert train_main([*argv, f"--output={tmp_path / 'plain'}"]) == 0
     assert train_main([*argv, f"--output={tmp_path / mode}", f"--training.compile={mode}"]) == 0
     assert losses(tmp_path / mode) == pytest.approx(losses(tmp_path / "plain"), rel=1e-3)

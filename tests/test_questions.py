@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from compressor.data.left_out import LeftOut
-from compressor.data.questions import Question, load_questions, questions_by_context
+from compressor.data.questions import Question, load_questions
 from compressor.errors import CompressorError
 
 RECORD = {"id": "1", "context": "A b c.", "question": "q?", "answers": ["b", "c"], "dataset": "set"}
@@ -199,16 +199,6 @@ def test_hub_data_sets(monkeypatch: pytest.MonkeyPatch) -> None:
     assert load_questions("owner/name", columns=columns)[0].answers == ("b",)
     with pytest.raises(CompressorError, match="owner/name row 1: the field 'answers' is missing; its fields are 'pass"):
         load_questions("owner/name")
-
-
-def test_questions_are_grouped_by_context(tmp_path: Path) -> None:
-    records = [
-        {"context": "A", "question": "q1", "answers": ["a1", "other"]},
-        {"context": "B", "question": "q2", "answers": {"text": ["a2", "b"], "answer_start": [0, 3]}},
-        {"context": "A", "question": "q3", "answers": ["a3"]},
-    ]
-    path = write(tmp_path / "q.jsonl.gz", *records)
-    assert questions_by_context([str(path)]) == [("A", [("q1", "a1"), ("q3", "a3")]), ("B", [("q2", "a2")])]
 
 
 @pytest.mark.parametrize(("name", "dataset"), [("squad-dev", "squad_v1.1"), ("arxivqa-test", "arxivqa-cloze")])

@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import compressor.objectives
-from compressor.base import load_base
 from compressor.checkpoints import Checkpoints
 from compressor.compression import CompressionStage
 from compressor.config import RunConfig, TrainingConfig
@@ -31,7 +30,6 @@ from compressor.data.collate import padded_width
 from compressor.errors import CompressorError
 from compressor.launch import train_main
 from compressor.model import Compressor
-from compressor.model_config import BaseConfig
 from compressor.optimizers import make_optimizer
 from compressor.parsing import parse_config
 from compressor.training import learning_rate, start_run, train
@@ -746,134 +744,6 @@ def test_eight_texts_are_learned_by_heart(
     train(stage, config, accelerator)
     model = Compressor.from_pretrained(Path(config.output) / "final")
     assert model.regenerate(model.compress(wanted)) == wanted
-
-
-# -- stage base ----------------------------------------------------------------------------------------------------
-
-
-def base_options(project: Path) -> list[str]:
-    return [
-        "--stage=base",
-        f"--data.train={project}/data/arxiv-train.parquet",
-        f"--data.validation={project}/data/arxiv-validation.parquet",
-        "--data.limit=150",
-        "--data.validation_limit=4",
-        "--architecture.vocabulary=400",
-        "--architecture.hidden=32",
-        "--architecture.layers=2",
-        "--architecture.heads=4",
-        "--architecture.key_value_heads=2",
-        "--architecture.intermediate=48",
-        "--mixture.qa=0",
-        "--mixture.row_tokens=[64, 64, 128]",
-        "--training.batch_tokens=256",
-        "--training.steps=7",
-        "--training.warmup_steps=2",
-        "--training.mixed_precision=no",
-        "--training.validate_every=7",
-        "--training.checkpoint_every=3",
-        "--training.log_every=1",
-    ]
-
-
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_base_is_trained_from_text_and_resumes_exactly(
-    optimizer: str, project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from compressor.pretraining import BaseStage, export
-
-    argv = [*base_options(project), f"--training.optimizer={optimizer}"]
-    assert train_main([*argv, f"--output={tmp_path / 'whole'}"]) == 0
-    honest = BaseStage.micro_batch
-
-    def interrupted(self: BaseStage, index: int) -> dict[str, Any]:
-        if index == 4:
-            signal.raise_signal(signal.SIGTERM)
-        return honest(self, index)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(BaseStage, "micro_batch", interrupted)
-        assert train_main([*argv, f"--output={tmp_path / 'parts'}"]) == 0
-    assert kept(tmp_path / "parts")[-1] == 5
-    assert train_main([*argv, f"--output={tmp_path / 'parts'}", "--training.resume=true"]) == 0
-    whole, parts = rows(tmp_path / "whole"), rows(tmp_path / "parts")
-    assert [row["loss"] for row in whole] == [row["loss"] for row in parts]
-    assert whole[-1]["loss"] < whole[0]["loss"]
-    assert same_files(tmp_path / "whole" / "final", tmp_path / "parts" / "final")
-    figures = rows(tmp_path / "whole", "validation_loss")[-1]
-    assert 1 < figures["validation_bits_per_byte"] < 8
-    export(tmp_path / "whole", tmp_path / "exported")
-    card = (tmp_path / "exported" / "README.md").read_text()
-    assert "trained from scratch on arXiv abstracts (`arxiv-train.parquet`; CC0).\n" in card
-    assert "7 steps" in card
-    assert str(project) not in card
-    # What came out is a base for the other stage.
-    base = load_base(BaseConfig(path=str(tmp_path / "whole" / "final")))
-    assert (base.layers, base.hidden, base.bos, base.eos) == (2, 32, 1, 2)
-    text = "A text with digits 1234, ünïcode and $x^2$."
-    assert base.tokenizer.decode(base.tokenizer(text)["input_ids"]) == text
-
-
-def test_a_base_is_trained_on_from_another(project: Path, tmp_path: Path, capsys: Any) -> None:
-    from compressor.pretraining import export
-
-    argv = [*base_options(project), "--training.warmup_steps=0"]
-    assert train_main([*argv, f"--output={tmp_path / 'first'}"]) == 0
-    start = tmp_path / "first" / "final"
-    # Its shape and tokenizer come with it; the architecture's settings do not count.
-    argv = [*argv, f"--init={start}", "--seed=1", "--architecture.vocabulary=300", "--architecture.hidden=64"]
-    assert train_main([*argv, f"--output={tmp_path / 'second'}"]) == 0
-    first, second = rows(tmp_path / "first"), rows(tmp_path / "second")
-    assert second[0]["loss"] < first[0]["loss"] - 0.02
-    assert (tmp_path / "second" / "final" / "tokenizer.json").read_bytes() == (start / "tokenizer.json").read_bytes()
-    export(tmp_path / "second", tmp_path / "exported")
-    assert "trained from `final` on arXiv abstracts" in (tmp_path / "exported" / "README.md").read_text()
-    assert train_main([*argv, f"--output={tmp_path / 'third'}", f"--init={tmp_path / 'none'}"]) == 2
-    assert "cannot load the base" in capsys.readouterr().err
-
-
-def test_answers_weigh_what_the_configuration_says() -> None:
-    from compressor.data.packing import ANSWER_MARK
-    from compressor.model_config import ArchitectureConfig
-    from compressor.pretraining import NextToken, make_model, train_tokenizer
-
-    shape = ArchitectureConfig(vocabulary=300, hidden=32, layers=1, heads=4, key_value_heads=2, intermediate=48)
-    torch.manual_seed(0)
-    model = make_model(shape, train_tokenizer(["some text to make a tokenizer of"], 300))
-    ids = torch.randint(3, 200, (2, 10))
-    marked = ids.clone()
-    marked[:, 7:] += ANSWER_MARK
-    logits = model(ids).logits[:, :-1]
-    losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(2, 9)
-    plain, answers = losses[:, :6].sum(), losses[:, 6:].sum()
-    assert torch.allclose(NextToken(model)({"rows": marked}), plain + answers)
-    weighted = NextToken(model, answer_weight=4.0)({"rows": marked})
-    assert torch.allclose(weighted, (plain + 4 * answers) / 2)  # 6 tokens of weight 1 and 3 of weight 4, in a row of 9
-    assert torch.allclose(NextToken(model, answer_weight=4.0)({"rows": ids}), losses.sum())
-
-
-def test_packed_rows_that_do_not_fit_the_configuration_are_refused(project: Path, tmp_path: Path, capsys: Any) -> None:
-    argv = [*base_options(project), f"--output={tmp_path}", "--training.steps=1"]
-    assert train_main(argv) == 0
-    assert train_main([*argv, "--training.resume=true", "--training.steps=40"]) == 2
-    assert "holds too few rows" in capsys.readouterr().err
-    for change in ("--architecture.vocabulary=300", "--mixture.repeat=0.9", "--seed=1", "--data.limit=100"):
-        assert train_main([*argv, "--training.resume=true", change]) == 2
-        error = capsys.readouterr().err
-        assert "were made with other settings" in error
-        assert change[2:].split("=")[0] in error
-    assert train_main([*argv, "--training.resume=true", "--architecture.hidden=64"]) == 2
-    assert "is of another model or damaged" in capsys.readouterr().err
-
-
-def test_a_dry_run_of_the_base_writes_nothing(project: Path, tmp_path: Path, capsys: Any) -> None:
-    output = tmp_path / "run"
-    # More tokens than the few texts of a dry run can fill.
-    assert (
-        train_main([*base_options(project), f"--output={output}", "--architecture.vocabulary=60000", "--dry_run"]) == 0
-    )
-    assert "0 dead" in capsys.readouterr().out
-    assert not output.exists()
 
 
 def test_a_record_shortens_absolute_paths_and_no_others(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -231,7 +231,8 @@ def read(path: str | Path) -> container.Content:
     Raises:
         CompressorError: see `load_memory`.
     """
-    if container.read_header(path, "memory", WHAT)[0].get("format") == 1:
+    found = container.read_header(path, "memory", WHAT)[0].get("format")
+    if type(found) is int and found == 1:
         raise CompressorError(f"{path} has format 1, which no released version wrote: compress the passage again")
     return container.read(path, "memory", WHAT, FORMAT)
 

@@ -108,16 +108,6 @@ def load_questions(
     return found
 
 
-def questions_by_context(
-    source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], *, split: str | None = None
-) -> list[tuple[str, list[tuple[str, str]]]]:
-    """Contexts, in the order of the source, with their (question, first answer) pairs."""
-    grouped: dict[str, list[tuple[str, str]]] = {}
-    for question in load_questions(source, split=split):
-        grouped.setdefault(question.context, []).append((question.question, question.answers[0]))
-    return list(grouped.items())
-
-
 def _hub_ids(source: Any) -> Any:
     """Short names of hub data sets become their ids, unless a file of that name is there."""
     if not isinstance(source, str | os.PathLike):
