@@ -42,6 +42,19 @@ class WriteError(CompressorError):
         self.target, self.reason, self.errno = target, reason, number
 
 
+class Stopped(KeyboardInterrupt):
+    """A signal ended the work.
+
+    Args:
+        number: the signal's.
+        kept: what is left of the work and how to go on; "" on a process that does not speak.
+    """
+
+    def __init__(self, number: int, kept: str | None = None):
+        super().__init__(f"stopped; {kept}" if kept else kept if kept == "" else "interrupted")
+        self.number = number
+
+
 def require(condition: bool, key: str, value: Any, allowed: str) -> None:
     """Raise a `CompressorError` that names the key, the value got and the allowed range."""
     if not condition:
@@ -51,8 +64,8 @@ def require(condition: bool, key: str, value: Any, allowed: str) -> None:
 def exits_cleanly(command: Callable[P, int | None]) -> Callable[P, int]:
     """Wrap a command's `main` so that expected failures print one message and return a status.
 
-    Returns 2 after a `CompressorError` or a file that cannot be used, 130 after Ctrl-C; otherwise what the command
-    returns.
+    Returns 2 after a `CompressorError` or a file that cannot be used, 130 after Ctrl-C (143 after a SIGTERM that the
+    command handles); otherwise what the command returns.
     """
 
     @wraps(command)
@@ -74,6 +87,10 @@ def exits_cleanly(command: Callable[P, int | None]) -> Callable[P, int]:
             advice = "free some space" if full else "check the path and its permissions"
             print(f"error: {what} ({error.strerror or error}): {advice}, or give another path", file=sys.stderr)
             return 2
+        except Stopped as error:
+            if str(error):
+                print(error, file=sys.stderr)
+            return 128 + error.number
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             return 130

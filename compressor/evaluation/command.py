@@ -132,7 +132,10 @@ def evaluate_main(argv: list[str] | None = None) -> int:
         EvaluationConfig,
         argv,
         "Measure a compressor checkpoint.",
-        {"overwrite": "replace the output folder if it holds an earlier evaluation"},
+        {
+            "overwrite": "replace the output folder if it holds an earlier evaluation",
+            "resume": "go on with an evaluation that was interrupted, if there is one in the output folder",
+        },
     )
     # Imported after the settings are known to be good: torch and transformers take seconds.
     from compressor.evaluation.report import published_table, text_table
@@ -140,7 +143,8 @@ def evaluate_main(argv: list[str] | None = None) -> int:
     from compressor.processes import make_accelerator
 
     accelerator = make_accelerator()
-    metrics = evaluate(config, accelerator, overwrite=flags.overwrite, command=command_line(argv, accelerator))
+    command = command_line(argv, accelerator)
+    metrics = evaluate(config, accelerator, overwrite=flags.overwrite, command=command, resume=flags.resume)
     if metrics is not None:
         print(text_table(metrics["rows"], metrics["figures"], keys=metrics.get("keys")))
         for note in metrics["notes"]:

@@ -34,17 +34,24 @@ from compressor.evaluation.rows import MACRO, Results, left_out_of, make_rows, r
 from compressor.evaluation.studies import STUDIES, load_study
 from compressor.evaluation.tasks import TASKS, Item, Result, Task
 from compressor.evaluation.tasks.interface import BEYOND, LEFT_OUT
-from compressor.files import FolderKind, atomic_folder, check_folder, sha256
+from compressor.files import FolderKind, atomic_folder, check_folder, read_json, sha256
 from compressor.methods.interface import Method, Piece
 from compressor.provenance import versions
+from compressor.unfinished import PART_FILES, Unfinished
 
+UNFINISHED = "unfinished"
+"""Folder in the output of what is done, until all is."""
+PREDICTION_KEYS = ("method", "dataset", "part", "tokens", "length", "id")
+"""What a line of `predictions.jsonl` holds besides its result."""
 LINES = 10
 """Progress lines of a run without a terminal."""
 PLOTS = tuple(f"{name}.png" for name in ("regeneration", "utilisation", "attention", "reading", "efficiency"))
+PARTS = tuple(f"{UNFINISHED}/{name}" for name in ("", *PART_FILES))
 EVALUATION = FolderKind(
     "an evaluation",
-    ("metrics.json", "predictions.jsonl", "config.yaml", "table.md", *PLOTS, "rate-distortion.png"),
+    ("metrics.json", "predictions.jsonl", "config.yaml", "table.md", *PLOTS, "rate-distortion.png", *PARTS),
 )
+INTERRUPTED = FolderKind("an interrupted evaluation", PARTS)
 OWN_SETTINGS = (
     *("lengths", "split_date", "text_field", "question_columns", "question_tokens", "keep_unanswerable", "published"),
 )
@@ -56,15 +63,19 @@ def evaluate(
     accelerator: Accelerator | None = None,
     overwrite: bool = False,
     command: str | None = None,
+    resume: bool = False,
 ) -> dict[str, Any] | None:
     """Measure methods on a task and write the output folder; call on every process.
 
     Batches are formed before they are shared out, so that every passage is computed in the same company however many
-    processes there are, and results are put back in order before they are summed: figures do not depend on them.
+    processes there are, and results are put back in order before they are summed: figures do not depend on them. The
+    results of a batch are written when it is done, so that what was interrupted goes on, by any number of processes.
 
     Args:
         overwrite: replace `config.output` if it holds an earlier evaluation.
         command: the command line to record.
+        resume: go on with what an interrupted evaluation left in `config.output`; a finished one is checked and its
+            table made again.
 
     Returns:
         What `metrics.json` holds, on the main process; None on the others.
@@ -75,9 +86,23 @@ def evaluate(
     started = time.monotonic()
     accelerator = accelerator or Accelerator()
     output = Path(config.output)
-    check_output(output, overwrite)
-    if config.task in STUDIES:
-        return run_study(config, accelerator, command, started)
+    check_output(output, overwrite, resume)
+    parts = Unfinished(output / UNFINISHED, resume, overwrite, accelerator.process_index)
+    if resume and not parts.exists and (output / "metrics.json").exists():
+        finished_parts(output, parts)
+    if accelerator.is_main_process:
+        parts.start()
+    accelerator.wait_for_everyone()  # what is there is read by all before anything is added or deleted
+    parts.expect({"settings": {name: value for name, value in asdict(config).items() if name != "output"}})
+    with parts.interruptible("the same command with --resume goes on"):
+        work = run_study if config.task in STUDIES else run_task
+        return work(config, accelerator, parts, command, started)
+
+
+def run_task(
+    config: EvaluationConfig, accelerator: Accelerator, parts: Unfinished, command: str | None, started: float
+) -> dict[str, Any] | None:
+    """Run a task and write the output folder; see `evaluate`."""
     task = make_task(config.task)
     check_settings(task, config)
     published = load_published() if config.published else None
@@ -92,7 +117,7 @@ def evaluate(
             records[source] = task.load(source, config)
     names = data_names(sources)
     config.question_template = config.question_template or methods.question_template()
-    items, results, left_out = measure(task, methods, records, ledgers, names, config, accelerator)
+    items, results, left_out = measure(task, methods, records, ledgers, names, config, accelerator, parts)
     if not accelerator.is_main_process:
         return None
     if not results:
@@ -130,6 +155,7 @@ def evaluate(
         "base": methods.base_record(),
         "data": [describe_data(source, config, records[source]) for source in sources],
         **run_entries(config, accelerator, command, started),
+        "made_with": parts.made_with,
     }
     with output_folder(config, metrics) as path:
         write_predictions(path / "predictions.jsonl", items, results)
@@ -146,6 +172,7 @@ def measure(
     names: dict[str, str],
     config: EvaluationConfig,
     accelerator: Accelerator,
+    parts: Unfinished,
 ) -> tuple[list[Item], dict[str, Results], list[str]]:
     """Run every method on every item.
 
@@ -153,6 +180,7 @@ def measure(
         records: what the task loaded of each source.
         ledgers: count what is left out of each source.
         names: the short name of each source.
+        parts: results of batches that are done.
 
     Returns:
         The items; on the main process the results of each method in the order of the items; and a sentence for each
@@ -167,13 +195,14 @@ def measure(
     for method in methods:
         # The first method's tokenizer cuts the passages: all methods are of one base.
         items = items or items_of(task, records, ledgers, names, method.base.tokenizer, config)
+        weights = {"base": method.base.fingerprint, "method": methods.describe(method.name).get("fingerprint")}
+        parts.expect({"items": items_hash(items), f"weights of {method.name}": weights})
         tokens = method.sizes(methods.tokens)
         if method.sized and (without := [count for count in methods.tokens if count not in tokens]):
             left_out.append(f"{method.name} cannot compress to {' or '.join(map(str, without))} tokens.")
-        found = run_batches(task, method, items, tokens, config.batch_size, accelerator) if tokens else None
+        found = run_batches(task, method, items, tokens, config.batch_size, accelerator, parts) if tokens else None
         if found is not None:
-            shown: list[int | None] = list(tokens) if method.sized else [None]
-            results[method.name] = dict(zip(shown, found, strict=True))
+            results[method.name] = found
         del method  # before the next one is loaded: each may hold a base of its own
     return items, results, left_out
 
@@ -208,18 +237,43 @@ def write_predictions(path: Path, items: Sequence[Item], results: dict[str, Resu
         for name, sizes in results.items():
             for count, of_size in sizes.items():
                 for item, result in zip(items, of_size, strict=True):
+                    # The keys are `PREDICTION_KEYS`.
                     line = {**row_key(name, item.dataset, item.part, count, item.length), "id": item.id, **result}
                     file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
+def finished_parts(output: Path, parts: Unfinished) -> None:
+    """Take up the predictions of a finished evaluation, so that they are compared with what would be made now."""
+    parts.made_with = read_json(output / "metrics.json").get("made_with", {})
+    if not parts.made_with:
+        raise CompressorError(f"{output} does not say what it was made with: name another folder, or add --overwrite")
+    places: Counter[tuple[str, int | None]] = Counter()
+    if (output / "predictions.jsonl").exists():  # studies have none, and are made again
+        for line in (output / "predictions.jsonl").read_text(encoding="utf-8").splitlines():
+            values = json.loads(line)
+            key = values["method"], values["tokens"]
+            result = {name: value for name, value in values.items() if name not in PREDICTION_KEYS}
+            parts.parts.append({"method": key[0], "tokens": key[1], "place": places[key], "result": result})
+            places[key] += 1
+
+
+def items_hash(items: Sequence[Item]) -> str:
+    """SHA-256 over all that is measured."""
+    digest = hashlib.sha256()
+    for item in items:
+        digest.update(json.dumps(asdict(item), sort_keys=True, default=str).encode())
+    return digest.hexdigest()
+
+
 def run_study(
-    config: EvaluationConfig, accelerator: Accelerator, command: str | None, started: float
+    config: EvaluationConfig, accelerator: Accelerator, parts: Unfinished, command: str | None, started: float
 ) -> dict[str, Any] | None:
     """Run a study and write the output folder; see `evaluate`."""
-    findings = load_study(config.task)(config, accelerator)
+    findings = load_study(config.task)(config, accelerator, parts)
     if findings is None:
         return None
-    metrics = {"task": config.task, **findings.metrics, **run_entries(config, accelerator, command, started)}
+    entries = {**run_entries(config, accelerator, command, started), "made_with": parts.made_with}
+    metrics = {"task": config.task, **findings.metrics, **entries}
     with output_folder(config, metrics) as path:
         findings.draw(path)
     return metrics
@@ -243,7 +297,7 @@ def run_entries(
 @contextmanager
 def output_folder(config: EvaluationConfig, metrics: dict[str, Any]) -> Iterator[Path]:
     """The output folder, complete when the block ends: metrics, settings and table, and what the block writes."""
-    with atomic_folder(config.output, EVALUATION) as path:
+    with atomic_folder(config.output, folder_kind(Path(config.output))) as path:
         (path / "metrics.json").write_text(json.dumps(metrics, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         (path / "config.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False), encoding="utf-8")
         table = markdown_table(metrics["rows"], metrics["figures"], keys=metrics.get("keys"))
@@ -258,9 +312,16 @@ def data_names(sources: Sequence[str]) -> dict[str, str]:
     return {source: name if names.count(name) == 1 and name != MACRO else source for source, name in short.items()}
 
 
-def check_output(output: Path, overwrite: bool) -> None:
+def folder_kind(output: Path) -> FolderKind:
+    """What an output folder that is there should hold."""
+    finished = (output / "metrics.json").exists() or not (output / UNFINISHED).is_dir()
+    return EVALUATION if finished else INTERRUPTED
+
+
+def check_output(output: Path, overwrite: bool, resume: bool = False) -> None:
     """Refuse an output folder that would lose something, or that cannot be written."""
-    check_folder(output, EVALUATION, overwrite)
+    interrupted = (output / UNFINISHED).is_dir()  # `Unfinished` says what may be done with it
+    check_folder(output, folder_kind(output), overwrite or resume or interrupted)
     existing = next(parent for parent in output.absolute().parents if parent.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise CompressorError(f"output = {output} cannot be written: {existing} is no folder that takes new files")
@@ -291,28 +352,47 @@ def run_batches(
     tokens: Sequence[int],
     batch_size: int,
     accelerator: Accelerator,
-) -> list[list[Result]] | None:
-    """Results for each size and item on the main process, None on the others."""
-    batches = task.batches(items, batch_size)
+    parts: Unfinished,
+    of: str = "",
+) -> dict[int | None, list[Result]] | None:
+    """Results for each size and item on the main process, None on the others; those in `parts` are not made again.
+
+    Args:
+        of: what tells these items from others that the same method is run on.
+    """
+    name = method.name + of
+    sizes: list[int | None] = list(tokens) if method.sized else [None]
+    found = {(part["tokens"], part["place"]): part["result"] for part in parts.parts if part["method"] == name}
+    batches = [
+        batch
+        for batch in task.batches(items, batch_size)
+        if any((size, place) not in found for size in sizes for place in batch)
+    ]
     mine = batches[accelerator.process_index :: accelerator.num_processes]
-    done: list[tuple[int, int, Result]] = []
+    done: list[dict[str, Any]] = []
     progress = Progress(len(mine), accelerator.is_main_process, method.name)
     for batch in mine:
         chosen = [items[i] for i in batch]
         # Several questions may be about one passage.
         passages = list({id(item.passage): item.passage for item in chosen}.values())
         place = {id(passage): number for number, passage in enumerate(passages)}
-        for size, compressed in enumerate(method.compress(passages, tokens)):
+        of_batch: list[dict[str, Any]] = []
+        for size, compressed in zip(sizes, method.compress(passages, tokens), strict=True):
             contexts = [compressed[place[id(item.passage)]] for item in chosen]
             results = run_fitting(task, method, chosen, contexts)
-            done += [(size, i, result) for i, result in zip(batch, results, strict=True)]
+            of_batch += [
+                {"method": name, "tokens": size, "place": i, "id": items[i].id, "result": result}
+                for i, result in zip(batch, results, strict=True)
+            ]
+        parts.add(of_batch)
+        done += of_batch
         progress.advance()
     progress.close()
     gathered = gather_object(done)
     if not accelerator.is_main_process:
         return None
-    found = {(size, i): result for size, i, result in gathered}
-    return [[found[size, i] for i in range(len(items))] for size in range(len(tokens))]
+    found |= {(part["tokens"], part["place"]): part["result"] for part in gathered}
+    return {size: [found[size, i] for i in range(len(items))] for size in sizes}
 
 
 def run_fitting(task: Task, method: Method, items: Sequence[Item], contexts: Sequence[list[Piece]]) -> list[Result]:

@@ -1,6 +1,6 @@
 """Studies by the name that `--task` takes: measurements of a compressor that are no scores of items.
 
-A new study is a function `(config, accelerator) -> Findings` in a file here and a line in `STUDIES`.
+A new study is a function `(config, accelerator, parts) -> Findings` in a file here and a line in `STUDIES`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from compressor.evaluation.command import EvaluationConfig
+    from compressor.unfinished import Unfinished
 
 STUDIES: dict[str, str] = {
     "utilisation": "utilisation:utilisation",
@@ -33,8 +34,9 @@ class Findings:
     """Writes its plots into a folder."""
 
 
-Study = Callable[["EvaluationConfig", "Accelerator"], "Findings | None"]
-"""Runs on every process; None on all but the main one. Bad settings are a `CompressorError`."""
+Study = Callable[["EvaluationConfig", "Accelerator", "Unfinished"], "Findings | None"]
+"""Runs on every process, and adds what is done to the parts; None on all but the main one. Bad settings are a
+`CompressorError`."""
 
 
 def load_study(name: str) -> Study:

@@ -36,6 +36,7 @@ from compressor.evaluation.studies.timing import (
 from compressor.methods.interface import check_tokens
 from compressor.model import Compressor
 from compressor.model_config import CompressorConfig
+from compressor.unfinished import Unfinished
 
 LENGTH = 500
 """Passage tokens where none are asked for, as in the published evaluation."""
@@ -44,6 +45,7 @@ FIGURES = (
     *("flops_saved", "kv_saved", "activations_saved", "first_token_speedup", "time_saved"),
     *("tokens_per_second", "full_tokens_per_second", "peak_saved"),
 )
+
 PROMPTS = {"new": (True, True), "reused": (False, False), "reread": (True, False)}
 """For each kind of prompt whether the full passage must be read, and whether the memory must be made."""
 LLAMA = "Llama-3-8B"
@@ -67,7 +69,7 @@ def llama_shape() -> Shape:
     return Shape.of(config)
 
 
-def efficiency(config: EvaluationConfig, accelerator: Accelerator) -> Findings | None:
+def efficiency(config: EvaluationConfig, accelerator: Accelerator, parts: Unfinished) -> Findings | None:
     """Run the study; the main process alone measures, so that others do not disturb it.
 
     Raises:

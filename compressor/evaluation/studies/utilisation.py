@@ -19,16 +19,18 @@ from compressor.errors import CompressorError
 from compressor.evaluation.command import EvaluationConfig
 from compressor.evaluation.methods import checkpoint_fingerprint
 from compressor.evaluation.metrics import LEVEL, bootstrap, ratio, spearman
-from compressor.evaluation.runner import data_names, describe_data, run_batches
+from compressor.evaluation.runner import data_names, describe_data, items_hash, run_batches
 from compressor.evaluation.studies import Findings
 from compressor.evaluation.studies.changes import AnswerProbe, RegenerationProbe, all_changes
 from compressor.evaluation.studies.equal_use import ALPHA, CLAIM, PERMUTATIONS, added, statement, verdict
 from compressor.evaluation.studies.plots import utilisation_plots
 from compressor.evaluation.tasks import Item, Result, Task
+from compressor.evaluation.tasks.interface import LEFT_OUT
 from compressor.layouts import memory_positions
 from compressor.methods.interface import MemoryMethod, check_tokens
 from compressor.model import Compressor
 from compressor.prompts import QUESTION
+from compressor.unfinished import Unfinished
 
 DEFAULT_DATA = ("arxiv-test", "squad-dev", "arxivqa-test")
 KEYS = ["task", "dataset", "change", "part", "index", "n"]
@@ -36,7 +38,7 @@ PLACES = 1000
 """Length of the passage that positions of memory tokens are given for, as shares of it."""
 
 
-def utilisation(config: EvaluationConfig, accelerator: Accelerator) -> Findings | None:
+def utilisation(config: EvaluationConfig, accelerator: Accelerator, parts: Unfinished) -> Findings | None:
     """Run the study; data sets with questions are answered, others are written back.
 
     Raises:
@@ -64,8 +66,12 @@ def utilisation(config: EvaluationConfig, accelerator: Accelerator) -> Findings 
     measured: dict[str, tuple[str, list[Result] | None]] = {}
     for source, (task, records) in loaded.items():
         items = with_donors(task.items(records, method.base.tokenizer, config), source)
-        found = run_batches(task, method, items, [tokens], config.batch_size, accelerator)
-        measured[names[source]] = (kind_of(task), found[0] if found else None)
+        parts.expect({f"items of {source}": items_hash(items), "weights": checkpoint_fingerprint(model)})
+        found = run_batches(task, method, items, [tokens], config.batch_size, accelerator, parts, f", {names[source]}")
+        measured[names[source]] = (
+            kind_of(task),
+            [one for one in found[tokens] if LEFT_OUT not in one] if found else None,
+        )
     if not accelerator.is_main_process:
         return None
 

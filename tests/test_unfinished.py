@@ -1,0 +1,211 @@
+"""Long work that is interrupted: what is left, what is said, and that it goes on to the same end."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from compressor.errors import CompressorError
+from compressor.evaluation import runner
+from compressor.evaluation.command import evaluate_main
+from compressor.unfinished import Unfinished
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    from compressor.base import load_base
+    from compressor.model import Compressor
+    from compressor.model_config import BaseConfig, CompressorConfig
+
+    folder = tmp_path_factory.mktemp("unfinished") / "checkpoint"
+    settings = CompressorConfig(memory_tokens=8, lora_rank=4, lora_alpha=8.0, max_passage_tokens=64)
+    Compressor(load_base(BaseConfig(path=str(tiny_base_folder))), settings).save_pretrained(folder)
+    return str(folder)
+
+
+TASKS = {
+    "regeneration": ["--data", "arxiv-test", "--lengths", "12", "24", "--methods", "kv", "full"],
+    "qa": ["--data", "squad-dev", "arxivqa-test", "--question_tokens", "48", "--methods", "kv", "none", "full"],
+}
+
+
+def arguments(task: str, checkpoint: str, output: Path) -> list[str]:
+    common = ["--checkpoint", checkpoint, "--task", task, "--tokens", "8", "2", "--batch_size", "2", "--limit", "4"]
+    return [*common, "--resamples", "20", *TASKS[task], "--output", str(output)]
+
+
+@pytest.fixture(scope="module", params=list(TASKS))
+def whole(
+    request: pytest.FixtureRequest, checkpoint: str, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, Path]:
+    """A task and the output of an evaluation of it that nothing interrupts."""
+    output = tmp_path_factory.mktemp("whole") / request.param
+    assert evaluate_main(arguments(request.param, checkpoint, output)) == 0
+    return request.param, output
+
+
+def same(one: Path, other: Path) -> None:
+    first, second = (json.loads((folder / "metrics.json").read_text()) for folder in (one, other))
+    for name in ("rows", "notes", "quality", "left_out"):
+        assert first[name] == second[name]
+    assert (one / "predictions.jsonl").read_text() == (other / "predictions.jsonl").read_text()
+    assert {path.name for path in one.iterdir()} == {path.name for path in other.iterdir()}
+
+
+@pytest.fixture
+def batches(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Batches that are run, of which the last is followed by what was appended to `ends`."""
+    done: list[Any] = []
+    honest = runner.run_fitting
+
+    def run_fitting(task: Any, method: Any, items: Any, contexts: Any) -> Any:
+        if ENDS and len(done) == ENDS[0]:
+            os.kill(os.getpid(), ENDS[1])
+        done.append(method.name)
+        return honest(task, method, items, contexts)
+
+    monkeypatch.setattr(runner, "run_fitting", run_fitting)
+    yield done
+    ENDS.clear()
+
+
+ENDS: list[int] = []
+"""Number of batches after which a signal comes, and the signal."""
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_evaluation_goes_on_to_the_same_table(
+    whole: tuple[str, Path],
+    checkpoint: str,
+    tmp_path: Path,
+    batches: list[Any],
+    number: int,
+    status: int,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    task, expected = whole
+    output = tmp_path / "out"
+    argv = arguments(task, checkpoint, output)
+    ENDS[:] = [5, number]
+    assert evaluate_main(argv) == status
+    message = capsys.readouterr().err
+    assert f"stopped; what is done is in {output}/unfinished: the same command with --resume goes on" in message
+    assert "Traceback" not in message
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    parts = [json.loads(line) for line in (output / "unfinished" / "parts-0.jsonl").read_text().splitlines()]
+    assert parts[0].keys() == {"method", "tokens", "place", "id", "result"}
+    assert {path.name for path in output.iterdir()} == {"unfinished"}
+
+    # Neither lost nor mixed with something else by mistake.
+    ENDS.clear()
+    assert evaluate_main(argv) == 2
+    assert "add --resume to go on with it, or --overwrite" in capsys.readouterr().err
+    for other in (["--tokens", "8", "1"], ["--batch_size", "3"], ["--limit", "3"]):
+        assert evaluate_main([*argv, *other, "--resume"]) == 2
+        assert f"with settings.{other[0][2:]} = " in capsys.readouterr().err
+    assert evaluate_main([*argv, "--resume", "--overwrite"]) == 2
+    assert "give one of them" in capsys.readouterr().err
+
+    # A kill may come within a line.
+    with (output / "unfinished" / "parts-0.jsonl").open("a") as file:
+        file.write('{"method": "kv", "tokens": 8, "pla')
+    before = len(batches)
+    assert evaluate_main([*argv, "--resume"]) == 0
+    same(output, expected)
+    again = len(batches) - before
+
+    # The finished evaluation is compared and not made again.
+    before = len(batches)
+    assert evaluate_main([*argv, "--resume"]) == 0
+    assert len(batches) == before
+    same(output, expected)
+    assert evaluate_main([*argv, "--overwrite"]) == 0
+    assert len(batches) - before > again
+
+
+def test_another_number_of_processes_goes_on(
+    whole: tuple[str, Path], checkpoint: str, tmp_path: Path, batches: list[Any], project: Path
+) -> None:
+    task, expected = whole
+    if task != "qa":
+        pytest.skip("one task through two processes is enough")
+    output = tmp_path / "out"
+    argv = arguments(task, checkpoint, output)
+    ENDS[:] = [3, signal.SIGTERM]
+    assert evaluate_main(argv) == 143
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/cpu.yaml"]
+    environment = {key: value for key, value in os.environ.items() if key != "ACCELERATE_USE_CPU"}
+    command = [*launch, "--main_process_port", "0", "evaluate.py", *argv, "--resume"]
+    done = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    same(output, expected)
+
+
+def test_other_weights_or_data_do_not_go_on(
+    make_tiny_compressor: Callable[..., Any],
+    checkpoint: str,
+    tmp_path: Path,
+    batches: list[Any],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    weights, data, output = tmp_path / "checkpoint", tmp_path / "data.jsonl", tmp_path / "out"
+    shutil.copytree(checkpoint, weights)
+    data.write_text("".join(json.dumps({"id": str(i), "text": f"Text number {i}."}) + "\n" for i in range(6)))
+    argv = ["--checkpoint", str(weights), "--data", str(data), "--tokens", "2", "--batch_size", "2"]
+    argv += ["--output", str(output)]
+    ENDS[:] = [2, signal.SIGTERM]
+    assert evaluate_main(argv) == 143
+    ENDS.clear()
+    text = data.read_text()
+    data.write_text(text.replace("number 3", "number three"))
+    assert evaluate_main([*argv, "--resume"]) == 2
+    assert "with items = " in capsys.readouterr().err
+    data.write_text(text)
+
+    shutil.rmtree(weights)
+    make_tiny_compressor(seed=1).save_pretrained(weights)
+    assert evaluate_main([*argv, "--resume"]) == 2
+    assert "with weights of kv" in capsys.readouterr().err
+
+
+def test_a_study_goes_on(checkpoint: str, tmp_path: Path, batches: list[Any]) -> None:
+    """Its parts hold tensors."""
+    argv = ["--checkpoint", checkpoint, "--task", "utilisation", "--data", "arxiv-test", "squad-dev", "--limit", "4"]
+    argv += ["--batch_size", "2", "--lengths", "12", "--question_tokens", "24", "--resamples", "20", "--output"]
+    assert evaluate_main([*argv, str(tmp_path / "whole")]) == 0
+    ENDS[:] = [len(batches) + 3, signal.SIGTERM]
+    assert evaluate_main([*argv, str(tmp_path / "out")]) == 143
+    ENDS.clear()
+    before = len(batches)
+    assert evaluate_main([*argv, str(tmp_path / "out"), "--resume"]) == 0
+    assert 0 < len(batches) - before < 4
+    one, other = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("whole", "out"))
+    for name in ("rows", "equal_use", "maps", "notes"):
+        assert one[name] == other[name]
+
+
+def test_parts_of_other_processes_are_read_and_theirs_not_written(tmp_path: Path) -> None:
+    folder = tmp_path / "unfinished"
+    for parts in [Unfinished(folder, process=process) for process in (1, 0, 2)]:
+        parts.expect({"settings": {"a": 1}})
+        parts.add([{"by": parts.process, "text": "字\u2028line"}])
+    again = Unfinished(folder, resume=True, process=1)
+    assert sorted(part["by"] for part in again.parts) == [0, 1, 2]
+    assert {part["text"] for part in again.parts} == {"字\u2028line"}
+    again.start()
+    again.add([{"by": 1}])
+    assert len(Unfinished(folder, resume=True).parts) == 4
+    with pytest.raises(CompressorError, match=r"settings\.a = 1, and now it is 2"):
+        Unfinished(folder, resume=True).expect({"settings": {"a": 2}})
+    fresh = Unfinished(folder, again=True)
+    fresh.start()
+    assert not folder.exists()
