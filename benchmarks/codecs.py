@@ -22,7 +22,7 @@ from compressor.codecs.codec import Codec
 from compressor.codecs.command import Progress
 from compressor.codecs.inspection import byte_ledger
 from compressor.data.records import load_texts
-from compressor.errors import CompressorError, exits_cleanly
+from compressor.errors import CompressorError
 from compressor.evaluation.metrics import bootstrap, ratio, rouge_l
 from compressor.files import write_json
 from compressor.generation import regenerate, score
@@ -30,6 +30,7 @@ from compressor.memory import Memory, memory_prefix
 from compressor.model import Compressor
 from compressor.parsing import parse_config
 from compressor.provenance import run_record
+from compressor.streams import exits_cleanly
 
 STORED = ("bf16", "int8", "int8+ans", "int4", "int4+ans", "int3", "int3+ans", "int2", "int2+ans")
 FITTED = tuple(f"int{bits}{coder}" for bits in (8, 4, 3, 2) for coder in ("", "+ans", "+range", "+huffman"))

@@ -33,9 +33,10 @@ from compressor.codecs.exact import ExactBase
 from compressor.codecs.lossless import pack_bytes, unpack_bytes
 from compressor.data.sources import read_rows
 from compressor.data.sources import resolve as resolve_data
-from compressor.errors import CompressorError, exits_cleanly
+from compressor.errors import CompressorError
 from compressor.files import write_json
 from compressor.model_config import BaseConfig
+from compressor.streams import exits_cleanly
 
 PROJECT = Path(__file__).resolve().parents[1]
 MIXING = "zpaq -m5"

@@ -31,12 +31,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from compressor.base import held_dtype, load_base
 from compressor.data.collate import padded_width, regeneration_pair, stack_pairs
 from compressor.data.passages import load_passages
-from compressor.errors import exits_cleanly
 from compressor.files import write_json
 from compressor.methods.encoder import pad
 from compressor.model import Compressor
 from compressor.model_config import BaseConfig, CompressorConfig
 from compressor.processes import current_device
+from compressor.streams import exits_cleanly
 
 OURS, PUBLISHED = "ours", "published recipe"
 VARIANTS = {

@@ -20,8 +20,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from compressor.config import RunConfig
-from compressor.errors import CompressorError
-from compressor.files import FolderKind, atomic_folder, read_json, remove_folder, write_json
+from compressor.errors import FULL, MORE_SPACE, CompressorError, WriteError
+from compressor.files import FolderKind, atomic_folder, read_json, remove_folder, unreadable, write_json
 
 if TYPE_CHECKING:
     from compressor.training import Stage
@@ -72,11 +72,20 @@ class Checkpoints:
         return max(self.steps(), default=0)
 
     def refuse_existing(self, resume: bool) -> None:
-        """Raise a `CompressorError` if the folder holds a run that is not to be resumed."""
-        if self.newest() and not resume:
+        """Raise a `CompressorError` if the folder holds a run that is not to be resumed, or files that are no run's."""
+        newest = self.newest()
+        run = newest or (self.output / "run.json").exists()
+        if run and not resume:
+            where = f"at step {newest}" if newest else "that was stopped before its first checkpoint"
             raise CompressorError(
-                f"{self.output} already holds a run at step {self.newest()}: go on with --training.resume true, "
-                "or choose another --output"
+                f"{self.output} already holds a run {where}: go on with --training.resume true, or choose another "
+                "--output"
+            )
+        foreign = [name for name in ("config.yaml", "log.jsonl", "final") if (self.output / name).exists()]
+        if foreign and not run:
+            raise CompressorError(
+                f"{self.output} holds {' and '.join(foreign)} but no run, and this run would replace that: choose "
+                "another --output"
             )
 
     def keep_batch(self, config: RunConfig) -> RunConfig:
@@ -192,6 +201,14 @@ class Checkpoints:
                 remove_folder(self.path(step), CHECKPOINT)
         self.accelerator.wait_for_everyone()
 
+    def interrupted(self, error: WriteError) -> WriteError:
+        """The same error, with what is kept of the run and how to go on."""
+        newest = self.newest()
+        kept = f"the checkpoint of step {newest} is whole" if newest else "there was no checkpoint yet"
+        space = MORE_SPACE if error.errno in FULL else f"check {self.output} and its permissions"
+        resume = "go on with --training.resume true" if newest else "start again"
+        return WriteError(error.target, error.reason, error.errno, f"{kept}: {space}, then {resume}")
+
     def export(self, stage: Stage) -> None:
         """Write the finished model to `OUTPUT/final`."""
         if self.accelerator.is_main_process:
@@ -206,6 +223,8 @@ def _naming(path: Path) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError:
         raise
+    except PermissionError as error:
+        raise unreadable(path, error) from None
     except (SafetensorError, OSError, TypeError, RuntimeError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:300]
         raise CompressorError(

@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compressor import __version__
-from compressor.errors import CompressorError, exits_cleanly
+from compressor.errors import CompressorError
 from compressor.model_config import BaseMismatch
 from compressor.prompts import QUESTION
+from compressor.streams import check_output, exits_cleanly, write_output
 
 if TYPE_CHECKING:
     from compressor.base import Base
@@ -120,7 +121,7 @@ def inspect(argv: list[str]) -> int:
     from compressor.parsing import parse_config
 
     options, _ = parse_config(command.InspectOptions, _named(argv, "file"), f"compressor inspect: {inspect.__doc__}")
-    print(describe(options.file))
+    write_output(describe(options.file))
     return 0
 
 
@@ -184,6 +185,7 @@ def regenerate(argv: list[str]) -> int:
     options, _ = parse_config(RegenerateOptions, argv, f"compressor regenerate: {regenerate.__doc__}")
     from compressor import generation
 
+    check_output()
     memory, base = _memory_and_base(options)
     if options.exact:
         from compressor.codecs.lossless import unpack_passage
@@ -192,12 +194,10 @@ def regenerate(argv: list[str]) -> int:
             raise CompressorError(
                 f"{options.memory} keeps no text: leave --exact out, or compress the passage again with --keep-text"
             )
-        sys.stdout.flush()
-        sys.stdout.buffer.write(unpack_passage(memory.text, base).encode())  # without a line end of our own
-        sys.stdout.buffer.flush()
+        write_output(unpack_passage(memory.text, base).encode())  # without a line end of our own
         return 0
     sampling = generation.Sampling(temperature=options.temperature, seed=options.seed)
-    print(generation.regenerate(base, [memory], sampling)[0])
+    write_output(generation.regenerate(base, [memory], sampling)[0])
     return 0
 
 
@@ -224,10 +224,11 @@ def ask(argv: list[str]) -> int:
     from compressor.memory import memory_prefix
     from compressor.methods.recite import recited_prefix
 
+    check_output()
     memory, base = _memory_and_base(options)
     sampling = generation.Sampling(temperature=options.temperature, seed=options.seed)
     prefix = (recited_prefix if options.recite else memory_prefix)(base, [memory])
-    print(generation.answer(base, prefix, [options.question], options.template, sampling=sampling)[0].text)
+    write_output(generation.answer(base, prefix, [options.question], options.template, sampling=sampling)[0].text)
     return 0
 
 

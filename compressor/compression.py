@@ -196,7 +196,8 @@ class CompressionStage:
         weights = {share.tokens: share.weight for share in self.config.objective.tokens}
         figures = {"loss": sum(weights[tokens] * loss[tokens] for tokens in counts) / sum(weights.values())}
         figures |= {f"nats_{tokens}": value for tokens, value in loss.items()}
-        figures["nats_swapped"] = swapped_loss
+        if totals[-1]:  # a single record has no other to swap memories with
+            figures["nats_swapped"] = swapped_loss
         samples = self.samples(counts[0], accelerator) if accelerator.is_main_process else []
         if totals[-1] and swapped_loss - own < COLLAPSE:
             samples.insert(0, "warning: memories of other passages do as well: the decoder ignores the memory")

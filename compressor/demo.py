@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from compressor.data.text_files import read_text
-from compressor.errors import CompressorError, exits_cleanly, require
+from compressor.errors import CompressorError, require
 from compressor.model_config import BaseMismatch
 from compressor.parsing import parse_config
+from compressor.streams import check_output, exits_cleanly, shows_unicode, write_output
 
 if TYPE_CHECKING:
     from compressor.memory import Memory
@@ -307,6 +308,8 @@ def demo_main(argv: list[str] | None = None) -> int:
 
         serve(config)
         return 0
+    check_output()
     result = run_demo(config)
-    print(json.dumps(result, ensure_ascii=False) if options.json else show(result, sys.stdout.isatty()))
+    shown = json.dumps(result, ensure_ascii=not shows_unicode()) if options.json else show(result, sys.stdout.isatty())
+    write_output(shown)
     return 0

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import errno
-import sys
-from collections.abc import Callable
-from functools import wraps
+import os
+from collections.abc import Sequence
+from numbers import Integral
 from pathlib import Path
-from typing import Any, ParamSpec
-
-P = ParamSpec("P")
+from typing import Any
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """Numbers of the operating system's errors that more space, or a higher limit, mends."""
+NO_WRITE = (*FULL, errno.EIO, errno.EROFS)
+"""Numbers of errors that come from writing alone."""
+MORE_SPACE = "free some space, or raise the limit on the size of files"
 
 
 class CompressorError(ValueError):
@@ -27,18 +28,19 @@ class WriteError(CompressorError):
     """An output that the machine would not take: a full disk, a limit, a missing permission.
 
     Args:
-        target: what was to be written; what was there before is unchanged.
+        target: what was to be written.
         reason: the operating system's words.
         number: its `errno`, None where a library does not tell.
-        kept: what is left and how to go on, by default said of the target alone.
+        kept: what is left and how to go on; by default what is known of a file that is written whole or not at all.
     """
 
-    def __init__(self, target: Path, reason: str, number: int | None = None, kept: str | None = None):
+    def __init__(self, target: str | os.PathLike[str], reason: str, number: int | None = None, kept: str | None = None):
+        target = Path(target)
         if kept is None:
-            kept = "what was there is unchanged" if target.exists() else "nothing is left there"
-        full = "free some space, or raise the limit on the size of files"
-        advice = full if number in FULL else f"check {target.absolute().parent} and its permissions"
-        super().__init__(f"{target} could not be written ({reason}); {kept}: {advice}, or give another path")
+            left = "what was there is unchanged" if target.exists() else "nothing is left there"
+            check = f"check {target.absolute().parent} and its permissions"
+            kept = f"{left}: {MORE_SPACE if number in FULL else check}, or give another path"
+        super().__init__(f"{target} could not be written ({reason}); {kept}")
         self.target, self.reason, self.errno = target, reason, number
 
 
@@ -61,38 +63,26 @@ def require(condition: bool, key: str, value: Any, allowed: str) -> None:
         raise CompressorError(f"{key} = {value!r} is out of range: it must be {allowed}")
 
 
-def exits_cleanly(command: Callable[P, int | None]) -> Callable[P, int]:
-    """Wrap a command's `main` so that expected failures print one message and return a status.
+def require_whole(name: str, value: Any, low: int = 1, high: int | None = None) -> None:
+    """Raise a `CompressorError` unless `value` is a whole number from `low` to `high`, both included."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise CompressorError(f"{name} = {value!r} is not a whole number: give one of at least {low}")
+    allowed = f"at least {low}" if high is None else f"{low} to {high}"
+    require(low <= int(value) and (high is None or int(value) <= high), name, value, allowed)
 
-    Returns 2 after a `CompressorError` or a file that cannot be used, 130 after Ctrl-C (143 after a SIGTERM that the
-    command handles); otherwise what the command returns.
-    """
 
-    @wraps(command)
-    def run(*args: P.args, **kwargs: P.kwargs) -> int:
+def require_texts(name: str, values: Sequence[Any]) -> None:
+    """Raise a `CompressorError` unless all are text that UTF-8 can hold."""
+    for number, value in enumerate(values):
+        which = name if len(values) == 1 else f"{name} {number}"
+        if isinstance(value, os.PathLike):
+            raise CompressorError(f"{which} is a path ({value}): read the file and give its text")
+        if not isinstance(value, str):
+            raise CompressorError(f"{which} is {type(value).__name__}, not text: give a str")
         try:
-            return command(*args, **kwargs) or 0
-        except CompressorError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2
-        except BrokenPipeError:
-            # The reader of our output (head, less) left; there is nobody to tell.
-            sys.stderr.close()
-            return 141
-        except OSError as error:
-            full = error.errno in (errno.ENOSPC, errno.EDQUOT)  # a write knows no file name
-            if error.filename is None and not full:
-                raise
-            what = "cannot write" if error.filename is None else f"cannot use {error.filename}"
-            advice = "free some space" if full else "check the path and its permissions"
-            print(f"error: {what} ({error.strerror or error}): {advice}, or give another path", file=sys.stderr)
-            return 2
-        except Stopped as error:
-            if str(error):
-                print(error, file=sys.stderr)
-            return 128 + error.number
-        except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
-            return 130
-
-    return run
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise CompressorError(
+                f"{which} holds half of a surrogate pair at character {error.start}, which is no letter: decode the "
+                "text again from its bytes"
+            ) from None

@@ -6,16 +6,17 @@ A file never replaces a folder, and a folder is replaced only where it holds the
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
 import re
 import shutil
+import socket
 import stat
 import tempfile
+import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from itertools import islice
 from pathlib import Path
@@ -23,9 +24,8 @@ from typing import Any, NamedTuple
 
 from safetensors import SafetensorError
 
-from compressor.errors import FULL, CompressorError, WriteError
+from compressor.errors import NO_WRITE, CompressorError, WriteError
 
-_NO_WRITE = (*FULL, errno.EIO, errno.EROFS)
 _SHOWN = 3
 _OPEN_FILE = re.compile(r"/dev/(std(in|out|err)|fd/\d+)|/proc/\w+/fd/\d+")
 
@@ -59,7 +59,7 @@ def atomic_file(target: str | os.PathLike[str]) -> Iterator[Path]:
         with tempfile.TemporaryDirectory() as folder:
             temporary = Path(folder, target.name)
             yield temporary
-            with _write_errors(target), open(temporary, "rb") as data, open(_appending(target), "wb") as sink:
+            with write_errors(target), open(temporary, "rb") as data, open(_appending(target), "wb") as sink:
                 shutil.copyfileobj(data, sink)
         return
     with _beside(target) as (temporary, final):
@@ -113,18 +113,18 @@ def _beside(target: str | os.PathLike[str]) -> Iterator[tuple[Path, Path]]:
     """A path to write, in a temporary folder beside `target`, and `target` with its links followed."""
     final = Path(os.path.realpath(target))
     make_folder(final.parent)
-    with _write_errors(Path(target)):
+    with write_errors(Path(target)):
         holder = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
     try:
-        with _write_errors(Path(target), holder):
+        with write_errors(Path(target), holder):
             yield holder / final.name, final
     finally:
         shutil.rmtree(holder, ignore_errors=True)
 
 
 @contextmanager
-def _write_errors(target: Path, holder: Path | None = None) -> Iterator[None]:
-    """Raise a `WriteError` about `target` for what the operating system refused to write, of it or in it.
+def write_errors(target: Path, holder: Path | None = None) -> Iterator[None]:
+    """Raise a `WriteError` about `target` for what the operating system refused to write.
 
     Args:
         holder: errors about other paths than those in this folder, as of reading, pass unless they can only come from
@@ -140,7 +140,7 @@ def _write_errors(target: Path, holder: Path | None = None) -> Iterator[None]:
         number, reason = _reason(error)
         named = getattr(error, "filename", None)
         ours = holder is None or (named is not None and str(named).startswith(str(holder)))
-        if isinstance(error, BrokenPipeError) or not (ours or number in _NO_WRITE):
+        if isinstance(error, BrokenPipeError) or not (ours or number in NO_WRITE):
             raise
     else:
         return
@@ -150,7 +150,7 @@ def _write_errors(target: Path, holder: Path | None = None) -> Iterator[None]:
 def _reason(error: OSError | SafetensorError) -> tuple[int | None, str]:
     """Number and words of the operating system's error; safetensors has them in its message."""
     if isinstance(error, OSError):
-        return error.errno, error.strerror or str(error)
+        return error.errno, os.strerror(error.errno) if error.errno else str(error)
     found = re.search(r"os error (\d+)", str(error))
     return (int(found[1]), os.strerror(int(found[1]))) if found else (None, str(error))
 
@@ -245,7 +245,7 @@ def make_folder(target: str | os.PathLike[str]) -> None:
         CompressorError: `target` is a file, or the folder cannot be made.
     """
     check_no_file(target)
-    with _write_errors(Path(target)):
+    with write_errors(Path(target)):
         Path(os.path.realpath(target)).mkdir(parents=True, exist_ok=True)
 
 
@@ -255,13 +255,54 @@ def check_no_file(target: str | os.PathLike[str]) -> None:
         raise CompressorError(f"{target} is a file, and a folder does not replace it: name a folder")
 
 
+@contextmanager
+def owned(output: str | os.PathLike[str]) -> Iterator[None]:
+    """Hold an output for this process alone while the block runs, so that no two write into one.
+
+    The lock is the operating system's: it ends with the process, however that ends. Beside it stands who holds it.
+
+    Raises:
+        CompressorError: another process holds it; names it.
+        WriteError: there is no place for the lock.
+    """
+    from filelock import FileLock, Timeout
+
+    final = Path(os.path.realpath(output))
+    make_folder(final.parent)
+    lock, owner = FileLock(final.with_name(f".{final.name}.lock")), final.with_name(f".{final.name}.owner")
+    with write_errors(Path(output)):
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise CompressorError(
+                f"{output} is being written by {_holder(owner)}: wait until it has ended, or choose another output"
+            ) from None
+    try:
+        with suppress(WriteError):  # a full disk is told of where the output is written
+            write_json(
+                owner, {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M")}
+            )
+        yield
+    finally:
+        owner.unlink(missing_ok=True)
+        lock.release()
+
+
+def _holder(owner: Path) -> str:
+    try:
+        found = read_json(owner)
+        return f"process {found['pid']} on {found['host']} since {found['since']}"
+    except (CompressorError, OSError, KeyError, TypeError):  # it is just starting or ending
+        return "another process"
+
+
 def strangers(folder: Path, kind: FolderKind) -> Iterator[str]:
     """Paths in `folder`, relative to it, that are not of this kind of output."""
     for place, folders, files in os.walk(folder):
         below = Path(place).relative_to(folder)
         for name in sorted([*(f"{name}/" for name in folders), *files]):
             path = f"{below.as_posix()}/{name}".removeprefix("./")
-            if not any(fnmatch(path, pattern) for pattern in kind.files):
+            if not any(fnmatch(path, pattern) or pattern.startswith(path) for pattern in kind.files):
                 yield path
 
 
@@ -277,12 +318,22 @@ def write_json(target: str | os.PathLike[str], value: Any) -> None:
         path.write_text(json.dumps(value, indent=2, ensure_ascii=False, sort_keys=False) + "\n", encoding="utf-8")
 
 
+def unreadable(path: str | os.PathLike[str], error: OSError) -> CompressorError:
+    """What is said of a file that may be whole, but cannot be opened."""
+    return CompressorError(
+        f"{error.filename or path} cannot be opened ({os.strerror(error.errno or 0)}): it may be whole; ask its owner, "
+        "or change its permissions"
+    )
+
+
 def read_json(path: str | os.PathLike[str]) -> Any:
     """Read a JSON file; a missing or broken one is a `CompressorError` that names it."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CompressorError(f"{path} does not exist") from None
+    except PermissionError as error:
+        raise unreadable(path, error) from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise CompressorError(f"{path} is not valid JSON ({error}); it may be damaged") from None
 

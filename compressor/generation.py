@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from compressor.base import Base
 from compressor.data.collate import IGNORED
-from compressor.errors import CompressorError
+from compressor.errors import CompressorError, require_whole
 from compressor.memory import Memory, Prefix, memory_prefix
 from compressor.prompts import QUESTION, question_ids
 
@@ -350,6 +350,7 @@ def regenerate_ids(
     base: Base, memories: Sequence[Memory], sampling: Sampling | None = None, batch_size: int = 16
 ) -> list[list[int]]:
     """Token ids of the passages, written back from their memories; segments are decoded apart and joined."""
+    require_whole("batch_size", batch_size)
     pieces = [(owner, part) for owner, memory in enumerate(memories) for part in memory.split()]
     written: list[list[int]] = [[] for _ in pieces]
     # Rows of similar length end together, so that few steps run for rows that have ended.

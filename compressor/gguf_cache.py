@@ -200,7 +200,11 @@ def _quiet() -> Iterator[None]:
     from compressor.processes import bars_on_terminals
 
     shown = sys.stderr.isatty()
-    with bars_on_terminals(), open(os.devnull, "w") as nowhere, redirect_stderr(sys.stderr if shown else nowhere):
+    with (
+        bars_on_terminals(),
+        open(os.devnull, "w", encoding="utf-8") as nowhere,
+        redirect_stderr(sys.stderr if shown else nowhere),
+    ):
         yield
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from compressor.config import RunConfig
-from compressor.errors import exits_cleanly
-from compressor.files import atomic_file, make_folder, read_json, write_json
+from compressor.files import atomic_file, make_folder, owned, read_json, write_json
 from compressor.parsing import parse_config, read_yaml
 from compressor.provenance import run_record
+from compressor.streams import exits_cleanly
 
 FREE_TO_CHANGE = {
     "training.resume",
@@ -53,16 +54,17 @@ def train_main(argv: list[str] | None = None) -> int:
         if accelerator.is_main_process:
             print(yaml.safe_dump(asdict(config), sort_keys=False) + "\n" + describe(stage, config, accelerator))
         return 0
-    checkpoints = Checkpoints(Path(config.output), config.training.keep_last, accelerator)
-    # Before minutes of tokenising, and before anything of the earlier run is touched.
-    checkpoints.refuse_existing(config.training.resume)
-    config = checkpoints.keep_batch(config)
-    make_folder(config.output)
-    stage = make_stage(config, accelerator)
-    if accelerator.is_main_process:
-        print(describe(stage, config, accelerator), flush=True)
-    processes = accelerator.num_processes
-    train(stage, config, accelerator, on_start=lambda step: record_start(config, step, processes, stage))
+    with owned(config.output) if accelerator.is_main_process else nullcontext():
+        checkpoints = Checkpoints(Path(config.output), config.training.keep_last, accelerator)
+        # Before minutes of tokenising, and before anything of the earlier run is touched.
+        checkpoints.refuse_existing(config.training.resume)
+        config = checkpoints.keep_batch(config)
+        make_folder(config.output)
+        stage = make_stage(config, accelerator)
+        if accelerator.is_main_process:
+            print(describe(stage, config, accelerator), flush=True)
+        processes = accelerator.num_processes
+        train(stage, config, accelerator, on_start=lambda step: record_start(config, step, processes, stage))
     return 0
 
 

@@ -15,7 +15,7 @@ from compressor.base import Base
 from compressor.codecs.artifact import check_base, load_memory, save_memory
 from compressor.codecs.calibration import Calibration
 from compressor.codecs.codec import Codec
-from compressor.errors import CompressorError
+from compressor.errors import CompressorError, require_whole
 from compressor.layouts import TRUNCATABLE, decoder_start, memory_positions
 from compressor.model_config import Layout
 
@@ -129,6 +129,7 @@ class Memory:
         Raises:
             CompressorError: the layout puts tokens elsewhere when there are fewer, or there are not so many.
         """
+        require_whole("tokens", tokens, 0)
         fewest = min(segment.tokens for segment in self.segments)
         if not 1 <= tokens <= fewest:
             raise CompressorError(f"cannot truncate to {tokens} memory tokens: the memory has {fewest} for a segment")

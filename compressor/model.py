@@ -7,6 +7,7 @@ these instead of the passage.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from compressor.base import Base
-from compressor.errors import CompressorError
+from compressor.errors import CompressorError, require_texts, require_whole
 from compressor.layouts import decoder_start, memory_positions
 from compressor.lora import READER, adapter, add_adapters
 from compressor.memory import Memory, Prefix, Segment, memory_prefix
@@ -179,7 +180,7 @@ class Compressor(nn.Module):
         Raises:
             CompressorError: an empty text, more memory tokens than the compressor has, or a fidelity out of range.
         """
-        texts = [passages] if isinstance(passages, str) else list(passages)
+        texts = in_list(passages, "the passage")
         ids = self.base.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
         if target_fidelity is None:
             memories = self.compress_ids(ids, tokens, batch_size, segment_tokens, refine_steps)
@@ -207,6 +208,11 @@ class Compressor(nn.Module):
             refine_steps: see `compress`.
         """
         tokens = self.config.memory_tokens if tokens is None else tokens
+        require_whole("tokens", tokens, 0)
+        require_whole("batch_size", batch_size)
+        require_whole("refine_steps", refine_steps, 0)
+        if segment_tokens is not None:
+            require_whole("segment_tokens", segment_tokens)
         if not 1 <= tokens <= self.config.memory_tokens:
             raise CompressorError(
                 f"cannot compress to {tokens} memory tokens: this compressor has 1 to {self.config.memory_tokens}"
@@ -287,7 +293,7 @@ class Compressor(nn.Module):
         from compressor.methods.recite import recited_prefix
 
         single = isinstance(memories, Memory)
-        asked = [questions] if isinstance(questions, str) else list(questions)
+        asked = in_list(questions, "the question")
         chosen = [memories] if isinstance(memories, Memory) else list(memories)
         if len(asked) != len(chosen):
             raise CompressorError(f"got {len(chosen)} memories and {len(asked)} questions: give one question for each")
@@ -349,3 +355,13 @@ class Compressor(nn.Module):
         model = cls(chosen, CompressorConfig(**read_settings(folder)["config"]))
         load_weights(model, folder)
         return model.eval()
+
+
+def in_list(texts: str | Sequence[str], name: str) -> list[str]:
+    """A text, or several, as a list; what is no text is a `CompressorError`."""
+    try:
+        found = [texts] if isinstance(texts, str | os.PathLike) else list(texts)
+    except TypeError:
+        raise CompressorError(f"{name} is {type(texts).__name__}, not text: give a str or a list of them") from None
+    require_texts(name, found)
+    return found

@@ -16,7 +16,7 @@ from compressor import __version__
 from compressor.base import Base, load_base, resolve
 from compressor.bases import NAMED
 from compressor.errors import CompressorError, require
-from compressor.files import FolderKind, atomic_folder, read_json, sha256, write_json
+from compressor.files import FolderKind, atomic_folder, read_json, sha256, unreadable, write_json
 from compressor.gguf_cache import say
 from compressor.lora import READER
 from compressor.model_config import BaseConfig, BaseMismatch, CompressorConfig
@@ -120,6 +120,8 @@ def load_weights(model: Compressor, folder: Path) -> None:
             if sha256(folder / name) != digest:
                 raise CompressorError(f"{folder / name} is damaged: its checksum differs from compressor.json's")
             state = load_file(folder / name)
+        except PermissionError as error:
+            raise unreadable(folder / name, error) from None
         except (OSError, SafetensorError) as error:
             raise CompressorError(f"{folder / name} is missing or damaged: {error}") from None
         if Path(name).name == ADAPTER:

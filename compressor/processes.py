@@ -14,8 +14,44 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
+from compressor.errors import CompressorError
+
 LONGEST_WAIT = timedelta(hours=6)
 """How long processes wait for the main one, which tokenises and packs alone."""
+
+_CHOSEN_BY_CONFIG = {
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1",
+    "ACCELERATE_MIXED_PRECISION": "no",
+    "ACCELERATE_DYNAMO_BACKEND": "no",
+    "ACCELERATE_DOWNCAST_BF16": "",
+}
+"""Variables by which accelerate would change what is computed, and what the launcher writes where nothing is asked."""
+_NOT_SUPPORTED = ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG", "SAGEMAKER")
+
+
+@contextmanager
+def config_alone() -> Iterator[None]:
+    """Keep accelerate from reading settings in the environment: what shapes results is the configuration's alone.
+
+    Raises:
+        CompressorError: the environment asks for a way of sharing a model out that the training loop does not know.
+    """
+    for name in (f"ACCELERATE_USE_{way}" for way in _NOT_SUPPORTED):
+        if os.environ.get(name, "").lower() in ("1", "true", "yes"):
+            raise CompressorError(
+                f"{name} is set, by `accelerate config` or by hand, and is not supported: processes share batches out "
+                "and each holds the base. Unset it, or launch with configs/accelerate/"
+            )
+    found = {name: os.environ.pop(name) for name in _CHOSEN_BY_CONFIG if name in os.environ}
+    try:
+        for name, value in found.items():
+            if value.lower() != _CHOSEN_BY_CONFIG[name] and os.environ.get("RANK", "0") == "0":
+                print(
+                    f"note: {name}={value} is ignored: the configuration alone says what is computed", file=sys.stderr
+                )
+        yield
+    finally:
+        os.environ.update(found)
 
 
 def make_accelerator(mixed_precision: str | None = None, **options: Any) -> Accelerator:
@@ -30,12 +66,13 @@ def make_accelerator(mixed_precision: str | None = None, **options: Any) -> Acce
     together = int(os.environ.get("WORLD_SIZE", 1)) > 1
     if mixed_precision == "auto":
         mixed_precision = "bf16" if fast_bfloat16(current_device()) else "no"
-    accelerator = Accelerator(
-        mixed_precision=mixed_precision,
-        cpu=together and not torch.accelerator.is_available(),
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT)],
-        **options,
-    )
+    with config_alone():
+        accelerator = Accelerator(
+            mixed_precision=mixed_precision,
+            cpu=together and not torch.accelerator.is_available(),
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT)],
+            **options,
+        )
     if not accelerator.is_main_process:
         # One process speaks; a library's warnings would come once for each.
         logging.disable(logging.WARNING)

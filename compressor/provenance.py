@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import re
 import subprocess
@@ -27,7 +28,10 @@ def commit() -> str:
     """The checkout's commit, with `-dirty` where tracked files have changed since; `unknown` outside a checkout."""
     try:
         command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        # In a hook of another repository git would answer for that one.
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", check=True, env=environment)
+        return done.stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
@@ -49,5 +53,7 @@ def run_record(step: int) -> dict[str, Any]:
     Absolute paths in the command are shortened to their last part, so that a record can be published.
     """
     # A slash that follows anything but a separator is in the middle of a relative path.
-    command = [re.sub(r"(?<![^\s,\[\]='\"])/(?:[^/\s,\[\]]+/)+", "", argument) for argument in sys.argv]
+    # Letters outside the locale's encoding come as surrogates, which no file can hold.
+    arguments = [argument.encode("utf-8", "surrogateescape").decode("utf-8", "replace") for argument in sys.argv]
+    command = [re.sub(r"(?<![^\s,\[\]='\"])/(?:[^/\s,\[\]]+/)+", "", argument) for argument in arguments]
     return {"from_step": step, "command": command, "commit": commit(), "versions": versions()}

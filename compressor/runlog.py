@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from compressor.checkpoints import TrainingState
 from compressor.config import RunConfig
-from compressor.files import atomic_file
+from compressor.files import atomic_file, write_errors
 
 
 class RunLog:
@@ -36,9 +36,11 @@ class RunLog:
             kept = []
             if state.step and self.path.exists():
                 # Rows written after the checkpoint belong to steps that are about to be repeated.
-                kept = [line for line in self.path.read_text().splitlines() if _step_of(line) <= state.step]
+                kept = [
+                    line for line in self.path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= state.step
+                ]
             with atomic_file(self.path) as path:
-                path.write_text("".join(line + "\n" for line in kept))
+                path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
             if sys.stderr.isatty():
                 self.bar = tqdm(total=self.steps, initial=state.step, unit="step", dynamic_ncols=True)
 
@@ -86,7 +88,7 @@ class RunLog:
     def row(self, values: dict[str, float]) -> None:
         """Record figures at the number of steps done."""
         if self.accelerator.is_main_process:
-            with self.path.open("a") as file:
+            with write_errors(self.path), self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": self.state.step, **values}) + "\n")
         if self.accelerator.trackers:
             self.accelerator.log(values, step=self.state.step)

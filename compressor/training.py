@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from compressor.base import first_line, held_dtype
 from compressor.checkpoints import Checkpoints, TrainingState
 from compressor.config import RunConfig, TrainingConfig
-from compressor.errors import CompressorError
+from compressor.errors import CompressorError, WriteError
 from compressor.optimizers import make_optimizer
 from compressor.processes import current_device, make_accelerator
 from compressor.runlog import RunLog
@@ -268,14 +268,15 @@ def train(
             if finished or stopping or best or state.step % settings.checkpoint_every == 0:
                 state.seconds = round(log.seconds, 2)
                 checkpoints.save(stage, optimizer, names, state)
+        if state.step < settings.steps:
+            log.line(f"stopped by a signal after step {state.step}; go on with --training.resume true")
+        else:
+            checkpoints.export(stage)
+    except WriteError as error:
+        raise checkpoints.interrupted(error) from None
     finally:
         stop.restore()
         log.close()
-
-    if state.step < settings.steps:
-        log.line(f"stopped by a signal after step {state.step}; go on with --training.resume true")
-    else:
-        checkpoints.export(stage)
     # Ends trackers and the process group: processes that leave it open can abort at exit.
     accelerator.wait_for_everyone()
     accelerator.end_training()

@@ -13,7 +13,7 @@ from types import FrameType
 from typing import Any
 
 from compressor.errors import CompressorError, Stopped
-from compressor.files import read_json, write_json
+from compressor.files import read_json, write_errors, write_json
 
 MADE_WITH = "made_with.json"
 PART_FILES = (MADE_WITH, f".{MADE_WITH}.*", "parts-*.jsonl")
@@ -87,7 +87,7 @@ class Unfinished:
         """Write parts that are done."""
         self._open()
         path = self.folder / f"parts-{self.process}.jsonl"
-        with path.open("ab") as file:
+        with write_errors(path), path.open("ab") as file:
             if file.tell() and not _ends_with_newline(path):
                 file.write(b"\n")  # a line was cut off; `_read_lines` passes over it
             file.write("".join(json.dumps(part, default=_encoded) + "\n" for part in parts).encode())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 from compressor.demo import (
@@ -34,10 +35,18 @@ def serve(config: DemoConfig) -> None:
         ids = model.base.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         text = model.base.tokenizer.decode(ids[: config.length or EXAMPLE_TOKENS], skip_special_tokens=True)
     made = page(model, text, config.question or "")
+    reach_this_machine()
     try:
         made.launch(server_name="127.0.0.1", server_port=config.port, inbrowser=True)
     except OSError as error:
         raise CompressorError(f"cannot serve the page: {error}. Give another --port") from None
+
+
+def reach_this_machine() -> None:
+    """Keep requests to this machine, by which the page asks itself, from a proxy in the environment."""
+    for name in ("NO_PROXY", "no_proxy"):
+        kept = [host for host in os.environ.get(name, "").split(",") if host.strip()]
+        os.environ[name] = ",".join(dict.fromkeys([*kept, "127.0.0.1", "localhost"]))
 
 
 def page(model: Compressor, text: str, question: str = "") -> Any:

@@ -30,8 +30,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from compressor.data.records import load_texts
-from compressor.errors import CompressorError, exits_cleanly, require
+from compressor.errors import CompressorError, require
 from compressor.files import FolderKind, atomic_folder, check_folder
+from compressor.streams import exits_cleanly
 
 FOLDER = FolderKind("a base", ("config.json", "*.json", "model.safetensors"))
 

@@ -14,10 +14,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from compressor.base import load_base
 from compressor.data.questions import load_questions
-from compressor.errors import exits_cleanly
 from compressor.files import atomic_file
 from compressor.methods.encoder import equal_segments
 from compressor.model_config import BaseConfig
+from compressor.streams import exits_cleanly
 
 
 @exits_cleanly

@@ -25,7 +25,7 @@ CARD = ROOT / "models" / "arxiv-mini" / "README.md"
 
 def snippet_code() -> str:
     """The README's first Python block."""
-    match = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    match = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
     if match is None:
         raise SystemExit("README.md has no Python block")
     return match.group(1)
@@ -44,7 +44,7 @@ def card() -> str:
     """README.md of the bundled models."""
     ends = {stage: [row for row in log_rows(f"{stage}-log.jsonl") if "passages" in row][-1] for stage in STAGES}
     record = results("finish-run.json")[-1]
-    recipe = yaml.safe_load((ROOT / "configs" / "arxiv-mini" / "regenerate.yaml").read_text())
+    recipe = yaml.safe_load((ROOT / "configs" / "arxiv-mini" / "regenerate.yaml").read_text(encoding="utf-8"))
     settings = recipe["compressor"]
     stages_done = "; ".join(
         f"`{stage}` {end['step']:,} steps, {end['passages']:,} passages, {end['seconds'] / 60:.0f} minutes"
@@ -174,19 +174,19 @@ def main() -> int:
         print(snippet_code())
         return 0
     path = ROOT / "README.md"
-    current = path.read_text()
+    current = path.read_text(encoding="utf-8")
     wanted = fill(current)
     if "--check" in sys.argv[1:]:
         stale = [
             str(name)
-            for name, (now, then) in {path: (current, wanted), CARD: (CARD.read_text(), card())}.items()
+            for name, (now, then) in {path: (current, wanted), CARD: (CARD.read_text(encoding="utf-8"), card())}.items()
             if now != then
         ]
         if stale:
             print(f"differs from results/: {', '.join(stale)}; run `make readme`", file=sys.stderr)
         return 1 if stale else 0
-    path.write_text(wanted)
-    CARD.write_text(card())
+    path.write_text(wanted, encoding="utf-8")
+    CARD.write_text(card(), encoding="utf-8")
     for draw in (draw_training, draw_regeneration, draw_methods, draw_bytes):
         try:
             draw()

@@ -25,7 +25,7 @@ def log_rows(name: str) -> list[dict[str, Any]]:
 
 
 def _kept(name: str) -> str:
-    return (ROOT / "results" / name).read_text()
+    return (ROOT / "results" / name).read_text(encoding="utf-8")
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -122,7 +122,9 @@ def mini() -> str:
     rows = log_rows("train-mini-log.jsonl")
     trained = [row for row in rows if "loss" in row]
     checked = [row for row in rows if "validation_nats_16" in row][-1]
-    lengths = yaml.safe_load((ROOT / "configs" / "arxiv-mini" / "mini.yaml").read_text())["data"]["lengths"][0]
+    lengths = yaml.safe_load((ROOT / "configs" / "arxiv-mini" / "mini.yaml").read_text(encoding="utf-8"))["data"][
+        "lengths"
+    ][0]
     nats = {name: checked[f"validation_nats_{name}"] for name in ("16", "4", "swapped")}
     first, last = trained[0], trained[-1]
     return (
@@ -135,7 +137,7 @@ def mini() -> str:
 
 def snippet() -> str:
     """What the README's Python prints; results/snippet.txt is written by running it (runs/evaluate.sh)."""
-    return "```\n" + (ROOT / "results" / "snippet.txt").read_text().rstrip() + "\n```"
+    return "```\n" + (ROOT / "results" / "snippet.txt").read_text(encoding="utf-8").rstrip() + "\n```"
 
 
 DATA = {"squad-dev": "SQuAD dev", "arxivqa-test": "ArxivQA cloze"}

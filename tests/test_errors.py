@@ -7,7 +7,8 @@ import os
 
 import pytest
 
-from compressor.errors import CompressorError, exits_cleanly
+from compressor.errors import CompressorError
+from compressor.streams import exits_cleanly
 
 
 @pytest.mark.parametrize(
@@ -19,7 +20,10 @@ from compressor.errors import CompressorError, exits_cleanly
             NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), "file/x"),
             "cannot use file/x (Not a directory)",
         ),
-        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "cannot write (No space left on device): free some space"),
+        (
+            OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+            "standard output could not be written (No space left on device); free some space",
+        ),
     ],
 )
 def test_what_a_person_can_mend_ends_with_status_2_and_one_line(

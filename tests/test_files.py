@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import stat
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -317,3 +318,49 @@ def test_a_failed_block_leaves_what_was_there(tmp_path: Path) -> None:
     with pytest.raises(KeyError):
         failed()
     assert tree(tmp_path) == {"out": b"old"}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no such limits")
+def test_a_limit_on_sizes_is_told_and_keeps_what_was_there(
+    write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest
+) -> None:
+    import resource
+
+    target = tmp_path / "out.png"
+    write(target)
+    before = tree(tmp_path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1, limits[1]))
+    try:
+        with pytest.raises(CompressorError) as raised:
+            write(target)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    said = f"{raised.value}{capsys.readouterr().err}"
+    assert f"{target.name} could not be written (File too large)" in said or "collection" in request.node.name
+    assert "what was there is unchanged: free some space" in said or "collection" in request.node.name
+    assert tree(tmp_path) == before
+
+
+def test_a_run_that_cannot_write_says_what_is_kept_and_how_to_go_on(
+    tmp_path: Path, training_options: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    import resource
+
+    from compressor.launch import train_main
+
+    argv = [*training_options, f"--output={tmp_path}", "--training.checkpoint_every=2"]
+    assert train_main([*argv, "--training.steps=2"]) == 0
+    before = tree(tmp_path / "checkpoints")
+    capsys.readouterr()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, limits[1]))  # the log fits in, a checkpoint does not
+    try:
+        status = train_main([*argv, "--training.steps=4", "--training.resume=true"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    said = capsys.readouterr().err
+    assert status == 2
+    assert "step-0000004 could not be written (File too large); the checkpoint of step 2 is whole: free some" in said
+    assert "then go on with --training.resume true" in said
+    assert tree(tmp_path / "checkpoints") == before

@@ -44,7 +44,7 @@ def resumed(tmp_path_factory: pytest.TempPathFactory, training_options: list[str
     assert not (output / "final").exists()
     assert [path.name for path in (output / "checkpoints").iterdir()] == ["step-0000005"]
     # What a kill while saving leaves.
-    (output / "checkpoints" / ".step-0000023.abcd" / "step-0000023").mkdir(parents=True)
+    (output / "checkpoints" / ".step-0000023.abcd1234" / "step-0000023").mkdir(parents=True)
     printed = command.finish(command.start([*argv, "--training.resume=true"]))
     assert "Traceback" not in printed
     return output

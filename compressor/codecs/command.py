@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from tqdm import tqdm
 
 from compressor.errors import CompressorError, require
+from compressor.files import owned
 from compressor.model_config import BaseMismatch
 
 if TYPE_CHECKING:
@@ -282,6 +284,14 @@ def compress_corpus(options: CompressOptions) -> str:
     codec = chosen_codec(options)
     if Path(options.output).is_file():
         raise CompressorError(f"{options.output} is a file: a corpus becomes a folder, choose another --output")
+    from compressor.processes import make_accelerator
+
+    accelerator = make_accelerator()
+    with owned(options.output) if accelerator.is_main_process else nullcontext():
+        return _compress_corpus(options, codec, accelerator)
+
+
+def _compress_corpus(options: CompressOptions, codec: Any, accelerator: Any) -> str:
     import torch
     from accelerate.utils import gather_object
 
@@ -290,9 +300,7 @@ def compress_corpus(options: CompressOptions) -> str:
     from compressor.codecs.inspection import describe
     from compressor.data.records import load_texts
     from compressor.model import Compressor
-    from compressor.processes import make_accelerator
 
-    accelerator = make_accelerator()
     device: Any = options.device
     if accelerator.num_processes > 1:
         device = accelerator.device

@@ -20,7 +20,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from compressor.errors import CompressorError
-from compressor.files import atomic_file
+from compressor.files import atomic_file, unreadable
 
 MOST_HEADER = 64 << 20
 """Bytes of the longest header that is read."""
@@ -91,6 +91,8 @@ def read_header(path: str | Path, kind: str, what: str) -> tuple[dict[str, Any],
             header = start + file.read(length)
     except FileNotFoundError:
         raise CompressorError(f"{path} does not exist") from None
+    except PermissionError as error:
+        raise unreadable(path, error) from None
     except IsADirectoryError:
         raise CompressorError(f"{path} is a folder, not {what}") from None
     try:

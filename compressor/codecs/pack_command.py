@@ -17,8 +17,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from compressor.errors import CompressorError
+from compressor.errors import CompressorError, WriteError
 from compressor.files import atomic_file, check_file, is_special
+from compressor.streams import check_output, input_stream, write_output
 
 SUFFIX = ".cz"
 CODECS = ("lossless", "keywords", "summary", "sentence-embedding")
@@ -91,6 +92,8 @@ def main(argv: Sequence[str], unpack: bool) -> int:
             status = status or _LEFT_ALONE
         except BrokenPipeError:
             raise
+        except WriteError as error:  # names what could not be written, which is not the input
+            status = _complain(error)
         except (CompressorError, OSError) as error:
             what = error.strerror or error if isinstance(error, OSError) else error
             status = _complain(f"{'standard input' if name == '-' else name}: {what}")
@@ -134,7 +137,9 @@ def _one(name: str, options: argparse.Namespace, load: Callable[[], Any]) -> Non
         raise CompressorError("packed data is not written to a terminal; use -f to force it")
     if target is not None:
         _may_write(target, source, options)
-    data = sys.stdin.buffer.read() if source is None else source.read_bytes()
+    elif not options.test:
+        check_output()
+    data = input_stream().read() if source is None else source.read_bytes()
     from compressor.codecs.lossless import pack_bytes, unpack_bytes
 
     with _Progress(name, options.quiet) as progress:
@@ -153,8 +158,7 @@ def _one(name: str, options: argparse.Namespace, load: Callable[[], Any]) -> Non
         if source is not None and not (options.keep or options.output or lossy):
             source.unlink()
     elif not options.test:
-        sys.stdout.buffer.write(result)
-        sys.stdout.buffer.flush()
+        write_output(result)
     if options.verbose:
         large, small = (len(result), len(data)) if options.decompress else (len(data), len(result))
         bits = f", {8 * small / large:.3f} bits a byte" if large else ""

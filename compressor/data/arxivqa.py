@@ -31,7 +31,7 @@ from compressor.data.selection import Selection
 from compressor.data.shards import Sample
 from compressor.data.sources import MANIFEST, SPLITS, Hub, Row, read_rows, resolve, split_of
 from compressor.errors import CompressorError, require
-from compressor.files import FolderKind, atomic_folder, check_folder, sha256, write_json
+from compressor.files import FolderKind, atomic_folder, check_folder, owned, sha256, write_json
 
 QUESTIONS = FolderKind(
     "questions that this command built",
@@ -108,7 +108,11 @@ def build_questions(config: ArxivQAConfig, *, overwrite: bool = False) -> dict[s
         CompressorError: a broken record (file and line), a source that is not there, an output that exists, a model
             that cannot be asked.
     """
-    output = Path(config.output)
+    with owned(config.output):
+        return _built(config, Path(config.output), overwrite)
+
+
+def _built(config: ArxivQAConfig, output: Path, overwrite: bool) -> dict[str, Any]:
     places = resolve(config.source, every_split=True)
     check_folder(output, QUESTIONS, overwrite, [place for place in places if isinstance(place, Path)])
     chosen, manifest = _abstracts(config)

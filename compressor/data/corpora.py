@@ -26,7 +26,7 @@ from compressor.data.selection import Selection
 from compressor.data.shards import FIELDS, Sample, SplitWriter
 from compressor.data.sources import MANIFEST, SPLITS, Hub, Row, read_rows, resolve, split_of
 from compressor.errors import CompressorError, require
-from compressor.files import FolderKind, atomic_folder, check_folder, write_json
+from compressor.files import FolderKind, atomic_folder, check_folder, owned, write_json
 
 CORPUS = FolderKind("a corpus", (MANIFEST, *(f"{split}-*-of-*.parquet" for split in SPLITS)))
 
@@ -148,6 +148,11 @@ def build_corpus(config: CorpusConfig, *, overwrite: bool = False) -> dict[str, 
             exists. Nothing is left behind.
     """
     output = Path(config.output)
+    with owned(output):
+        return _built(config, output, overwrite)
+
+
+def _built(config: CorpusConfig, output: Path, overwrite: bool) -> dict[str, Any]:
     check_folder(output, CORPUS, overwrite)
     sources = _sources(config)
     places = [source.place for source in sources if isinstance(source.place, Path)]

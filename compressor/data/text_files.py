@@ -5,13 +5,13 @@ from __future__ import annotations
 import codecs
 import gzip
 import io
-import sys
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, cast
 
 from compressor.errors import CompressorError
+from compressor.streams import input_stream
 
 MOST_LINE = 1 << 26
 """A longer line is not text; without a limit, binary junk is read into memory whole."""
@@ -35,7 +35,7 @@ def read_text(path: str | Path, *, as_written: bool = False) -> str:
     """
     name = "standard input" if str(path) == "-" else str(path)
     try:
-        lines = _decoded(sys.stdin.buffer, name) if str(path) == "-" else raw_lines(Path(path))
+        lines = _decoded(input_stream(), name) if str(path) == "-" else raw_lines(Path(path))
         text = "".join(line for _, line in lines)
     except OSError as error:
         raise CompressorError(f"cannot read {name}: {error.strerror or error}") from None

@@ -5,12 +5,15 @@ from __future__ import annotations
 import re
 import shlex
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from compressor.errors import exits_cleanly, require
+from compressor.errors import require
+from compressor.files import owned
 from compressor.model_config import BaseMismatch
 from compressor.parsing import parse_config
+from compressor.streams import exits_cleanly
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -144,7 +147,8 @@ def evaluate_main(argv: list[str] | None = None) -> int:
 
     accelerator = make_accelerator()
     command = command_line(argv, accelerator)
-    metrics = evaluate(config, accelerator, overwrite=flags.overwrite, command=command, resume=flags.resume)
+    with owned(config.output) if accelerator.is_main_process else nullcontext():
+        metrics = evaluate(config, accelerator, overwrite=flags.overwrite, command=command, resume=flags.resume)
     if metrics is not None:
         print(text_table(metrics["rows"], metrics["figures"], keys=metrics.get("keys")))
         for note in metrics["notes"]:

@@ -36,6 +36,7 @@ from compressor.evaluation.tasks import TASKS, Item, Result, Task
 from compressor.evaluation.tasks.interface import BEYOND, LEFT_OUT
 from compressor.files import FolderKind, atomic_folder, check_folder, read_json, sha256
 from compressor.methods.interface import Method, Piece
+from compressor.processes import make_accelerator
 from compressor.provenance import versions
 from compressor.unfinished import PART_FILES, Unfinished
 
@@ -84,7 +85,7 @@ def evaluate(
         CompressorError: bad settings, data or checkpoint; nothing is written then.
     """
     started = time.monotonic()
-    accelerator = accelerator or Accelerator()
+    accelerator = accelerator or make_accelerator()
     output = Path(config.output)
     check_output(output, overwrite, resume)
     parts = Unfinished(output / UNFINISHED, resume, overwrite, accelerator.process_index)

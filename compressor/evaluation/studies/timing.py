@@ -201,7 +201,7 @@ def machine(device: torch.device) -> dict[str, Any]:
     name = platform.processor() or platform.machine()
     described = Path("/proc/cpuinfo")
     if described.exists():
-        lines = [line for line in described.read_text().splitlines() if line.startswith("model name")]
+        lines = [line for line in described.read_text(encoding="utf-8").splitlines() if line.startswith("model name")]
         name = lines[0].partition(":")[2].strip() if lines else name
     found = {"processor": name, "threads": torch.get_num_threads(), "device": str(device.type)}
     if device.type == "cuda":
