@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from compressor import __version__
 from compressor.errors import CompressorError
 from compressor.model_config import BaseMismatch
+from compressor.progress import SHORT
 from compressor.prompts import QUESTION
 from compressor.streams import check_output, exits_cleanly, write_output
 
@@ -86,6 +87,8 @@ def questions(argv: list[str]) -> int:
 
 def _named(argv: list[str], first: str) -> list[str]:
     """Arguments with an option's name before a leading plain one, and `--output` for `-o`."""
+    switches = [argument for argument in argv if argument in SHORT]
+    argv = [argument for argument in argv if argument not in SHORT] + switches
     named = ["--output" if argument == "-o" else argument for argument in argv]
     return [f"--{first}", *named] if named and (named[0] == "-" or not named[0].startswith("-")) else named
 

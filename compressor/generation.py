@@ -16,6 +16,7 @@ from compressor.base import Base
 from compressor.data.collate import IGNORED
 from compressor.errors import CompressorError, require_whole
 from compressor.memory import Memory, Prefix, memory_prefix
+from compressor.progress import Progress, counted
 from compressor.prompts import QUESTION, question_ids
 
 HEAD_ROWS = 128
@@ -289,7 +290,8 @@ def generate(
 ) -> list[Generation]:
     """`stream`, collected."""
     results, ends = [Generation() for _ in prompts], base.ends
-    for step in stream(base, prefix, prompts, limits, sampling):
+    steps = stream(base, prefix, prompts, limits, sampling)
+    for step in counted(steps, "writing", max(limits, default=0), "tokens"):
         for result, new in zip(results, step, strict=True):
             if new is not None:
                 result.logprobs.append(new[1])
@@ -355,18 +357,21 @@ def regenerate_ids(
     written: list[list[int]] = [[] for _ in pieces]
     # Rows of similar length end together, so that few steps run for rows that have ended.
     order = sorted(range(len(pieces)), key=lambda i: pieces[i][1].passage_tokens)
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        parts = [pieces[i][1] for i in chosen]
-        generations = generate(
-            base,
-            memory_prefix(base, parts),
-            [[base.bos]] * len(parts),
-            [regeneration_limit(part.passage_tokens) for part in parts],
-            sampling,
-        )
-        for i, generation in zip(chosen, generations, strict=True):
-            written[i] = generation.ids
+    # Of one batch, its tokens are shown.
+    with Progress("writing", len(order), "segments", shown=len(order) > batch_size) as progress:
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            parts = [pieces[i][1] for i in chosen]
+            generations = generate(
+                base,
+                memory_prefix(base, parts),
+                [[base.bos]] * len(parts),
+                [regeneration_limit(part.passage_tokens) for part in parts],
+                sampling,
+            )
+            for i, generation in zip(chosen, generations, strict=True):
+                written[i] = generation.ids
+            progress.add(len(chosen))
     joined: list[list[int]] = [[] for _ in memories]
     for (owner, _), ids in zip(pieces, written, strict=True):
         joined[owner] += ids

@@ -19,6 +19,7 @@ from typing import Any
 
 from compressor.errors import CompressorError, WriteError
 from compressor.files import FolderKind, atomic_folder, read_json, sha256, write_json
+from compressor.progress import note
 
 CACHE = "KV_COMPRESSOR_CACHE"
 """Environment variable that names the cache folder."""
@@ -35,8 +36,7 @@ class SourceError(CompressorError):
 @functools.cache
 def say(line: str) -> None:
     """Print a line to standard error: once, and by one process of those that were started together."""
-    if os.environ.get("RANK", "0") == "0":
-        print(line, file=sys.stderr, flush=True)
+    note(line)
 
 
 def cache_folders() -> list[Path]:

@@ -28,6 +28,7 @@ from compressor.methods.encoder import equal_segments, pad
 from compressor.methods.registry import encoder_class
 from compressor.model_config import CompressorConfig
 from compressor.pretrained import find_base, load_weights, read_settings, save_checkpoint
+from compressor.progress import Progress
 
 
 class Compressor(nn.Module):
@@ -225,20 +226,22 @@ class Compressor(nn.Module):
                 segments.append(segment)
         parts: list[Memory | None] = [None] * len(segments)
         order = sorted(range(len(segments)), key=lambda i: len(segments[i]))
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
-            padded, lengths = pad([segments[i] for i in chosen], self.base.device)
-            keys, values = self.encode(padded, lengths, tokens)
-            for row, i in enumerate(chosen):
-                parts[i] = Memory(
-                    keys[:, row].clone(),
-                    values[:, row].clone(),
-                    (Segment(tokens, len(segments[i])),),
-                    self.encoder.memory_layout,
-                    self.config.memory_tokens,
-                    self.base.fingerprint,
-                    made={"tokens": tokens, "segment_tokens": most, "refine_steps": 0},
-                )
+        with Progress("compressing", len(order), "segments") as progress:
+            for start in range(0, len(order), batch_size):
+                chosen = order[start : start + batch_size]
+                padded, lengths = pad([segments[i] for i in chosen], self.base.device)
+                keys, values = self.encode(padded, lengths, tokens)
+                for row, i in enumerate(chosen):
+                    parts[i] = Memory(
+                        keys[:, row].clone(),
+                        values[:, row].clone(),
+                        (Segment(tokens, len(segments[i])),),
+                        self.encoder.memory_layout,
+                        self.config.memory_tokens,
+                        self.base.fingerprint,
+                        made={"tokens": tokens, "segment_tokens": most, "refine_steps": 0},
+                    )
+                progress.add(len(chosen))
         grouped: list[list[Memory]] = [[] for _ in passages]
         for owner, part in zip(owners, parts, strict=True):
             assert part is not None

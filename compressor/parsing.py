@@ -17,6 +17,7 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 from compressor.errors import CompressorError
+from compressor.progress import FLAGS, SHORT, set_level
 
 
 def known_keys(config: type, prefix: str = "") -> list[str]:
@@ -137,15 +138,18 @@ def parse_config(
     Raises:
         CompressorError: unknown key or value out of range.
     """
-    argv = join_lists(config, _plain_names(config, list(sys.argv[1:] if argv is None else argv)))
+    argv = list(sys.argv[1:] if argv is None else argv)
+    argv = [f"--{SHORT[argument]}" if argument in SHORT else argument for argument in argv]
+    argv = join_lists(config, _plain_names(config, argv))
     # The texts under the fields of a configuration are what --help says about them.
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(description=description, exit_on_error=False)
     parser.add_argument("--config", action="config", help="YAML file with settings")
-    for name, text in (flags or {}).items():
-        parser.add_argument(f"--{name}", action="store_true", help=text)
+    for name, text in ((flags or {}) | FLAGS).items():
+        short = [key for key, value in SHORT.items() if value == name]
+        parser.add_argument(*short, f"--{name}", action="store_true", help=text)
     parser.add_class_arguments(config)
-    known = set(known_keys(config)) | set(flags or {}) | {"config", "help", "print_config"}
+    known = set(known_keys(config)) | set(flags or {}) | set(FLAGS) | {"config", "help", "print_config"}
     for position, argument in enumerate(argv):
         name = argument[2:].split("=", 1)[0].rstrip("+") if argument.startswith("--") else ""
         if name and name not in known:
@@ -167,5 +171,6 @@ def parse_config(
                 raise cause from None
             cause = cause.__cause__ or cause.__context__
         raise CompressorError(str(error)) from None
+    set_level(values.quiet, values.verbose)
     settings = {item.name: getattr(values, item.name) for item in fields(config)}
     return config(**settings), values

@@ -19,9 +19,10 @@ FIRST, EVERY = 10.0, 30.0
 """Seconds until the first line and between two."""
 VERBOSE_EVERY = 1.0
 FLAGS = {"quiet": "show no progress and no notes", "verbose": "show progress in lines, and more about the result"}
-"""Switches that every command takes; their first letters do, too."""
+"""Switches that every command takes."""
+SHORT = {f"-{name[0]}": name for name in FLAGS}
 
-_level = QUIET
+_level: int | None = None  # nobody has chosen: the library is used from Python
 _shown: Progress | None = None
 
 
@@ -31,14 +32,14 @@ def set_level(quiet: bool, verbose: bool) -> None:
     _level, _shown = QUIET if quiet else VERBOSE if verbose else NORMAL, None
 
 
-def level() -> int:
-    """What was chosen: `QUIET`, `NORMAL` or `VERBOSE`."""
-    return _level
+def is_quiet() -> bool:
+    """Whether `-q` was given."""
+    return _level == QUIET
 
 
 def note(line: str) -> None:
-    """Print a line about the work to standard error, once among processes started together and unless `-q` is given."""
-    if _level > QUIET and _first_process():
+    """Print a line about the work to standard error: by one of processes started together, unless `-q` is given."""
+    if not is_quiet() and _first_process():
         print(line, file=sys.stderr, flush=True)
 
 
@@ -57,7 +58,7 @@ class Progress:
         self.what, self.total, self.unit, self.done = what, total, unit, 0
         self.started = self.said = time.monotonic()
         self.bar: Any = None
-        self.shows = shown and _level > QUIET and _shown is None and _first_process()
+        self.shows = shown and _level in (NORMAL, VERBOSE) and _shown is None and _first_process()
         if self.shows:
             _shown = self
             if sys.stderr.isatty() and _level == NORMAL:

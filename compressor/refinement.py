@@ -14,13 +14,13 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from compressor.base import Base
 from compressor.data.collate import regeneration_pair, stack_pairs
 from compressor.errors import CompressorError
 from compressor.generation import label_nats
 from compressor.memory import Memory, memory_prefix
+from compressor.progress import Progress
 
 RATE = 0.4
 """First step of one memory token, as a share of the spread of a layer's keys (or values)."""
@@ -63,10 +63,9 @@ def refine(
     better: dict[int, Memory] = {}
     order = sorted(range(len(parts)), key=lambda i: (len(parts[i][1]), parts[i][0].tokens))
     groups = [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
-    # Shown on terminals, of what takes more than two seconds.
-    with tqdm(total=len(groups) * steps, desc="refining", unit=" steps", disable=None, delay=2, leave=False) as bar:
+    with Progress("refining", len(groups) * steps, "steps") as progress:
         for chosen in groups:
-            found = _refined([parts[i][0] for i in chosen], base, [parts[i][1] for i in chosen], steps, bar.update)
+            found = _refined([parts[i][0] for i in chosen], base, [parts[i][1] for i in chosen], steps, progress.add)
             better.update(zip(chosen, found, strict=True))
     place, refined = iter(range(len(parts))), []
     for memory in memories:

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from compressor.checkpoints import TrainingState
 from compressor.config import RunConfig
 from compressor.files import atomic_file, write_errors
+from compressor.progress import is_quiet
 
 
 class RunLog:
@@ -41,7 +42,7 @@ class RunLog:
                 ]
             with atomic_file(self.path) as path:
                 path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-            if sys.stderr.isatty():
+            if sys.stderr.isatty() and not is_quiet():
                 self.bar = tqdm(total=self.steps, initial=state.step, unit="step", dynamic_ncols=True)
 
     @property
@@ -82,7 +83,7 @@ class RunLog:
 
     def line(self, text: str) -> None:
         """Print a line, above the progress bar if there is one."""
-        if self.accelerator.is_main_process:
+        if self.accelerator.is_main_process and not is_quiet():
             tqdm.write(text, file=sys.stdout) if self.bar is not None else print(text, flush=True)
 
     def row(self, values: dict[str, float]) -> None:

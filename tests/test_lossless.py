@@ -644,21 +644,6 @@ def test_a_missing_library_is_named(
     assert "pip install 'kv-compressor[codecs]'" in capsys.readouterr().err
 
 
-def test_progress_is_lines_where_there_is_no_terminal(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    import time
-
-    from compressor.codecs.pack_command import _Progress
-
-    clock = iter(range(0, 10_000, 10))
-    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
-    with _Progress("x", quiet=False) as progress:
-        for done in range(0, 1001, 7):
-            progress("packing", done, 1000)
-    assert len(capsys.readouterr().err.splitlines()) == 9
-
-
 @pytest.mark.parametrize("text", ["  white space \r\n\n", "naïve 𝛼≤β </s> \t", "x"])
 def test_a_passage_is_kept_with_and_without_a_base(exact: ExactBase, text: str) -> None:
     assert unpack_passage(pack_passage(text, exact), exact) == text

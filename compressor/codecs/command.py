@@ -10,11 +10,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from tqdm import tqdm
-
 from compressor.errors import CompressorError, require
 from compressor.files import owned
 from compressor.model_config import BaseMismatch
+from compressor.progress import Progress
 
 if TYPE_CHECKING:
     from compressor.base import Base
@@ -24,8 +23,6 @@ if TYPE_CHECKING:
 
 MOST_PARAMETERS = 500_000_000
 """Parameters of the largest base under which kept texts are packed: it is evaluated in float64."""
-LINES = 10
-"""Progress lines of a command that does not run on a terminal."""
 
 
 @dataclass
@@ -126,27 +123,6 @@ class InspectOptions:
 
     file: str
     """Memory file, collection or calibration."""
-
-
-class Progress:
-    """A bar on a terminal, about ten lines elsewhere, nothing on processes but the first."""
-
-    def __init__(self, total: int, unit: str, shown: bool = True):
-        self.total, self.unit, self.shown, self.done = total, unit, shown, 0
-        self.bar = tqdm(total=total, unit=f" {unit}", dynamic_ncols=True) if shown and sys.stderr.isatty() else None
-
-    def add(self, count: int) -> None:
-        """Count work done."""
-        before, self.done = self.done, self.done + count
-        if self.bar is not None:
-            self.bar.update(count)
-        elif self.shown and self.total and before * LINES // self.total < self.done * LINES // self.total:
-            print(f"{self.done:,} of {self.total:,} {self.unit}", file=sys.stderr, flush=True)
-
-    def close(self) -> None:
-        """End the bar."""
-        if self.bar is not None:
-            self.bar.close()
 
 
 def is_corpus(source: str) -> bool:
@@ -323,7 +299,7 @@ def _compress_corpus(options: CompressOptions, codec: Any, accelerator: Any) -> 
     todo = missing(Collection(options.output, codec.calibration), names, texts)
     accelerator.wait_for_everyone()
     mine = todo[accelerator.process_index :: accelerator.num_processes]
-    progress = Progress(len(mine), "passages", accelerator.is_main_process)
+    progress = Progress("compressing", len(mine), "passages", accelerator.is_main_process)
     respelled: list[str] = []
     for start in range(0, len(mine), options.shard_size):
         chosen = mine[start : start + options.shard_size]
@@ -364,7 +340,7 @@ def calibrate_codecs(options: CalibrateOptions) -> str:
     most = model.config.max_passage_tokens
     lengths = [min(length, most) for length in options.lengths]
     passages = [ids[: lengths[i % len(lengths)]] for i, ids in enumerate(encoded) if ids]
-    progress = Progress(len(passages), "passages")
+    progress = Progress("compressing", len(passages), "passages")
     fitted = calibrate(
         model,
         passages,

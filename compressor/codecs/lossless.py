@@ -90,7 +90,12 @@ def pack_bytes(
         whole = pack_plain(data)
         blocks = min(blocks, whole, key=lambda found: sum(len(block.body) for block, _ in found))
     blob = serialise(blocks, exact.identity)
-    if unpack_bytes(blob, exact, batch, len(data), progress) != data:
+
+    def checking(stage: str, done: int, total: int) -> None:
+        if progress is not None:
+            progress("checking", done, total)
+
+    if unpack_bytes(blob, exact, batch, len(data), checking) != data:
         raise CompressorError("what was packed does not unpack to the same bytes; nothing was written: report this")
     return blob
 

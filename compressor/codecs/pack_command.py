@@ -19,6 +19,7 @@ from typing import Any
 
 from compressor.errors import CompressorError, WriteError
 from compressor.files import atomic_file, check_file, is_special
+from compressor.progress import Progress, set_level
 from compressor.streams import check_output, input_stream, write_output
 
 SUFFIX = ".cz"
@@ -81,6 +82,7 @@ def main(argv: Sequence[str], unpack: bool) -> int:
         return _complain("-o takes one input, and neither -c nor -t")
     if min(options.batch, options.threads or 1) < 1:
         return _complain("--batch and --threads must be at least 1")
+    set_level(options.quiet, options.verbose)
     load = _loader(options)
     status = 0
     for name in files:
@@ -142,7 +144,7 @@ def _one(name: str, options: argparse.Namespace, load: Callable[[], Any]) -> Non
     data = input_stream().read() if source is None else source.read_bytes()
     from compressor.codecs.lossless import pack_bytes, unpack_bytes
 
-    with _Progress(name, options.quiet) as progress:
+    with _Stages(name) as progress:
         if options.codec != "lossless" or (options.decompress and data[:1] == TEXT_MAGIC):
             result = _text(data, options)
         elif options.decompress:
@@ -224,36 +226,24 @@ def _may_write(target: Path, source: Path | None, options: argparse.Namespace) -
         raise CompressorError(f"there is no folder {target.parent}")
 
 
-class _Progress:
-    """A bar on a terminal; elsewhere a line at each tenth, for work that takes more than a few seconds."""
+class _Stages:
+    """Shows the stages of the work on one input, each with its own progress."""
 
-    def __init__(self, name: str, quiet: bool):
-        self.name, self.quiet = "standard input" if name == "-" else name, quiet
-        self.stage, self.tenth, self.started = "", 0, 0.0
-        self.bar: Any = None
+    def __init__(self, name: str):
+        self.name = "standard input" if name == "-" else name
+        self.stage = ""
+        self.progress: Progress | None = None
 
-    def __enter__(self) -> _Progress:
+    def __enter__(self) -> _Stages:
         return self
 
-    def __exit__(self, *error: Any) -> None:
-        if self.bar is not None:
-            self.bar.close()
+    def __exit__(self, *error: object) -> None:
+        if self.progress is not None:
+            self.progress.close()
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         """Show that `done` of `total` bytes have gone through this stage."""
-        import time
-
-        if self.quiet:
-            return
-        if stage != self.stage:
-            self.stage, self.tenth, self.started = stage, 0, time.monotonic()
+        if self.progress is None or stage != self.stage:
             self.__exit__()
-            if sys.stderr.isatty():
-                from tqdm import tqdm
-
-                self.bar = tqdm(total=total, desc=f"{stage} {self.name}", unit="B", unit_scale=True, leave=False)
-        if self.bar is not None:
-            self.bar.update(max(0, done - self.bar.n))
-        elif total and 10 * done // total > self.tenth and time.monotonic() - self.started > 5:
-            self.tenth = 10 * done // total
-            print(f"{stage} {self.name}: {done / total:.0%}", file=sys.stderr)
+            self.stage, self.progress = stage, Progress(f"{stage} {self.name}", total, "bytes")
+        self.progress.reach(done)

@@ -10,20 +10,17 @@ from __future__ import annotations
 import gzip
 import io
 import json
-import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
-
-from tqdm import tqdm
 
 from compressor import __version__
 from compressor.data import generators
 from compressor.data.abstracts import Fields, read_abstract
 from compressor.data.cloze import cloze_questions
-from compressor.data.corpora import CorpusConfig, Progress, SampleConfig
+from compressor.data.corpora import CorpusConfig, SampleConfig
 from compressor.data.endpoint import EndpointConfig, replies
 from compressor.data.generators import Pair
 from compressor.data.records import load_hub
@@ -32,6 +29,7 @@ from compressor.data.shards import Sample
 from compressor.data.sources import MANIFEST, SPLITS, Hub, Row, read_rows, resolve, split_of
 from compressor.errors import CompressorError, require
 from compressor.files import FolderKind, atomic_folder, check_folder, owned, sha256, write_json
+from compressor.progress import Progress, counted
 
 QUESTIONS = FolderKind(
     "questions that this command built",
@@ -144,13 +142,13 @@ def _abstracts(config: ArxivQAConfig) -> tuple[dict[str, list[dict[str, str]]], 
         split: Sample(size, config.sample.seed, balance=split in config.sample.balance) for split, size in sizes.items()
     }
     chosen: dict[str, list[dict[str, str]]] = {split: [] for split in SPLITS}
-    progress = Progress("abstracts")
+    progress = Progress("reading", unit="abstracts")
     places = resolve(config.source, every_split=True)
     for place in places:
         first: dict[str, Any] | None = None
         stated = split_of(place) if isinstance(place, Path) else config.hub_split
         for row in _rows(place, config.hub_split):
-            progress.tick()
+            progress.add()
             first = row.values if first is None else first
             found = read_abstract(row, Fields(), first, default_id=f"{place.name}:{row.number}")
             split = selection.split_of(found, stated, row.where)
@@ -176,7 +174,7 @@ def _abstracts(config: ArxivQAConfig) -> tuple[dict[str, list[dict[str, str]]], 
         "words": {"min": config.min_words, "max": config.max_words},
         "sample": {**sizes, "balance": config.sample.balance, "seed": config.sample.seed} if sizes else None,
         "fields": list(FIELDS),
-        "read": progress.count,
+        "read": progress.done,
         "dropped": dict(sorted(selection.dropped.items())),
     }
 
@@ -194,9 +192,9 @@ def _pairs(
 ) -> Iterator[list[tuple[Pair, str]] | None]:
     """For each abstract in order its accepted pairs with their kinds; None if the model did not reply."""
     if config.generator == "rules":
-        progress = Progress("abstracts")
+        progress = Progress("asking", len(abstracts), "abstracts")
         for abstract in abstracts:
-            progress.tick()
+            progress.add()
             text = abstract["abstract"]
             found = cloze_questions(text, config.questions, abstract["id"])
             checked = [(generators.check_pair(text, Pair(item.question, item.answer)), item.kind) for item in found]
@@ -205,7 +203,7 @@ def _pairs(
         progress.close()
         return
     asked = replies(config.endpoint, [abstract["abstract"] for abstract in abstracts], config.questions)
-    for abstract, reply in zip(abstracts, _shown(asked, len(abstracts)), strict=True):
+    for abstract, reply in zip(abstracts, counted(asked, "asking", len(abstracts), "abstracts"), strict=True):
         if reply is None:
             yield None
         else:
@@ -230,15 +228,6 @@ def _accepted(abstract: str, reply: str, count: int, rejected: Counter[str]) -> 
         else:
             accepted.append(found)
     return accepted
-
-
-def _shown(asked: Iterable[str | None], total: int) -> Iterator[str | None]:
-    """Pass replies on, showing how many there are: a bar on a terminal, about ten lines elsewhere."""
-    terminal = sys.stderr.isatty()
-    for done, item in enumerate(tqdm(asked, total=total, unit=" abstracts", disable=not terminal), start=1):
-        yield item
-        if not terminal and (done == total or done * 10 // total > (done - 1) * 10 // total):
-            print(f"{done:,} of {total:,} abstracts", file=sys.stderr, flush=True)
 
 
 def _record(config: ArxivQAConfig, abstract: dict[str, str], pair: Pair, kind: str, number: int) -> dict[str, Any]:

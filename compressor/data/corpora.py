@@ -10,14 +10,10 @@ from __future__ import annotations
 import datetime
 import os
 import re
-import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
-
-from tqdm import tqdm
 
 from compressor import __version__
 from compressor.data.abstracts import Fields, read_abstract
@@ -27,6 +23,7 @@ from compressor.data.shards import FIELDS, Sample, SplitWriter
 from compressor.data.sources import MANIFEST, SPLITS, Hub, Row, read_rows, resolve, split_of
 from compressor.errors import CompressorError, require
 from compressor.files import FolderKind, atomic_folder, check_folder, owned, write_json
+from compressor.progress import Progress
 
 CORPUS = FolderKind("a corpus", (MANIFEST, *(f"{split}-*-of-*.parquet" for split in SPLITS)))
 
@@ -170,10 +167,10 @@ def _build(config: CorpusConfig, sources: list[_Source], folder: Path) -> dict[s
     }
     writers = {name: SplitWriter(folder, name, config.shard_records) for name in (sizes or SPLITS)}
     selection = Selection(config, config.cuts())
-    progress = Progress("records")
+    progress = Progress("reading", unit="records")
     for source in sources:
         for where, found in source.records(config):
-            progress.tick()
+            progress.add()
             split = selection.split_of(found, source.split, where)
             if split in samples and isinstance(found, dict):
                 samples[split].add(found)
@@ -183,7 +180,7 @@ def _build(config: CorpusConfig, sources: list[_Source], folder: Path) -> dict[s
     dropped = dict(sorted(selection.dropped.items()))
     if not selection.kept:
         reasons = ", ".join(f"{name} {count}" for name, count in dropped.items())
-        raise CompressorError(f"no record was kept of {progress.count} (dropped: {reasons or 'none'})")
+        raise CompressorError(f"no record was kept of {progress.done} (dropped: {reasons or 'none'})")
     for name, sample in samples.items():
         if sample.seen < sample.size:
             raise CompressorError(f"sample.{name} = {sample.size} but the split has only {sample.seen} records")
@@ -199,7 +196,7 @@ def _build(config: CorpusConfig, sources: list[_Source], folder: Path) -> dict[s
         "words": {"min": config.min_words, "max": config.max_words},
         "sample": {**sizes, "balance": config.sample.balance, "seed": config.sample.seed} if sizes else None,
         "fields": list(FIELDS),
-        "read": progress.count,
+        "read": progress.done,
         "kept": {name: selection.kept[name] for name in SPLITS},
         "month_dates": {name: selection.month_dates[name] for name in SPLITS},
         "dropped": dropped,
@@ -253,26 +250,3 @@ def _sources(config: CorpusConfig) -> list[_Source]:
         # Of two equal texts the one that is meant for testing stays.
         sources.sort(key=lambda source: {"test": 0, "validation": 1}.get(source.split or "", 2))
     return sources
-
-
-class Progress:
-    """Counts what passes: a bar on a terminal, a line every half minute elsewhere."""
-
-    def __init__(self, unit: str, interval: float = 30.0) -> None:
-        self.count = 0
-        self._unit, self._interval = unit, interval
-        self._start = self._last = time.monotonic()
-        self._bar = tqdm(unit=f" {unit}", disable=not sys.stderr.isatty())
-
-    def tick(self) -> None:
-        """Count one."""
-        self.count += 1
-        self._bar.update()
-        if self._bar.disable and self.count % 1000 == 0 and time.monotonic() - self._last > self._interval:
-            self._last = time.monotonic()
-            rate = self.count / (self._last - self._start)
-            print(f"{self.count:,} {self._unit} read, {rate:,.0f} a second", file=sys.stderr, flush=True)
-
-    def close(self) -> None:
-        """Leave the terminal in order."""
-        self._bar.close()

@@ -96,6 +96,12 @@ class Methods:
             )
         return place
 
+    def segment_tokens(self) -> int | None:
+        """Most tokens of a segment of the trained methods; None where there are none."""
+        most = self.settings["config"].get("max_passage_tokens") if self.settings else None
+        asked = self.config.segment_tokens
+        return most if asked is None or most is None else min(asked, most)
+
     def question_template(self) -> str | None:
         """The checkpoint's prompt of a question."""
         return self.settings["config"].get("question_template") if self.settings else None

@@ -5,8 +5,8 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import math
 import os
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +19,6 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from tqdm import tqdm
 
 from compressor.data.left_out import LeftOut
 from compressor.data.questions import HUB_NAMES
@@ -37,6 +36,7 @@ from compressor.evaluation.tasks.interface import BEYOND, LEFT_OUT
 from compressor.files import FolderKind, atomic_folder, check_folder, read_json, sha256
 from compressor.methods.interface import Method, Piece
 from compressor.processes import make_accelerator
+from compressor.progress import Progress
 from compressor.provenance import versions
 from compressor.unfinished import PART_FILES, Unfinished
 
@@ -44,8 +44,6 @@ UNFINISHED = "unfinished"
 """Folder in the output of what is done, until all is."""
 PREDICTION_KEYS = ("method", "dataset", "part", "tokens", "length", "id")
 """What a line of `predictions.jsonl` holds besides its result."""
-LINES = 10
-"""Progress lines of a run without a terminal."""
 PLOTS = tuple(f"{name}.png" for name in ("regeneration", "utilisation", "attention", "reading", "efficiency"))
 PARTS = tuple(f"{UNFINISHED}/{name}" for name in ("", *PART_FILES))
 EVALUATION = FolderKind(
@@ -143,6 +141,7 @@ def run_task(
         "notes": [
             *notes(task, config, rows),
             *cautions(task, items, results),
+            *segment_notes(items, methods.segment_tokens()),
             *left_out,
             *left_out_notes(items, names, ledgers),
             *beyond_notes(items, results, methods),
@@ -371,7 +370,7 @@ def run_batches(
     ]
     mine = batches[accelerator.process_index :: accelerator.num_processes]
     done: list[dict[str, Any]] = []
-    progress = Progress(len(mine), accelerator.is_main_process, method.name)
+    progress = Progress(method.name, len(mine), "batches", accelerator.is_main_process)
     for batch in mine:
         chosen = [items[i] for i in batch]
         # Several questions may be about one passage.
@@ -387,7 +386,7 @@ def run_batches(
             ]
         parts.add(of_batch)
         done += of_batch
-        progress.advance()
+        progress.add()
     progress.close()
     gathered = gather_object(done)
     if not accelerator.is_main_process:
@@ -402,30 +401,6 @@ def run_fitting(task: Task, method: Method, items: Sequence[Item], contexts: Seq
     fitting = [place for place, over in enumerate(beyond) if not over]
     found = iter(task.run(method, [items[i] for i in fitting], [contexts[i] for i in fitting]) if fitting else [])
     return [{LEFT_OUT: BEYOND} if over else next(found) for over in beyond]
-
-
-class Progress:
-    """A bar on a terminal, about ten plain lines elsewhere, nothing on processes that do not speak."""
-
-    def __init__(self, total: int, speaks: bool, name: str):
-        self.total, self.done, self.started, self.name = total, 0, time.monotonic(), name
-        self.speaks = speaks
-        terminal = speaks and sys.stderr.isatty()
-        self.bar = tqdm(total=total, unit="batch", desc=name, dynamic_ncols=True) if terminal else None
-
-    def advance(self) -> None:
-        self.done += 1
-        if self.bar is not None:
-            self.bar.update()
-        elif self.speaks and self.done * LINES // self.total > (self.done - 1) * LINES // self.total:
-            spent = time.monotonic() - self.started
-            left = spent / self.done * (self.total - self.done)
-            line = f"{self.name}: batch {self.done}/{self.total}, {spent:.0f} s, {left:.0f} s left"
-            print(line, file=sys.stderr, flush=True)
-
-    def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
 
 
 def notes(task: Task, config: EvaluationConfig, rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -448,6 +423,18 @@ def notes(task: Task, config: EvaluationConfig, rows: Sequence[dict[str, Any]]) 
                     f"({FIGURES[name].label} of none, with its interval: {shown}): shares of what it adds say little."
                 )
     return [line for line in lines if line]
+
+
+def segment_notes(items: Sequence[Item], most: int | None) -> list[str]:
+    """What the column `tokens` counts where passages are longer than a segment."""
+    several = [math.ceil(len(item.passage) / most) for item in items if most and len(item.passage) > most]
+    if not several:
+        return []
+    return [
+        f"tokens: of each segment. {len(several):,} of {len(items):,} passages have more than the {most:,} tokens of a "
+        f"segment: they are compressed in {sum(several) / len(several):.2g} on average, "
+        "each of which has so many memory tokens."
+    ]
 
 
 def cautions(task: Task, items: Sequence[Item], results: Mapping[str, Results]) -> list[str]:

@@ -20,7 +20,6 @@ from compressor.errors import CompressorError
 from compressor.evaluation.command import EvaluationConfig
 from compressor.evaluation.flops import Cost, Setting, Shape
 from compressor.evaluation.methods import checkpoint_fingerprint
-from compressor.evaluation.runner import Progress
 from compressor.evaluation.studies import Findings
 from compressor.evaluation.studies.plots import efficiency_plot
 from compressor.evaluation.studies.timing import (
@@ -36,6 +35,7 @@ from compressor.evaluation.studies.timing import (
 from compressor.methods.interface import check_tokens
 from compressor.model import Compressor
 from compressor.model_config import CompressorConfig
+from compressor.progress import Progress
 from compressor.unfinished import Unfinished
 
 LENGTH = 500
@@ -187,12 +187,12 @@ def measure(
     vocabulary = len(model.base.embeddings.weight)
     passage = torch.randint(3, vocabulary, (length,), generator=generator).tolist()
     chosen = variants(model, passage, sizes)
-    progress = Progress((config.repeats + 2) * len(chosen), True, f"{length} tokens")
-    timed = time_all(model, chosen, config.new_tokens, config.repeats, progress.advance)
+    progress = Progress(f"{length} tokens", (config.repeats + 2) * len(chosen), "runs")
+    timed = time_all(model, chosen, config.new_tokens, config.repeats, progress.add)
     peaks = {}
     for name, variant in chosen.items():
         peaks[name] = peak_memory(model, variant, config.new_tokens)
-        progress.advance()
+        progress.add()
     progress.close()
     return timed, peaks
 
