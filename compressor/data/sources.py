@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from compressor.data.text_files import MOST_LINE, raw_lines, read_text, text_lines
 from compressor.errors import CompressorError
-from compressor.files import read_json
+from compressor.files import read_json, unreadable
 
 SHIPPED = Path(__file__).resolve().parents[2] / "data"
 SPLITS = ("train", "validation", "test")
@@ -302,6 +302,8 @@ def open_parquet(path: Path) -> Any:
 
     try:
         return pq.ParquetFile(path)
+    except PermissionError as error:
+        raise unreadable(path, error) from None
     except (pa.ArrowException, OSError) as error:
         raise CompressorError(f"{path} is not a readable Parquet file: {error}") from None
 
