@@ -201,6 +201,191 @@ def test_hub_data_sets(monkeypatch: pytest.MonkeyPatch) -> None:
         load_questions("owner/name")
 
 
+CONTEXT = "Ada wrote notes. Bob read them."
+FORMS: dict[str, tuple[dict[str, Any], list[tuple[str, str, str, tuple[str, ...]]]]] = {
+    # form: a record, and id, context, question and answers of what it becomes
+    "SQuAD on the hub": (
+        {
+            "id": "s",
+            "title": "t",
+            "context": CONTEXT,
+            "question": "Who?",
+            "answers": {"text": ["Ada"], "answer_start": [0]},
+        },
+        [("s", CONTEXT, "Who?", ("Ada",))],
+    ),
+    "SQuAD, a line": (
+        {"context": CONTEXT, "qas": [{"id": "s", "question": "Who?", "answers": [{"text": "Ada", "answer_start": 0}]}]},
+        [("s", CONTEXT, "Who?", ("Ada",))],
+    ),
+    "NaturalQuestions": (
+        {
+            "example_id": 7,
+            "question_text": "who wrote",
+            "document_text": CONTEXT,
+            "annotations": [
+                {"short_answers": [{"start_token": 0, "end_token": 1}], "yes_no_answer": "NONE"},
+                {"short_answers": [], "yes_no_answer": "YES"},
+            ],
+        },
+        [("q:1", CONTEXT, "who wrote", ("Ada", "yes"))],
+    ),
+    "NaturalQuestions of DPR": (
+        {
+            "question": "who wrote",
+            "answers": ["Ada"],
+            "positive_ctxs": [{"title": "T", "text": CONTEXT}, {"text": "x"}],
+        },
+        [("q:1", f"T: {CONTEXT}", "who wrote", ("Ada",))],
+    ),
+    "TriviaQA, pages": (
+        {
+            "question_id": "tc_1",
+            "question": "Who?",
+            "answer": {"value": "Ada", "aliases": ["Ada L.", "Ada"], "normalized_aliases": ["ada"]},
+            "entity_pages": {"title": ["a", "b"], "wiki_context": [CONTEXT, "More."]},
+            "search_results": {"search_context": ["Else."]},
+        },
+        [("tc_1", f"{CONTEXT}\nMore.", "Who?", ("Ada", "Ada L."))],
+    ),
+    "HotpotQA": (
+        {
+            "_id": "h",
+            "question": "Q?",
+            "answer": "Ada",
+            "context": [["T", ["Ada wrote.", " Bob read."]], ["U", ["X."]]],
+        },
+        [("h", "T: Ada wrote. Bob read.\nU: X.", "Q?", ("Ada",))],
+    ),
+    "MuSiQue": (
+        {
+            "id": "m",
+            "question": "Who?",
+            "answer": "Ada",
+            "answer_aliases": ["Ada L."],
+            "answerable": True,
+            "paragraphs": [{"title": "T", "paragraph_text": CONTEXT}, {"title": "U", "paragraph_text": "X."}],
+        },
+        [("m", f"T: {CONTEXT}\nU: X.", "Who?", ("Ada", "Ada L."))],
+    ),
+    "MuSiQue, unanswerable": (
+        {
+            "id": "m",
+            "question": "Who?",
+            "answer": "Eve",
+            "answerable": False,
+            "paragraphs": [{"paragraph_text": CONTEXT}],
+        },
+        [("m", CONTEXT, "Who?", ())],
+    ),
+    "RACE on the hub": (
+        {
+            "example_id": "high1.txt",
+            "article": CONTEXT,
+            "question": "Who wrote?",
+            "options": ["Bob", "Ada"],
+            "answer": "B",
+        },
+        [("q:1", CONTEXT, "Who wrote? A) Bob B) Ada", ("Ada",))],
+    ),
+    "RACE": (
+        {
+            "id": "high1",
+            "article": CONTEXT,
+            "questions": ["Who wrote?", "Who read?"],
+            "options": [["Bob", "Ada"], ["Bob", "Ada"]],
+            "answers": ["B", "A"],
+        },
+        [
+            ("high1:1", CONTEXT, "Who wrote? A) Bob B) Ada", ("Ada",)),
+            ("high1:2", CONTEXT, "Who read? A) Bob B) Ada", ("Bob",)),
+        ],
+    ),
+    "QuAC on the hub": (
+        {
+            "dialogue_id": "d",
+            "context": f"{CONTEXT} CANNOTANSWER",
+            "turn_ids": ["d_q#0", "d_q#1"],
+            "questions": ["Who wrote?", "Why?"],
+            "followups": [2, 1],
+            "answers": {"texts": [["Ada", "Ada"], ["CANNOTANSWER"]], "answer_starts": [[0, 0], [32]]},
+        },
+        [
+            ("d_q#0", f"{CONTEXT} CANNOTANSWER", "Who wrote?", ("Ada",)),
+            ("d_q#1", f"{CONTEXT} CANNOTANSWER", "Why?", ()),
+        ],
+    ),
+    "CoQA on the hub": (
+        {
+            "story": CONTEXT,
+            "questions": ["Who wrote?", "Why?"],
+            "answers": {"input_text": ["Ada", "unknown"], "answer_start": [0, -1], "answer_end": [3, -1]},
+        },
+        [("q:1", CONTEXT, "Who wrote?", ("Ada",)), ("q:1", CONTEXT, "Why?", ())],
+    ),
+    "CoQA": (
+        {
+            "id": "c",
+            "story": CONTEXT,
+            "questions": [{"input_text": "Who wrote?", "turn_id": 1}],
+            "answers": [{"input_text": "Ada", "span_start": 0, "span_end": 9, "span_text": "Ada wrote"}],
+        },
+        [("c:1", CONTEXT, "Who wrote?", ("Ada",))],
+    ),
+    "BoolQ": (
+        {"question": "is it", "passage": CONTEXT, "answer": True},
+        [("q:1", CONTEXT, "is it", ("yes",))],
+    ),
+    "DROP": (
+        {
+            "query_id": "x",
+            "passage": CONTEXT,
+            "question": "Who?",
+            "answers_spans": {"spans": ["Ada", "Bob"], "types": ["span"]},
+        },
+        [("x", CONTEXT, "Who?", ("Ada", "Bob"))],
+    ),
+    "PubMedQA": (
+        {"pubid": 3, "question": "Is it?", "context": {"contexts": [CONTEXT, "So."]}, "final_decision": "maybe"},
+        [("3", f"{CONTEXT}\nSo.", "Is it?", ("maybe",))],
+    ),
+    "NarrativeQA": (
+        {"document": {"summary": {"text": CONTEXT}}, "question": {"text": "Who?"}, "answers": [{"text": "Ada"}]},
+        [("q:1", CONTEXT, "Who?", ("Ada",))],
+    ),
+}
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json"])
+@pytest.mark.parametrize("form", FORMS)
+def test_well_known_sets_are_recognised(tmp_path: Path, form: str, suffix: str) -> None:
+    record, expected = FORMS[form]
+    document = record if suffix == "jsonl" else {"data": [record]}
+    found = load_questions(write(tmp_path / f"q.{suffix}", document), keep_unanswerable=True)
+    assert [(one.id, one.context, one.question, one.answers) for one in found] == expected
+    assert all(one.context[a:b] in one.answers for one in found for a, b in one.spans)
+    if any(answers for *_, answers in expected):
+        answered = load_questions(tmp_path / f"q.{suffix}", left_out=LeftOut())
+        assert [one.answers for one in answered] == [answers for *_, answers in expected if answers]
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"article": "A", "question": "q", "options": ["a"], "answer": "C"}, "the answer 'C' names none of 1 options"),
+        ({"story": "A", "questions": ["q", "r"], "answers": {"input_text": ["a"]}}, "2 questions have 1 answers"),
+        ({"passage": "A", "questions": ["q"], "answers": None}, "1 questions have null"),
+        ({"context": {"pages": []}, "question": "q", "answer": "a"}, "'context' must be text, or titles"),
+        ({"question": "q", "answers": ["a"], "positive_ctxs": []}, "'positive_ctxs' is blank"),
+        ({"question": "q", "document_text": "A", "annotations": [3]}, "are not NaturalQuestions' short answers"),
+    ],
+)
+def test_a_broken_record_of_a_well_known_set_is_named(tmp_path: Path, record: dict[str, Any], message: str) -> None:
+    path = write(tmp_path / "q.jsonl", RECORD, record)
+    with pytest.raises(CompressorError, match=rf"q\.jsonl line 2.*{message}"):
+        load_questions(path)
+
+
 @pytest.mark.parametrize(("name", "dataset"), [("squad-dev", "squad_v1.1"), ("arxivqa-test", "arxivqa-cloze")])
 def test_shipped_questions_are_answered_by_their_contexts(name: str, dataset: str) -> None:
     found = load_questions(name)

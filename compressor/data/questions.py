@@ -1,8 +1,8 @@
 """Questions about a context: what a record must look like, and `load_questions`, which reads them from anywhere.
 
 A record is `{"id", "context", "question", "answers": [...], "dataset"}`. The forms read are those of SQuAD 1.1 and 2.0
-(https://rajpurkar.github.io/SQuAD-explorer/), of MRQA 2019 (https://github.com/mrqa/MRQA-Shared-Task-2019),
-of HotpotQA, and any flat record whose columns are named. A context is never cut: the compressor splits a long one.
+(https://rajpurkar.github.io/SQuAD-explorer/), of MRQA 2019 (https://github.com/mrqa/MRQA-Shared-Task-2019), of the sets
+that `question_forms.py` names, and any flat record whose columns are named. A context is never cut here.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from json import JSONDecoder
 from pathlib import Path
 from typing import Any
 
+from compressor.data.bad_records import BadRecord, BadRecords
 from compressor.data.left_out import LeftOut
+from compressor.data.question_forms import answer_texts, context_text, question_text, rows_of_questions
 from compressor.data.records import load_hub, record_id, string_value, text_value
 from compressor.data.sources import Hub, Row, kind_of, read_document, read_rows, resolve, stem_of, type_name
 from compressor.errors import CompressorError
@@ -32,10 +34,13 @@ HUB_NAMES = {
 """Short names of data sets on the hub; `arxivqa` is the one published with 500xCompressor."""
 
 COLUMNS: dict[str, tuple[str, ...]] = {
-    "id": ("id", "qid"),
-    "context": ("context",),
-    "question": ("question",),
-    "answers": ("answers", "answer"),
+    "id": ("id", "qid", "_id", "question_id", "query_id", "QuestionId", "pubid"),
+    "context": (
+        *("context", "passage", "article", "story", "paragraph", "document", "paragraphs", "document_text"),
+        *("positive_ctxs", "entity_pages", "search_results"),
+    ),
+    "question": ("question", "query", "question_text", "Question"),
+    "answers": ("answers", "answer", "Answer", "answers_spans", "gold_answers", "final_decision", "annotations"),
     "dataset": ("dataset", "subset"),
 }
 """Fields of the schema, each with the names it is looked for under."""
@@ -62,6 +67,7 @@ def load_questions(
     limit: int | None = None,
     columns: Mapping[str, str] | None = None,
     keep_unanswerable: bool = False,
+    skip_bad_records: bool = False,
     left_out: LeftOut | None = None,
 ) -> list[Question]:
     """Read questions from files, shipped sets or the hub, in the order of the source.
@@ -75,6 +81,7 @@ def load_questions(
             of answers holds a list of texts, one text, or `{"text": [...]}`.
         keep_unanswerable: keep the questions that SQuAD 2.0 says the context does not answer, with no answers;
             otherwise they are left out and counted.
+        skip_bad_records: leave records out that cannot be used, up to `MOST_BAD` of them.
         left_out: counts what is left out; without it a line on standard error says so.
 
     Raises:
@@ -86,9 +93,15 @@ def load_questions(
         raise CompressorError(f"columns names {unknown[0]!r}, which is no field of a question: {', '.join(COLUMNS)}")
     found: list[Question] = []
     ours = LeftOut()
+    bad = BadRecords(skip_bad_records, ours)
     for place in resolve(_hub_ids(source), split=split):
-        for row in _rows(place, split, streaming=limit is not None):
-            question = _question(row, _default_dataset(place), columns or {}, keep_unanswerable)
+        rows = _rows(place, split, limit is not None, bad)
+        dataset = _default_dataset(place)
+
+        def read(row: Row, dataset: str = dataset) -> tuple[Row, Question | None]:
+            return row, _question(row, dataset, columns or {}, keep_unanswerable)
+
+        for row, question in bad.usable(rows, read):
             if question is None:
                 ours.add("unanswerable", row.where)
                 continue
@@ -97,9 +110,11 @@ def load_questions(
                 break
         if len(found) == limit:
             break
+    bad.finish(source)
     if not found:
         raise CompressorError(
-            f"{source} holds no question with an answer" + (f" ({ours.total:,} are unanswerable)" if ours.total else "")
+            f"{source} holds no question with an answer"
+            + (f" ({ours.counts['unanswerable']:,} are unanswerable)" if ours.counts["unanswerable"] else "")
         )
     if left_out is not None:
         left_out.merge(ours)
@@ -122,23 +137,28 @@ def _default_dataset(place: Path | Hub) -> str:
     return place.name if isinstance(place, Hub) else stem_of(place)
 
 
-def _rows(place: Path | Hub, split: str | None, streaming: bool) -> Iterator[Row]:
+def _rows(place: Path | Hub, split: str | None, streaming: bool, bad: BadRecords) -> Iterator[Row]:
     """One row for each question, under the names of the source."""
     if isinstance(place, Hub):
         for number, values in enumerate(load_hub(place, split, streaming=streaming), start=1):
-            yield Row(number, f"{place.name} row {number}", values)
+            yield from _several(Row(number, f"{place.name} row {number}", values), {}, bad)
         return
     if kind_of(place) == ".json" and _is_one_object(place):
-        yield from _squad_rows(place)
+        yield from _squad_rows(place, bad)
         return
     header: dict[str, Any] = {}
-    for row in read_rows(place):
+    for row in read_rows(place, bad=bad):
         if row.number == 1 and set(row.values) == {"header"} and isinstance(row.values["header"], dict):
             header = row.values["header"]
-        elif "qas" in row.values:
-            yield from _mrqa_rows(row, header)
-        else:
-            yield row
+            continue
+        yield from _several(row, header, bad)
+
+
+def _several(row: Row, header: Mapping[str, Any], bad: BadRecords) -> Iterator[Row]:
+    try:
+        yield from rows_of_questions(row, header)
+    except BadRecord as error:
+        bad.add(error)
 
 
 def _is_one_object(path: Path) -> bool:
@@ -155,7 +175,7 @@ def _is_one_object(path: Path) -> bool:
     return "data" in row.values and not {"question", "qas"} & set(row.values)
 
 
-def _squad_rows(path: Path) -> Iterator[Row]:
+def _squad_rows(path: Path, bad: BadRecords) -> Iterator[Row]:
     """Questions of a SQuAD file: data[].paragraphs[].(context, qas[])."""
     document, text = read_document(path)
     number = 0
@@ -175,6 +195,10 @@ def _squad_rows(path: Path) -> Iterator[Row]:
     version = document.get("version") if isinstance(document, dict) else None
     dataset = {} if not isinstance(version, str) else {"dataset": f"squad_v{version.removeprefix('v')}"}
     for a, article in enumerate(items(document, "data")):
+        if {"questions", "qas", *COLUMNS["question"]} & set(article):
+            # CoQA's, and plain records under "data".
+            yield from _several(Row(a + 1, _Lazy.of(partial(where, "data", a)), {**dataset, **article}), {}, bad)
+            continue
         for p, paragraph in enumerate(items(article, "paragraphs", "data", a)):
             for q, item in enumerate(items(paragraph, "qas", "data", a, "paragraphs", p)):
                 number += 1
@@ -223,26 +247,16 @@ def _line_of(text: str, steps: Sequence[str | int]) -> int:
     return text.count("\n", 0, position) + 1
 
 
-def _mrqa_rows(row: Row, header: Mapping[str, Any]) -> Iterator[Row]:
-    """Questions of a line of MRQA: (context, qas[].(qid, question, answers))."""
-    qas = row.values["qas"]
-    if not isinstance(qas, list) or not qas or not all(isinstance(item, dict) for item in qas):
-        raise CompressorError(f"{row.where}: the field 'qas' must be a list of questions but is {type_name(qas)}")
-    dataset = {"dataset": header["dataset"]} if isinstance(header.get("dataset"), str) else {}
-    for index, item in enumerate(qas, start=1):
-        values = {**dataset, "context": row.values.get("context"), **item}
-        yield Row(row.number, f"{row.where} question {index}", values)
-
-
 def _question(row: Row, dataset: str, columns: Mapping[str, str], keep_unanswerable: bool) -> Question | None:
     """The record of a row; None if it says that it is unanswerable and such are not kept."""
     names = {field: _column(row, field, columns) for field in COLUMNS}
     answers = _answers(row, names["answers"], keep_unanswerable)
     if not answers and not keep_unanswerable:
         return None
-    context = row.values.get(names["context"])
-    if isinstance(context, dict | list):
-        row = row._replace(values={**row.values, names["context"]: _paragraphs(row, names["context"])})
+    plain = {names["question"]: question_text(row, names["question"])} if names["question"] in row.values else {}
+    if isinstance(row.values.get(names["context"]), dict | list):
+        plain[names["context"]] = context_text(row, names["context"])
+    row = row._replace(values={**row.values, **plain})
     named = row.values.get(names["dataset"])
     return Question(
         id=record_id(row, names["id"], default=f"{dataset}:{row.number}"),
@@ -250,7 +264,7 @@ def _question(row: Row, dataset: str, columns: Mapping[str, str], keep_unanswera
         question=text_value(row, names["question"]),
         answers=answers,
         dataset=dataset if named is None else string_value(row, names["dataset"], blank=False),
-        spans=_spans(row, names["context"], names["answers"]),
+        spans=_spans(row, names["context"], names["answers"]) if answers else (),
     )
 
 
@@ -265,27 +279,16 @@ def _column(row: Row, field: str, columns: Mapping[str, str]) -> str:
 
 def _answers(row: Row, name: str, keep_unanswerable: bool) -> tuple[str, ...]:
     """The different answers of a row in their order; none if it says that it is unanswerable."""
-    if row.values.get("is_impossible") is True:
-        return ()
-    value = row.values.get(name)
-    if name not in row.values:
+    if name not in row.values and row.values.get("is_impossible") is not True:
         fields = ", ".join(map(repr, row.values)) or "none"
-        raise CompressorError(f"{row.where}: the field 'answers' is missing; its fields are {fields}")
-    if isinstance(value, dict):
-        if value.get("text") == [] == value.get("answer_start"):
-            return ()  # SQuAD 2.0 on the hub
-        value = value.get("text")
-    elif isinstance(value, str) and name != "answers":
-        value = [value]
-    if not isinstance(value, list):
-        # Text under this name is most often a list that some tool printed.
-        raise CompressorError(f"{row.where}: the field {name!r} must be a list of texts but is {type_name(value)}")
+        raise BadRecord(f"{row.where}: the field 'answers' is missing; its fields are {fields}")
+    value = answer_texts(row, name)
+    if value is None:
+        return ()
     if not value and not keep_unanswerable:
-        raise CompressorError(
+        raise BadRecord(
             f"{row.where}: the field {name!r} is empty: give an answer, or set is_impossible to true in the record"
         )
-    # SQuAD's files hold objects with a text and its place.
-    value = [answer.get("text") if isinstance(answer, dict) else answer for answer in value]
     for index, answer in enumerate(value):
         text_value(Row(row.number, row.where, {f"{name}[{index}]": answer}), f"{name}[{index}]")
     return tuple(dict.fromkeys(value))
@@ -298,7 +301,7 @@ def _spans(row: Row, context: str, answers: str) -> tuple[tuple[int, int], ...]:
     """
     places: list[tuple[Any, Any]] = []
     for one in _objects(row.values.get(answers)):
-        places.append((one.get("text"), one.get("answer_start")))
+        places += [(one.get("text"), one.get(name)) for name in ("answer_start", "span_start") if name in one]
     for one in _objects(row.values.get("detected_answers")):
         spans = one.get("char_spans")
         spans = [spans] if isinstance(spans, dict) else spans or []
@@ -325,16 +328,3 @@ def _objects(value: Any) -> list[dict[str, Any]]:
         names = [name for name in value if isinstance(value[name], list)]
         return [dict(zip(names, row, strict=True)) for row in zip(*lists, strict=True)]
     return [one for one in value if isinstance(one, dict)] if isinstance(value, list) else []
-
-
-def _paragraphs(row: Row, name: str) -> str:
-    """One text from HotpotQA's context: titles with their sentences, as two lists or as pairs."""
-    value = row.values[name]
-    try:
-        pairs = zip(value["title"], value["sentences"], strict=True) if isinstance(value, dict) else value
-        return "\n".join(f"{title}: {''.join(sentences).strip()}" for title, sentences in pairs)
-    except (KeyError, TypeError, ValueError):
-        raise CompressorError(
-            f"{row.where}: the field {name!r} must be text, or titles with their sentences as HotpotQA has them, but "
-            f"is {type_name(value)}"
-        ) from None

@@ -10,10 +10,12 @@ import glob
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from compressor.data.bad_records import BadRecord, BadRecords
 from compressor.data.text_files import MOST_LINE, raw_lines, read_text, text_lines
 from compressor.errors import CompressorError
 from compressor.files import read_json, unreadable
@@ -161,7 +163,7 @@ def _folder_files(folder: Path, split: str | None, every_split: bool) -> list[Pa
     return chosen
 
 
-def read_rows(path: Path, *, documents: bool = False) -> Iterator[Row]:
+def read_rows(path: Path, *, documents: bool = False, bad: BadRecords | None = None) -> Iterator[Row]:
     """Read a data file record by record, in constant memory (a JSON array is read whole).
 
     JSON lines (also under the name .json), JSON arrays of objects, CSV and TSV with a header line,
@@ -170,13 +172,18 @@ def read_rows(path: Path, *, documents: bool = False) -> Iterator[Row]:
 
     Args:
         documents: a text file is one record, as `read_text` reads it, and not its paragraphs.
+        bad: takes lines and items that are no records; by default the first of them is an error.
 
     Raises:
         CompressorError: names the file and line of whatever is broken; also when there is no record.
     """
-    readers = {".csv": _csv_rows, ".tsv": _csv_rows, ".parquet": _parquet_rows, ".txt": _text_rows}
-    if documents:
-        readers[".txt"] = _document_rows
+    bad = BadRecords() if bad is None else bad
+    readers: dict[str, Callable[[Path], Iterator[Row]]] = {
+        **dict.fromkeys((".jsonl", ".ndjson", ".json"), partial(_json_rows, bad=bad)),
+        **dict.fromkeys((".csv", ".tsv"), partial(_csv_rows, bad=bad)),
+        ".parquet": _parquet_rows,
+        ".txt": _document_rows if documents else _text_rows,
+    }
     kind = kind_of(path)
     if kind is None:
         raise CompressorError(f"{path} is not a kind of file that can be read: {_kinds()}")
@@ -184,7 +191,7 @@ def read_rows(path: Path, *, documents: bool = False) -> Iterator[Row]:
         if path.stat().st_size == 0:
             raise CompressorError(f"{path} is empty")
         row = None
-        for row in readers.get(kind, _json_rows)(path):
+        for row in readers[kind](path):
             yield row
         if row is None:
             raise CompressorError(f"{path} holds no records")
@@ -208,7 +215,7 @@ def read_document(path: Path) -> tuple[Any, str]:
     return _parse_json(text, str(path)), text
 
 
-def _json_rows(path: Path) -> Iterator[Row]:
+def _json_rows(path: Path, bad: BadRecords) -> Iterator[Row]:
     lines = raw_lines(path)
     first = True
     for number, line in lines:
@@ -218,19 +225,26 @@ def _json_rows(path: Path) -> Iterator[Row]:
         if first and line.lstrip().startswith("[") and kind_of(path) == ".json":
             items = _parse_json(line + "".join(rest for _, rest in lines), f"the array from {where} on")
             for index, item in enumerate(items, start=1):
-                yield _object_row(index, f"{path} item {index}", item)
+                yield from bad.caught(partial(_object_row, index, f"{path} item {index}", item))
             return
         first = False
-        yield _object_row(number, where, _parse_json(line, where))
+        yield from bad.caught(partial(_line_row, number, where, line))
+
+
+def _line_row(number: int, where: str, line: str) -> Row:
+    try:
+        return _object_row(number, where, _parse_json(line, where))
+    except CompressorError as error:
+        raise BadRecord(str(error)) from None
 
 
 def _object_row(number: int, where: str, value: Any) -> Row:
     if not isinstance(value, dict):
-        raise CompressorError(f"{where} is {type_name(value)}, not an object of fields like {{'text': ...}}")
+        raise BadRecord(f"{where} is {type_name(value)}, not an object of fields like {{'text': ...}}")
     return Row(number, where, value)
 
 
-def _csv_rows(path: Path) -> Iterator[Row]:
+def _csv_rows(path: Path, bad: BadRecords) -> Iterator[Row]:
     # The csv module refuses fields of more than 128 KiB by default; a long passage is no error.
     csv.field_size_limit(max(csv.field_size_limit(), MOST_LINE))
     delimiter = "\t" if kind_of(path) == ".tsv" else ","
@@ -252,7 +266,7 @@ def _csv_rows(path: Path) -> Iterator[Row]:
             if len(set(header)) < len(header):
                 raise CompressorError(f"{where}: the header names a column twice: {', '.join(header)}")
         elif len(cells) != len(header):
-            raise CompressorError(
+            bad.add(
                 f"{where} has {len(cells)} cells but the header has {len(header)} ({', '.join(header)}); "
                 "quote cells that hold the separator or a line break"
             )
