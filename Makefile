@@ -4,13 +4,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint types train-mini readme clean
+.PHONY: demo test base lint types train-mini readme clean
 
-demo: $(READY)
+demo: base
 	$(BIN)/python demo.py
 
-test: $(READY)
+test: base
 	$(BIN)/python -m pytest
+
+# SmolLM2-135M-Instruct: downloaded and converted once, a second from then on. What it cannot get it says in a line.
+base: $(READY)
+	@$(BIN)/compressor fetch smollm2-135m || true
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -94,7 +94,9 @@ def remedy(path: str) -> str:
     """What to do about a base that does not load."""
     if path in NAMED:
         return f"`compressor fetch {path}` gets it; without a network, --checkpoint {WITHOUT} works without it"
-    return "give a folder or hub id of a causal LM with --base.path; an existing folder may be incomplete"
+    return (
+        "give a folder, hub id, GGUF file or name of a causal LM with --base.path; an existing folder may be incomplete"
+    )
 
 
 def _installed(known: NamedBase) -> Path | None:

@@ -46,7 +46,11 @@ def _parser(unpack: bool) -> argparse.ArgumentParser:
     parser.add_argument("-f", "--force", action="store_true", help="replace output files; write to a terminal")
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress, no warnings")
     parser.add_argument("-v", "--verbose", action="store_true", help="say what each file came to")
-    parser.add_argument("--base", default="models/arxiv-mini/base", help="folder or hub id of the model that predicts")
+    parser.add_argument(
+        "--base",
+        default="models/arxiv-mini/base",
+        help="the model that predicts: folder, hub id, GGUF file or name (smollm2-135m)",
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, help="threads of the processor; any number gives the same bytes")
     parser.add_argument(
