@@ -224,6 +224,7 @@ class CompressionStage:
         return {
             "base": model.base.fingerprint,
             "tokenizer": tokenizer_fingerprint(model.base.tokenizer),
+            "text encoder": model.encoder.frozen_fingerprint or "none",
             **{name: value for name, value in settings.items() if name not in STARTS},
             "training.optimizer": self.config.training.optimizer,
             "data.train": passages_digest(self.passages),

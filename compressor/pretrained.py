@@ -29,6 +29,8 @@ NEEDED_SETTINGS = ("memory_tokens", "layout", "passage_attention", "lora_rank", 
 """Settings without which a checkpoint would be read as another compressor."""
 ADDED_SETTINGS = {"memory_attention": "passage", "writer_rank": 0}
 """What checkpoints from before there were such settings are."""
+TEXT_ENCODER = "text_encoder"
+"""Setting with the fingerprint of a frozen text encoder."""
 ADAPTER, ENCODER = "adapter_model.safetensors", "memory_tokens.safetensors"
 CHECKPOINT = FolderKind(
     "a compressor checkpoint",
@@ -70,6 +72,9 @@ def save_checkpoint(model: Compressor, folder: str | Path, dtype: torch.dtype | 
                 "base": _base_record(model.base),
                 "config": asdict(model.config),
                 "files": {name: sha256(path / name) for name in files},
+                **(
+                    {} if model.encoder.frozen_fingerprint is None else {TEXT_ENCODER: model.encoder.frozen_fingerprint}
+                ),
             },
         )
 
@@ -114,6 +119,12 @@ def load_weights(model: Compressor, folder: Path) -> None:
         CompressorError: a missing or damaged file, or one that does not fit the model.
     """
     settings = read_settings(folder)
+    if (trained := settings.get(TEXT_ENCODER)) and trained != model.encoder.frozen_fingerprint:
+        raise CompressorError(
+            f"checkpoint {folder} was trained with another text encoder (weights {str(trained)[:12]}) than "
+            f"{model.config.text_encoder} now holds (weights {str(model.encoder.frozen_fingerprint)[:12]}): put the "
+            "one it was trained with there"
+        )
     found: dict[str, Tensor] = {}
     for name, digest in settings["files"].items():
         try:

@@ -300,6 +300,11 @@ def test_sentence_embedding_by_a_text_encoder(
     loaded = Compressor.from_pretrained(tmp_path / "saved")
     for one, other in zip(memories, loaded.compress_ids(passages, 8), strict=True):
         assert torch.equal(one.keys, other.keys)
+    for parameter in encoder.parameters():
+        parameter.data.add_(0.01)
+    encoder.save_pretrained(text_encoder)
+    with pytest.raises(CompressorError, match="trained with another text encoder"):
+        Compressor.from_pretrained(tmp_path / "saved")
 
 
 def test_a_text_encoder_that_is_not_there_is_refused(make_tiny_compressor: Make, tmp_path: Path) -> None:

@@ -50,20 +50,21 @@ _RESIDUAL = "residual"
 _PROBE = "The 3 quick brown foxes—naïve, 𝛼≤β—jump over\n\n\t12,345.67 lazy dogs; can't they?  $x_{i}^2$ <s></s>"
 
 
-_KNOWN: WeakKeyDictionary[Any, tuple[int, str]] = WeakKeyDictionary()
+_KNOWN: WeakKeyDictionary[Any, tuple[Any, str]] = WeakKeyDictionary()
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
     """SHA-256 that tells tokenizers apart: vocabulary, special tokens, and how a difficult text is cut."""
-    length, known = _KNOWN.get(tokenizer, (-1, ""))
-    if length == len(tokenizer):
+    state = (len(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id)
+    before, known = _KNOWN.get(tokenizer, (None, ""))
+    if before == state:
         return known
     digest = hashlib.sha256()
     for token, number in sorted(tokenizer.get_vocab().items(), key=lambda pair: (pair[1], pair[0])):
         digest.update(f"{number}:{token}\0".encode("utf-8", "surrogatepass"))
     ids = tokenizer(_PROBE, add_special_tokens=False, verbose=False)["input_ids"]
     digest.update(repr((tokenizer.bos_token_id, tokenizer.eos_token_id, list(ids))).encode())
-    _KNOWN[tokenizer] = (len(tokenizer), digest.hexdigest())
+    _KNOWN[tokenizer] = (state, digest.hexdigest())
     return digest.hexdigest()
 
 

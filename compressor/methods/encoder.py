@@ -58,6 +58,11 @@ class Encoder(nn.Module):
         """Whether the first j of k slots are what encoding to j slots gives."""
         raise NotImplementedError
 
+    @property
+    def frozen_fingerprint(self) -> str | None:
+        """Hash of frozen weights that it reads besides the base's, which a checkpoint does not hold."""
+        return None
+
     def trained_for(self, tokens: int) -> bool:
         """Whether it is meant to compress to so many slots."""
         return tokens <= self.config.memory_tokens

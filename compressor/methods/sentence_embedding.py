@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compressor.base import Base
+from compressor.base import Base, fingerprint
 from compressor.errors import CompressorError
 from compressor.methods.encoder import AdaptedBase, Encoder, encoder_attention, prefill
 from compressor.model_config import CompressorConfig, Layout
@@ -45,6 +45,10 @@ class SentenceEmbeddingEncoder(Encoder):
     @property
     def memory_layout(self) -> Layout:
         return "front"
+
+    @property
+    def frozen_fingerprint(self) -> str | None:
+        return None if self._frozen is None else fingerprint(self._frozen[0])
 
     @torch.no_grad()
     def embed(self, model: AdaptedBase, passages: Tensor, lengths: Tensor) -> Tensor:
