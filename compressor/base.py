@@ -13,9 +13,9 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
 
-from compressor.attention import GROUPED
 from compressor.bases import locate, remedy
 from compressor.errors import CompressorError
+from compressor.kernels import GROUPED, lighten_norms
 from compressor.model_config import BaseConfig
 from compressor.processes import bars_on_terminals, fast_bfloat16
 
@@ -492,4 +492,7 @@ def load_base(config: BaseConfig, device: str | torch.device = "cpu") -> Base:
         for parameter in model.parameters():
             parameter.data = parameter.data.to(dtype)
         model = model.to(device)  # type: ignore[arg-type]
-    return Base(model, tokenizer, config.path, config.quantisation, config.revision, stored)
+    base = Base(model, tokenizer, config.path, config.quantisation, config.revision, stored)
+    if attention == GROUPED:
+        lighten_norms(model)
+    return base

@@ -39,7 +39,7 @@ class BaseConfig:
     """Data type the weights are held in; `auto` is bfloat16 where the device is fast at it, else float32."""
     attention: Literal["auto", "sdpa", "eager"] = "sdpa"
     """Attention implementation; `sdpa` is eager for bases that have no other (Gemma 2), `auto`, in training, is torch's
-    on an accelerator, and on a CPU one whose backward pass is several times as fast (`compressor/attention.py`)."""
+    on an accelerator, and on a CPU one whose backward pass is several times as fast (`compressor/kernels.py`)."""
     quantisation: Literal["none", "int8", "int4"] = "none"
     """Load the frozen weights in 8 or 4 bits (needs the `quantised-base` extra and a GPU)."""
 

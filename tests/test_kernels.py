@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from compressor.attention import grouped_attention
+from compressor.kernels import grouped_attention, lighten_norms
 
 
 @pytest.mark.parametrize("kv_heads", [6, 2, 1])
@@ -36,3 +38,27 @@ def test_a_softcap_bounds_the_scores() -> None:
     causal = torch.ones(4, 4, dtype=torch.bool).tril()
     weights = scores.masked_fill(~causal, -torch.inf).softmax(-1)
     torch.testing.assert_close(ours, (weights @ value).transpose(1, 2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_light_norms_equal_transformers_own(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    plain, other = LlamaRMSNorm(48, eps=1e-5), GemmaRMSNorm(48)
+    for norm in (plain, other):
+        nn.init.normal_(norm.weight)
+        norm.to(dtype).requires_grad_(False)
+    x = (3 * torch.randn(2, 7, 48)).to(dtype).requires_grad_()
+    upstream = torch.randn(2, 7, 48).to(dtype)
+
+    def run(norm: nn.Module) -> tuple[torch.Tensor, ...]:
+        out = norm(x)
+        return out.detach(), *torch.autograd.grad(out, x, upstream)
+
+    before = [run(norm) for norm in (plain, other)]
+    assert lighten_norms(nn.ModuleList([plain, other])) == 1  # Gemma's, which adds 1 to its weights, stays what it is
+    after = [run(norm) for norm in (plain, other)]
+    for place in (0, 1):
+        assert torch.equal(after[place][0], before[place][0])
+        torch.testing.assert_close(
+            after[place][1], before[place][1], atol=2e-5 if dtype == torch.float32 else 0.03, rtol=0.02
+        )

@@ -1,0 +1,106 @@
+"""What training on a CPU computes in another way than transformers: attention and RMSNorm, both tested equal.
+
+Attention, which transformers knows as `grouped`: torch's fused kernel takes six times as long for its backward pass in
+bfloat16 on a CPU as plain products do (12 x 9 heads of 96 x 96 positions: 30 against 5 ms;
+`benchmarks/training_step.py`). These keep the scores, which at a compressor's widths are small, and heads that share
+keys and values are one product rather than copies of them.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import sdpa_mask
+
+GROUPED = "grouped"
+"""Name of `grouped_attention` among transformers' implementations."""
+
+
+def grouped_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Softmax attention, as transformers calls it.
+
+    Args:
+        query: `[batch, heads, queries, head_size]`.
+        key, value: `[batch, kv_heads, keys, head_size]`.
+        attention_mask: bool (True = may attend) or additive, `[batch, 1, queries, keys]`; None for causal.
+
+    Returns:
+        `[batch, queries, heads, head_size]`, and no weights.
+    """
+    batch, heads, queries, size = query.shape
+    groups = heads // key.shape[1]
+    grouped = (query * (size**-0.5 if scaling is None else scaling)).reshape(batch, -1, groups * queries, size)
+    scores = (grouped @ key.transpose(2, 3)).view(batch, -1, groups, queries, key.shape[2])
+    if softcap is not None:
+        scores = softcap * (scores / softcap).tanh()
+    if attention_mask is None:
+        causal = torch.ones(queries, key.shape[2], dtype=torch.bool, device=query.device)
+        attention_mask = causal.tril(key.shape[2] - queries)[None, None]
+    if attention_mask.dtype == torch.bool:
+        lowest = torch.finfo(scores.dtype).min
+        attention_mask = torch.zeros_like(attention_mask, dtype=scores.dtype).masked_fill(~attention_mask, lowest)
+    # torch sums a bfloat16 softmax in float32.
+    weights = (scores + attention_mask[:, :, None]).softmax(-1)
+    weights = nn.functional.dropout(weights, dropout, module.training)
+    read = weights.view(batch, -1, groups * queries, key.shape[2]) @ value
+    return read.view(batch, heads, queries, value.shape[3]).transpose(1, 2), None
+
+
+class _FrozenRMSNorm(torch.autograd.Function):
+    """`x / rms(x) * weight` for a weight without a gradient, in two passes over the input rather than six."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        """`x` `[..., hidden]`; sums in float32, as transformers has them."""
+        wide = x.float()
+        scale = wide.square().mean(-1, keepdim=True).add_(epsilon).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        return weight * (wide * scale).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
+        x, weight, scale = ctx.saved_tensors
+        direction, gradient = x.float() * scale, (upstream * weight).float()
+        along = (gradient * direction).mean(-1, keepdim=True)
+        return gradient.addcmul_(direction, along, value=-1).mul_(scale).to(x.dtype), None, None
+
+
+@torch.no_grad()
+def lighten_norms(model: nn.Module) -> int:
+    """Give the model's plain RMSNorms, whose weights must be frozen, a lighter backward pass; returns how many.
+
+    Which are plain is tried: those that give what `_FrozenRMSNorm` gives, to the last digit.
+    """
+    changed = 0
+    for module in model.modules():
+        epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+        weight = getattr(module, "weight", None)
+        if not type(module).__name__.endswith("RMSNorm") or weight is None or not isinstance(epsilon, float):
+            continue
+        sample = torch.linspace(-3, 2, 3 * len(weight), dtype=weight.dtype, device=weight.device).view(3, -1)
+        if torch.equal(module(sample), _FrozenRMSNorm.apply(sample, weight, epsilon)):
+            module.forward = partial(_normalised, module, epsilon)
+            changed += 1
+    return changed
+
+
+def _normalised(module: Any, epsilon: float, x: Tensor) -> Tensor:
+    return _FrozenRMSNorm.apply(x, module.weight, epsilon)
+
+
+AttentionInterface.register(GROUPED, grouped_attention)
+AttentionMaskInterface.register(GROUPED, sdpa_mask)
