@@ -20,7 +20,7 @@ from compressor.data.collate import continuation_pair, padded_width, regeneratio
 from compressor.data.left_out import LeftOut
 from compressor.data.passages import BatchPlan, Piece, load_passages, passages_digest
 from compressor.errors import CompressorError
-from compressor.generation import regenerate_ids, regeneration_limit
+from compressor.generation import generate, regeneration_limit
 from compressor.methods.encoder import pad
 from compressor.model import Compressor
 from compressor.objectives import target_loss
@@ -209,12 +209,17 @@ class CompressionStage:
         model, tokenizer = self.module, self.module.base.tokenizer
         chosen = [p for p in self.validation if p.length <= 128][-count:] or self.validation[:count]
         cut = [self.held_out[p.record]["input_ids"][p.start : p.start + p.length] for p in chosen]
-        with accelerator.autocast(), model.adapters(on=False):
-            written = regenerate_ids(model.base, model.compress_ids(cut, tokens))
+        base = model.base
+        ids, lengths = pad([self.padded(one) for one in cut], accelerator.device)
+        limits = [regeneration_limit(len(one)) for one in cut]
+        with accelerator.autocast():
+            prefix = model.prefix(*model.encode(ids, lengths, tokens), lengths)
+            with model.adapters(on=False):
+                written = [one.ids for one in generate(base, prefix, [[base.bos]] * len(cut), limits)]
         lines = []
         for passage, back in zip(cut, written, strict=True):
-            for label, ids in (("passage", passage), ("regenerated", back)):
-                lines.append(f"{label:>11}: {' '.join(tokenizer.decode(ids, skip_special_tokens=True).split())[:160]}")
+            for label, one in (("passage", passage), ("regenerated", back)):
+                lines.append(f"{label:>11}: {' '.join(tokenizer.decode(one, skip_special_tokens=True).split())[:160]}")
         return lines
 
     def origin(self) -> dict[str, str]:

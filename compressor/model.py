@@ -21,7 +21,6 @@ from torch.utils.checkpoint import checkpoint
 
 from compressor.base import Base
 from compressor.errors import CompressorError, require_texts, require_whole
-from compressor.layouts import decoder_start, memory_positions
 from compressor.lora import READER, adapter, add_adapters
 from compressor.memory import Memory, Prefix, Segment, memory_prefix
 from compressor.methods.encoder import equal_segments, pad
@@ -97,14 +96,8 @@ class Compressor(nn.Module):
         slots = keys.shape[3]
         if tokens is None:
             tokens = torch.full_like(lengths, slots)
-        layout = self.encoder.memory_layout
-        positions = memory_positions(layout, lengths, slots, self.config.memory_tokens)
-        return Prefix(
-            keys=list(self.base.rotate(keys, positions)),
-            values=list(values),
-            mask=torch.arange(slots, device=keys.device)[None] < tokens[:, None],
-            start=decoder_start(layout, lengths, tokens),
-        )
+        positions, used, start = self.encoder.places(lengths, slots, tokens)
+        return Prefix(keys=list(self.base.rotate(keys, positions)), values=list(values), mask=used, start=start)
 
     def forward(self, batch: dict[str, Any]) -> Tensor:
         """Summed training loss of a batch (`compressor/objectives.py`), so that DDP sees one module call."""
@@ -208,6 +201,11 @@ class Compressor(nn.Module):
             segment_tokens: most tokens of a segment, by default `max_passage_tokens`.
             refine_steps: see `compress`.
         """
+        if not self.encoder.makes_memories:
+            raise CompressorError(
+                f"the method {self.config.method} is a bound to compare with and makes no memories: evaluate it "
+                f"(evaluate.py --methods {self.config.method}=CHECKPOINT), or load another checkpoint"
+            )
         tokens = self.config.memory_tokens if tokens is None else tokens
         require_whole("tokens", tokens, 0)
         require_whole("batch_size", batch_size)

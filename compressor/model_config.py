@@ -9,7 +9,9 @@ from compressor.errors import require
 from compressor.prompts import CHAT, QUESTION, chat_arguments
 
 Layout = Literal["restart", "published", "after", "front", "spread", "overlay", "nested"]
-TrainedMethod = Literal["kv", "reference-500x", "icae", "mean-pool", "anchor", "sentence-embedding"]
+TrainedMethod = Literal[
+    "kv", "reference-500x", "icae", "mean-pool", "anchor", "sentence-embedding", "full-tuned", "none-tuned"
+]
 MEMORY_TOKEN_LAYOUTS: tuple[Layout, ...] = ("restart", "after", "front", "spread", "overlay", "nested")
 METHOD_LAYOUTS: dict[TrainedMethod, tuple[Layout, ...]] = {
     "kv": MEMORY_TOKEN_LAYOUTS,
@@ -18,8 +20,11 @@ METHOD_LAYOUTS: dict[TrainedMethod, tuple[Layout, ...]] = {
     "mean-pool": ("spread",),
     "anchor": ("spread", "overlay"),
     "sentence-embedding": ("front",),
+    "full-tuned": ("nested", "after"),
+    "none-tuned": ("nested", "after"),
 }
-"""Layouts that a method can work with; those of icae let its memories, which stand in `front`, be truncated."""
+"""Layouts that a method can work with; those of icae let its memories, which stand in `front`, be truncated.
+The tuned bounds read none."""
 BaseMismatch = Literal["refuse", "allow"]
 """What is done about a base with other weights than a checkpoint was trained on."""
 PassageAttention = Literal["causal", "bidirectional"]

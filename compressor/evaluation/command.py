@@ -38,8 +38,8 @@ class EvaluationConfig:
     ids; by default the shipped ones of the task."""
     methods: list[str] = field(default_factory=list)
     """Methods to compare, by default the checkpoint's own: kv, reference-500x, icae, mean-pool, anchor,
-    sentence-embedding (trained; NAME=CHECKPOINT, or NAME for the folder methods/NAME beside the checkpoint), full,
-    none, truncate, keywords, summary, llmlingua2."""
+    sentence-embedding, full-tuned, none-tuned (trained; NAME=CHECKPOINT, or NAME for the folder methods/NAME beside
+    the checkpoint), full, none, truncate, keywords, summary, llmlingua2."""
     split: str | None = None
     """Split of a data set that has several."""
     text_field: str | None = None

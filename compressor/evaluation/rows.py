@@ -14,7 +14,7 @@ from compressor.evaluation.tasks.interface import LEFT_OUT
 
 Results = Mapping[int | None, Sequence[Result]]
 """Results of a method: for each size (None where it has none), one for each item."""
-BOUNDS = ("full", "none")
+BOUNDS = ("full", "none", "full-tuned", "none-tuned")
 """Methods that the others are compared with, item by item."""
 MACRO = "macro"
 """Name of the rows that average the figures of all data sets, each of which counts the same."""
@@ -93,7 +93,9 @@ def _resampled(
         return {}
     columns = {name: [results[i][name] for i in places] for name in results[places[0]]}
     for bound, of_bound in bounds.items():
-        columns |= {f"{bound}_{name}": [of_bound[i][name] for i in places] for name in of_bound[places[0]]}
+        columns |= {
+            f"{bound.replace('-', '_')}_{name}": [of_bound[i][name] for i in places] for name in of_bound[places[0]]
+        }
     figures = {name: figure for name, figure in task.figures.items() if set(figure.needs) <= set(columns)}
     # Data sets of one size must not be resampled alike: their macro average would look too certain or too uncertain.
     return resampled_figures(columns, figures, config.resamples, config.seed + number)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from compressor.base import Base
-from compressor.layouts import memory_positions, tree_stretches
+from compressor.layouts import decoder_start, memory_positions, tree_stretches
 from compressor.lora import READER, WRITER, adapter
 from compressor.model_config import CompressorConfig, Layout
 
@@ -46,6 +46,8 @@ class Encoder(nn.Module):
     """Whether memory tokens can have an adapter of their own (`CompressorConfig.writer_rank`)."""
     reads_hidden_states: ClassVar[bool] = False
     """Whether it reads the base's last hidden states, not its keys and values."""
+    makes_memories: ClassVar[bool] = True
+    """Whether its slots are a memory of a size that does not depend on the passage."""
     padded_to: ClassVar[int | None] = None
     """Tokens that every passage is extended to with EOS, in training targets too."""
 
@@ -75,6 +77,23 @@ class Encoder(nn.Module):
     def memory_layout(self) -> Layout:
         """Where the slots stand in the decoder's context."""
         return self.config.layout
+
+    def places(self, lengths: Tensor, slots: int, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Where the slots that `encode` returned stand in the decoder's context.
+
+        Args:
+            lengths: passage tokens, int64 `[batch]`.
+            slots: slots of each row.
+            tokens: slots that each row may use, int64 `[batch]`.
+
+        Returns:
+            Positions, int64 `[batch, slots]`; which may be used, bool `[batch, slots]`; where the decoder starts, int64
+            `[batch]`.
+        """
+        layout = self.memory_layout
+        positions = memory_positions(layout, lengths, slots, self.config.memory_tokens)
+        used = torch.arange(slots, device=lengths.device)[None] < tokens[:, None]
+        return positions, used, decoder_start(layout, lengths, tokens)
 
     def encode(self, model: AdaptedBase, passages: Tensor, lengths: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
         """Compress a batch of passages; differentiable.

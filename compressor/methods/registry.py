@@ -25,6 +25,8 @@ TRAINED: dict[str, str] = {
     "mean-pool": "mean_pool:MeanPoolEncoder",
     "anchor": "anchor:AnchorEncoder",
     "sentence-embedding": "sentence_embedding:SentenceEmbeddingEncoder",
+    "full-tuned": "tuned:FullTunedEncoder",
+    "none-tuned": "tuned:NoneTunedEncoder",
 }
 """Methods that `train.py` trains: where their `Encoder` is."""
 UNTRAINED: dict[str, str] = {
@@ -37,6 +39,8 @@ UNTRAINED: dict[str, str] = {
 }
 """Methods that work with any base as it is: where their `Method` is, built by `from_settings(base, settings)`."""
 
+TUNED: dict[str, str] = dict.fromkeys(("full-tuned", "none-tuned"), "tuned:Tuned")
+"""Trained bounds, which make no memories: where their `MemoryMethod` is."""
 READINGS: dict[str, str] = {"recite": "recite:Recite"}
 """Other ways for the decoder to read the memories of a trained method: where their `MemoryMethod` is."""
 
@@ -67,7 +71,8 @@ def memory_method(name: str) -> type[MemoryMethod]:
     """How the memories of a checkpoint are read under this name: as they are, or as one of `READINGS`."""
     from compressor.methods.interface import MemoryMethod
 
-    return _load(READINGS[name]) if name in READINGS else MemoryMethod
+    others = READINGS | TUNED
+    return _load(others[name]) if name in others else MemoryMethod
 
 
 def untrained_method(name: str, base: Base, settings: MethodSettings) -> Method:

@@ -44,8 +44,9 @@ class Task:
     """What the runner needs to know of a task. A new one is a subclass in a file here and a line in `TASKS`."""
 
     figures: Mapping[str, FigureOf]
-    """Figures of a row in the order of the table. Columns named `full_X` and `none_X` are column X of the same item
-    under these methods; figures that need them are left out where the method was not run."""
+    """Figures of a row in the order of the table. Columns named `full_X`, `none_X`, `full_tuned_X` and `none_tuned_X`
+    are column X of the same item under these methods; figures that need them are left out where the method was not
+    run."""
     default_data: Sequence[str]
     """Data sets that are measured where none is named."""
     needs: str = ""

@@ -40,9 +40,15 @@ class QuestionAnswering(Task):
         "f1_difference": difference("f1", "full_f1", "questions", 100),
         "retention_em": ratio("em", "full_em"),
         "retention_f1": ratio("f1", "full_f1"),
+        "normalised_em": retained("em", "none_em", "full_em"),
         "normalised_f1": retained("f1", "none_f1", "full_f1"),
+        "retention_em_tuned": ratio("em", "full_tuned_em"),
+        "retention_f1_tuned": ratio("f1", "full_tuned_f1"),
+        "normalised_em_tuned": retained("em", "none_tuned_em", "full_tuned_em"),
+        "normalised_f1_tuned": retained("f1", "none_tuned_f1", "full_tuned_f1"),
         "answer_nats": ratio("answer_nats", "questions"),
         "normalised_nats": retained("answer_nats", "none_answer_nats", "full_answer_nats", -1),
+        "normalised_nats_tuned": retained("answer_nats", "none_tuned_answer_nats", "full_tuned_answer_nats", -1),
         "token_ratio": ratio("passage_tokens", "memory_tokens"),
         "answerable_f1": FigureOf(
             ("answerable_f1", "answerable_questions", "unanswerable_questions"),
@@ -133,6 +139,7 @@ class QuestionAnswering(Task):
             "EM, F1: SQuAD's official normalisation, best of the right answers; scripts without spaces by characters; "
             "where there is no right answer, saying nothing is right. "
             "F1 - full: paired difference to the full passage. EM / full, F1 / full: retention as published. "
+            "(tuned): against full and none after a trained prefix. "
             "nats/answer: negative log-likelihood of the first right answer, EOS included. token ratio: "
             "passage tokens / memory tokens."
         )

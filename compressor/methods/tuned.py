@@ -1,0 +1,142 @@
+"""`full-tuned` and `none-tuned`: what a base that is trained for the task does with the whole passage, or without it.
+
+A base that was not trained to answer chats, so that the whole passage in front of it is no fair upper bound. Here a
+prefix of keys and values (a cartridge, arXiv 2506.06266, as PEFT has it) is trained for the same objective, on the same
+data and for as many steps as a compressor, and the base reads it before the passage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from peft import CartridgeConfig, CartridgeEncoder
+from torch import Tensor
+from transformers import DynamicCache
+
+from compressor.base import Base
+from compressor.memory import Prefix
+from compressor.methods.encoder import AdaptedBase, Encoder, pad
+from compressor.methods.interface import BF16, MemoryMethod, Piece
+from compressor.model_config import CompressorConfig
+
+START = "Read the passage and answer the question about it with a few words of it. "
+"""What a cartridge starts as: keys and values of this text, as often as it takes."""
+
+
+class TunedEncoder(Encoder):
+    """`BOS cartridge passage`, read by the base without adapters: every token is a slot. The cartridge alone trains.
+
+    BOS is the base's own, because a first position that changes upsets what attends to it for want of anything else.
+    """
+
+    adapted = False
+    makes_memories = False
+    reads: ClassVar[bool]
+    """Whether the passage is read."""
+
+    def __init__(self, base: Base, config: CompressorConfig):
+        super().__init__(base, config)
+        self.cartridge = CartridgeEncoder(
+            CartridgeConfig(
+                task_type="CAUSAL_LM",
+                num_virtual_tokens=config.memory_tokens,
+                num_layers=base.layers,
+                token_dim=base.kv_heads * base.head_size,
+                num_attention_heads=base.kv_heads,
+                num_frozen_tokens=0,
+            )
+        )
+        text = base.tokenizer(START, add_special_tokens=False, verbose=False)["input_ids"]
+        ids = torch.tensor([[base.bos, *(text * config.memory_tokens)[: config.memory_tokens]]], device=base.device)
+        with torch.no_grad():
+            kept = torch.stack([part[:, 0, :, 1:] for part in _position_free(base, ids)])
+        # PEFT's order: [tokens, (layer, key or value, head, channel)].
+        self.cartridge.load_prompt_embeddings(kept.permute(3, 1, 0, 2, 4).flatten(1).float())
+
+    @property
+    def truncatable(self) -> bool:
+        return False
+
+    def encode(self, model: AdaptedBase, passages: Tensor, lengths: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+        """See `Encoder.encode`; the slots are BOS, the cartridge's and, where it is read, the passage's."""
+        base, batch = model.base, len(passages)
+        with model.adapters(on=False):
+            first = _position_free(base, torch.full((1, 1), base.bos, device=passages.device))
+            shape = (self.config.memory_tokens, base.layers, 2, base.kv_heads, base.head_size)
+            trained = self.cartridge.weight.to(base.dtype).view(shape).permute(2, 1, 3, 0, 4)
+            keys, values = (
+                torch.cat([start, part[:, None]], dim=3).expand(-1, batch, -1, -1, -1)
+                for start, part in zip(first, trained, strict=True)
+            )
+            if not self.reads:
+                return keys, values
+            before, width = keys.shape[3], passages.shape[1]
+            placed = torch.arange(before, device=passages.device).expand(batch, -1)
+            cache = DynamicCache()
+            for layer, (key, value) in enumerate(zip(base.rotate(keys, placed), values, strict=True)):
+                cache.update(key, value, layer)
+            # Padding on the right is seen by padding alone.
+            positions = torch.arange(before, before + width, device=passages.device).expand(batch, -1)
+            columns = torch.arange(before + width, device=passages.device)
+            allowed = columns <= positions[:, :, None]
+            found = base.keys_and_values(base.embeddings(passages), positions, allowed, cache=cache)
+            every = columns.expand(batch, -1)
+            return base.rotate(found[0], every, inverse=True), found[1]
+
+    def places(self, lengths: Tensor, slots: int, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """See `Encoder.places`: slots stand where they were read, whatever number of tokens is asked for."""
+        columns = torch.arange(slots, device=lengths.device).expand(len(lengths), -1)
+        start = 1 + self.config.memory_tokens + (lengths if self.reads else torch.zeros_like(lengths))
+        return columns, columns < start[:, None], start
+
+
+class FullTunedEncoder(TunedEncoder):
+    """The passage after a trained prefix."""
+
+    reads = True
+
+
+class NoneTunedEncoder(TunedEncoder):
+    """A trained prefix alone."""
+
+    reads = False
+
+
+class Tuned(MemoryMethod):
+    """The whole passage, or none, after a trained prefix."""
+
+    sized = False
+
+    def sizes(self, tokens: Sequence[int]) -> list[int]:
+        return list(tokens[:1])
+
+    def compress(self, passages: Sequence[list[int]], tokens: Sequence[int]) -> list[list[list[Piece]]]:
+        """See `Method.compress`: every passage is one piece."""
+        return [[[self._piece(passage)] for passage in passages] for _ in tokens]
+
+    def _piece(self, passage: list[int]) -> Piece:
+        encoder = self.compressor.encoder
+        assert isinstance(encoder, TunedEncoder)
+        taken = self.compressor.config.memory_tokens + (len(passage) if encoder.reads else 0)
+        return Piece(passage, passage, taken, BF16 * taken * encoder.values_per_token(self.base))
+
+    @torch.no_grad()
+    def prefix(self, rows: Sequence[Sequence[Piece]]) -> Prefix:
+        ids, lengths = pad([[token for piece in row for token in piece.held] for row in rows], self.base.device)
+        keys, values = self.compressor.encode(ids, lengths, self.compressor.config.memory_tokens)
+        return self.compressor.prefix(keys, values, lengths)
+
+    def reach(self, pieces: Sequence[Piece]) -> int:
+        most = self.compressor.config.memory_tokens
+        return 1 + most + sum(piece.tokens - most for piece in pieces)
+
+
+def _position_free(base: Base, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys, turned back to position 0, and values of tokens, `[layers, batch, kv_heads, width, head_size]`."""
+    batch, width = ids.shape
+    positions = torch.arange(width, device=ids.device).expand(batch, -1)
+    causal = torch.ones(width, width, dtype=torch.bool, device=ids.device).tril().expand(batch, -1, -1)
+    keys, values = base.keys_and_values(base.embeddings(ids), positions, causal)
+    return base.rotate(keys, positions, inverse=True), values
