@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from compressor.base import Base
     from compressor.memory import Memory
 
+LITTLE = 0.9
+"""Share of a text that comes back from a memory, below which commands that read it say so."""
 OVERWRITE = {"overwrite": "replace what is at --output if it exists"}
 
 
@@ -164,6 +166,9 @@ def _memory_and_base(options: MemoryOptions) -> tuple[Memory, Base]:
         memory = Collection(options.memory, options.calibration).load(options.id)
     else:
         memory = Memory.load(options.memory, options.calibration)
+    if memory.fidelity is not None and memory.fidelity < LITTLE and not getattr(options, "exact", False):
+        kept = "its text is kept: regenerate --exact" if memory.text is not None else "its text is not kept"
+        print(f"note: {memory.fidelity:.1%} of the text comes back from this memory; {kept}", file=sys.stderr)
     if options.tokens is not None:
         memory = memory.truncate(options.tokens)
     base = load_base(BaseConfig(path=options.base), options.device)

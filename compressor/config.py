@@ -203,7 +203,7 @@ class TrainingConfig:
             require(0 <= getattr(self, name) < 1, f"training.{name}", getattr(self, name), "in [0, 1)")
         require(self.weight_decay >= 0, "training.weight_decay", self.weight_decay, "at least 0")
         require(self.clip > 0, "training.clip", self.clip, "positive")
-        require(self.threads is None or self.threads >= 1, "training.threads", self.threads, "at least 1")
+        require(self.threads is None or 1 <= self.threads <= 1024, "training.threads", self.threads, "1 to 1024")
 
 
 @dataclass

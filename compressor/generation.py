@@ -5,6 +5,7 @@ Every function runs the base as it is: callers switch adapters off around it (`C
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,11 +36,17 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.temperature < 0 or not 0 < self.top_p <= 1 or (self.top_k is not None and self.top_k < 1):
+        if (
+            not 0 <= self.temperature < math.inf
+            or not 0 < self.top_p <= 1
+            or (self.top_k is not None and self.top_k < 1)
+        ):
             raise CompressorError(
                 f"sampling needs temperature >= 0, 0 < top_p <= 1 and top_k >= 1, got temperature {self.temperature}, "
                 f"top_p {self.top_p}, top_k {self.top_k}"
             )
+        if not -(1 << 63) <= self.seed < 1 << 63:
+            raise CompressorError(f"seed = {self.seed} is out of range: it must be a whole number of 64 bits")
 
 
 @dataclass

@@ -345,7 +345,7 @@ def test_a_collection_says_how_and_from_what_it_was_made(
     printed = capsys.readouterr().out
     assert "compressed 1 passages, 3 were there already" in printed
     assert "tokens 4, segment_tokens 32, refine_steps 1" in printed
-    assert re.search(r"corpus.jsonl: 3 records.*\n.*corpus.jsonl: 4 records", printed)
+    assert re.search(r"from corpus.jsonl *3 records \w{12}; 4 records", printed)
     collection = Collection(folder / "c")
     assert set(collection.fidelities()) == {passage["id"] for passage in passages[:3]}
     memory = collection.load("paper/0")

@@ -184,6 +184,9 @@ def test_the_command_says_how_much_comes_back(
         assert [loaded.fidelity] == pytest.approx(expected, abs=1e-4)
         assert cli(["inspect", str(memory)]) == 0
         assert f"{loaded.fidelity:.1%} of the text" in capsys.readouterr().out
+        monkeypatch.setattr("compressor.base.load_base", lambda *_: bundled.base)
+        assert cli(["ask", "--memory", str(memory), "--question", "What?"]) == 0
+        assert ("of the text comes back from this memory" in capsys.readouterr().err) == (loaded.fidelity < 0.9)
 
 
 def test_the_command_names_the_texts_of_a_corpus_of_which_little_comes_back(
@@ -194,8 +197,8 @@ def test_the_command_names_the_texts_of_a_corpus_of_which_little_comes_back(
     corpus.write_text("".join(json.dumps({"id": k, "text": v}) + "\n" for k, v in SENTENCES.items()))
     assert cli(["compress", str(corpus), "-o", str(tmp_path / "c")]) == 0
     printed = capsys.readouterr()
-    assert re.search(r"only less than 90% of 1 of 2 texts \(\d+\.\d% of zh\) comes back", printed.err)
-    assert "of a text (median of 2 memories), at least " in printed.out
+    assert re.search(r"of 1 of 2 texts less than 90% comes back \(\d+\.\d% of zh\)", printed.err)
+    assert "of a text (median of 2), at least " in printed.out
 
 
 class _Measured:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -234,9 +235,20 @@ def test_top_k_and_top_p_bound_what_is_drawn_and_the_seed_decides(decoder: tuple
     assert runs[0] == runs[1] != runs[2]
 
 
-@pytest.mark.parametrize("options", [{"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.5}, {"top_k": 0}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": -1.0},
+        {"temperature": math.inf},
+        {"temperature": math.nan},
+        {"top_p": 0.0},
+        {"top_p": 1.5},
+        {"top_k": 0},
+        {"seed": 10**20},
+    ],
+)
 def test_impossible_sampling_is_refused(options: dict[str, Any]) -> None:
-    with pytest.raises(CompressorError, match="sampling needs"):
+    with pytest.raises(CompressorError, match=r"sampling needs|seed = 10+ is out of range"):
         Sampling(**options)
 
 

@@ -242,10 +242,11 @@ def warn_of_losses(shares: Mapping[str, float | None], respelled: Sequence[Any],
     advice += "; the text is kept too" if options.keep_text else ", or keep the text in the file with --keep-text"
     if short:
         worst = min(short, key=lambda name: short[name])
-        which = f"{short[worst]:.1%} of {worst}"
+        which = f"only {short[worst]:.1%} of {worst} comes back, where {threshold:.0%} is asked for"
         if len(shares) > 1:
-            which = f"less than {threshold:.0%} of {len(short):,} of {len(shares):,} texts ({which})"
-        print(f"warning: only {which} comes back, where {threshold:.0%} is asked for: {advice}", file=sys.stderr)
+            which = f"of {len(short):,} of {len(shares):,} texts less than {threshold:.0%} comes back"
+            which += f" ({short[worst]:.1%} of {worst})"
+        print(f"warning: {which}: {advice}", file=sys.stderr)
     if respelled:
         which = f"{len(respelled):,} of {len(shares):,} texts ({respelled[0]}, ...)" if len(shares) > 1 else "the text"
         print(

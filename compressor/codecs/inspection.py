@@ -47,7 +47,8 @@ def _described(path: str | Path) -> str:
             middle = shares[len(shares) // 2]
             rows["comes back"] = f"{middle:.1%} of a text (median of {len(shares):,}), at least {shares[0]:.1%}"
         for source in collection.sources():
-            rows[f"from {source['name']}"] = f"{source['records']:,} records {source['sha256'][:12]}"
+            name, text = f"from {source['name']}", f"{source['records']:,} records {source['sha256'][:12]}"
+            rows[name] = f"{rows[name]}; {text}" if name in rows else text
         size = ledger.pop("passage_bytes")
     elif container.kind(path) == "calibration":
         found = Calibration.load(path)
