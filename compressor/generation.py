@@ -174,31 +174,6 @@ def _inputs(base: Base, prompts: Sequence[Sequence[int]], targets: Sequence[Sequ
     return ids.to(base.device)
 
 
-@torch.no_grad()
-def attention(
-    base: Base, prefix: Prefix, prompts: Sequence[Sequence[int]], targets: Sequence[Sequence[int]]
-) -> list[Tensor]:
-    """How much each slot of the prefix is attended to while each target token is predicted.
-
-    Returns:
-        For each row float32 `[layers, target tokens, slots]`, mean over heads; what is missing to 1 went to the text.
-
-    Raises:
-        CompressorError: the base's attention implementation does not give its weights.
-    """
-    found = _read(base, base.model, prefix, _inputs(base, prompts, targets), output_attentions=True).attentions
-    if not found or found[0] is None:
-        raise CompressorError(
-            f"{base.name} was loaded with the attention {base.model.config._attn_implementation}, which does not give "
-            "its weights: load it with eager"
-        )
-    mass = torch.stack([layer[..., : prefix.slots].float().mean(1) for layer in found], dim=1).cpu()
-    return [
-        mass[row, :, len(prompt) - 1 : len(prompt) - 1 + len(target)]
-        for row, (prompt, target) in enumerate(zip(prompts, targets, strict=True))
-    ]
-
-
 def _choose(logits: Tensor, sampling: Sampling, generators: Sequence[torch.Generator]) -> Tensor:
     """Next token for each row, int64 `[batch]`. Each row has its own random numbers, so that batches equal singles."""
     if sampling.temperature == 0:

@@ -12,4 +12,4 @@ python evaluate.py --checkpoint models/arxiv-mini/compressor --task utilisation 
 mkdir -p results
 cp "$work/utilisation/metrics.json" results/utilisation.json
 cp "$work/utilisation/table.md" results/utilisation.md
-for plot in utilisation attention reading; do cp "$work/utilisation/$plot.png" "results/utilisation-$plot.png"; done
+cp "$work/utilisation/utilisation.png" results/utilisation-utilisation.png

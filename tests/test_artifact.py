@@ -215,7 +215,7 @@ def test_inspect(originals: Any, tmp_path: Path, capsys: pytest.CaptureFixture[s
     files, calibration = originals
     assert cli(["inspect", str(files[5])]) == 0
     printed = capsys.readouterr().out
-    for part in ("format 2", "tiny (weights aaaaaaaaaaaa)", "codec       int3+ans", "in 8 memory tokens", "123 bytes"):
+    for part in ("format 2", "tiny (weights aaaaaaaaaaaa)", "codec       int3+ans", "memory tokens", "123 bytes"):
         assert part in printed
     assert f"{files[5].stat().st_size:,}" in printed
     assert f"{files[5].stat().st_size / 123:.3f} bytes a byte of text" in printed

@@ -99,7 +99,8 @@ def replies(config: EndpointConfig, abstracts: Sequence[str], count: int) -> Ite
             failed = failed + 1 if isinstance(found, Exception) else 0
             status = getattr(found, "status_code", 0)
             if 400 <= status < 500 and status not in (408, 409, 429):
-                raise CompressorError(f"{config.url} answered {status}: {str(found)[:300]}. {_advice(status)}")
+                said = found.response.text.strip()[:300]  # type: ignore[union-attr]
+                raise CompressorError(f"{config.url} answered {status}: {said or 'nothing'}. {_advice(status)}")
             if failed >= _GIVE_UP_AFTER:
                 raise CompressorError(
                     f"{config.url} gave no reply for {failed} abstracts in a row, each after {config.retries + 1} "

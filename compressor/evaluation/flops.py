@@ -1,4 +1,4 @@
-"""What a forward pass of a Llama-like decoder costs: multiplications, keys and values, activations, by formula.
+"""What a forward pass of a Llama-like decoder costs: multiplications, and keys and values, by formula.
 
 For a base of L layers, hidden size h, a heads and b key-value heads of size d, MLP size i in m matrices (3 with a gate)
 and a vocabulary of V, a pass over s tokens after c cached ones that asks for logits at t of them takes
@@ -83,25 +83,6 @@ class Shape:
         attention = 4 * tokens * (context + tokens) * self.layers * self.query_size
         return linear + attention + 2 * logits * self.hidden * self.vocabulary + 2 * tokens * adapters
 
-    def activation_bytes(
-        self, tokens: int, context: int = 0, logits: int = 0, value_bytes: int = 2, scores: bool = False
-    ) -> int:
-        """Bytes of the largest set of activations that are needed at once, without a backward pass.
-
-        The largest of: a layer's input, its normed input, queries, keys and values (and, where they are kept, the
-        attention scores of every head); input, normed input, gate, up and product of its MLP; the last hidden states
-        and the logits.
-
-        Args:
-            scores: whether attention writes its scores down (`eager`) or not (`sdpa`, in tiles).
-        """
-        attention = tokens * (2 * self.hidden + self.query_size + 2 * self.kv_size)
-        if scores:
-            attention += self.heads * tokens * (context + tokens)
-        mlp = tokens * (2 * self.hidden + self.mlp_matrices * self.intermediate)
-        head = tokens * self.hidden + logits * (self.hidden + self.vocabulary)
-        return value_bytes * max(attention, mlp, head)
-
 
 @dataclass(frozen=True)
 class Cost:
@@ -112,77 +93,43 @@ class Cost:
     """Pairs of a query and a key that it may see: what the attention of one head and layer computes at least."""
     kv_bytes: int
     """Keys and values held when the last token is written."""
-    kv_peak_bytes: int
-    """The most keys and values held at any time."""
-    activation_bytes: int
-    """The largest set of activations needed at once."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What is run: a passage, a prompt after it and new tokens."""
+    """What is run: a passage, a BOS after it, and new tokens, the last of which is not read again."""
 
     shape: Shape
     passage: int
     """Tokens of the passage."""
     new_tokens: int
-    prompt: int = 1
-    """Tokens read after the passage or its memory before the first new one."""
     value_bytes: int = 2
-    scores: bool = False
-    """See `Shape.activation_bytes`."""
 
     def full(self, new: bool) -> Cost:
-        """The passage itself, after a BOS.
-
-        Args:
-            new: whether the passage must be read first; else its keys and values are there already.
-        """
+        """The passage itself, after a BOS; `new` if it must be read first, else its keys and values are there."""
         context = self.passage + 1
-        reading = self._pass(context, causal_pairs(context)) if new else None
-        return self._generate(context, reading)
+        return self._generate(context, self.shape.forward_flops(context) * new, causal_pairs(context) * new)
 
-    def memory(self, tokens: int, new: bool, adapters: int, bidirectional: bool) -> Cost:
+    def memory(self, tokens: int, new: bool, adapters: int, bidirectional: bool, writer: int | None = None) -> Cost:
         """A memory of `tokens` memory tokens.
 
         Args:
             new: whether the passage must be compressed first; else the memory is there already.
             adapters: LoRA parameters of the encoder.
             bidirectional: whether passage tokens see later ones while compressing.
+            writer: LoRA parameters of memory tokens, where these are read after the passage by an adapter of their own.
         """
-        reading = None
-        if new:
-            seen = self.passage**2 if bidirectional else causal_pairs(self.passage)
-            pairs = seen + tokens * self.passage + causal_pairs(tokens)
-            reading = self._pass(self.passage + tokens, pairs, adapters)
-        return self._generate(tokens, reading)
+        seen = self.passage**2 if bidirectional else causal_pairs(self.passage)
+        pairs = seen + tokens * self.passage + causal_pairs(tokens)
+        flops = self.shape.forward_flops(self.passage + tokens * (writer is None), adapters=adapters)
+        flops += 0 if writer is None else self.shape.forward_flops(tokens, self.passage, adapters=writer)
+        return self._generate(tokens, flops * new, pairs * new)
 
-    def _pass(self, tokens: int, pairs: int, adapters: int = 0) -> Cost:
-        kept = self.shape.kv_bytes(tokens, self.value_bytes)
-        activations = self.shape.activation_bytes(tokens, 0, 0, self.value_bytes, self.scores)
-        return Cost(self.shape.forward_flops(tokens, 0, 0, adapters), pairs, kept, kept, activations)
-
-    def _generate(self, context: int, reading: Cost | None) -> Cost:
-        """Read the prompt after `context` positions and write the new tokens; the last one is not read again."""
-        shape = self.shape
-        end = context + self.prompt + self.new_tokens - 1
-        steps = range(context + self.prompt, end)
-        flops = shape.forward_flops(self.prompt, context, 1)
-        flops += sum(shape.forward_flops(1, place, 1) for place in steps)
-        pairs = causal_pairs(end) - causal_pairs(context)
-        kept = shape.kv_bytes(end, self.value_bytes)
-        activations = max(
-            shape.activation_bytes(self.prompt, context, 1, self.value_bytes, self.scores),
-            shape.activation_bytes(1, end - 1, 1, self.value_bytes, self.scores),
-        )
-        if reading is None:
-            return Cost(flops, pairs, kept, kept, activations)
+    def _generate(self, context: int, flops: int, pairs: int) -> Cost:
+        end = context + self.new_tokens
+        flops += sum(self.shape.forward_flops(1, place, 1) for place in range(context, end))
         return Cost(
-            reading.flops + flops,
-            reading.pairs + pairs,
-            kept,
-            max(reading.kv_peak_bytes, kept),
-            max(reading.activation_bytes, activations),
+            flops, pairs + causal_pairs(end) - causal_pairs(context), self.shape.kv_bytes(end, self.value_bytes)
         )
 
 

@@ -2,16 +2,20 @@
 
 A prompt is *new* when its passage must still be read (or compressed), *reused* when the passage's keys and values (or
 its memory) are there already, and *reread* when the memory is there but a passage, whose keys and values nobody keeps,
-must be read again. FLOPs, bytes of keys and values and of activations follow from the sizes of the base
-(`compressor/evaluation/flops.py`); times and peak memory are measured on the base itself.
+must be read again. FLOPs and bytes of keys and values follow from the sizes of the base
+(`compressor/evaluation/flops.py`); times are measured on the base itself.
 """
 
 from __future__ import annotations
 
 import statistics
-from dataclasses import asdict
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from transformers import LlamaConfig
@@ -20,40 +24,27 @@ from compressor.errors import CompressorError
 from compressor.evaluation.command import EvaluationConfig
 from compressor.evaluation.flops import Cost, Setting, Shape
 from compressor.evaluation.methods import checkpoint_fingerprint
+from compressor.evaluation.report import figure
 from compressor.evaluation.studies import Findings
-from compressor.evaluation.studies.plots import efficiency_plot
-from compressor.evaluation.studies.timing import (
-    Peaks,
-    Times,
-    machine,
-    median,
-    peak_memory,
-    time_all,
-    tokens_per_second,
-    variants,
-)
-from compressor.methods.interface import check_tokens
+from compressor.generation import stream
+from compressor.lora import READER, WRITER
+from compressor.memory import memory_prefix
+from compressor.methods.interface import check_tokens, token_prefix
 from compressor.model import Compressor
-from compressor.model_config import CompressorConfig
 from compressor.progress import Progress
 from compressor.unfinished import Unfinished
 
 LENGTH = 500
 """Passage tokens where none are asked for, as in the published evaluation."""
-KEYS = ["base", "prompt", "length", "tokens", "new_tokens"]
-FIGURES = (
-    *("flops_saved", "kv_saved", "activations_saved", "first_token_speedup", "time_saved"),
-    *("tokens_per_second", "full_tokens_per_second", "peak_saved"),
-)
-
+FIGURES = ("flops_saved", "kv_saved", "first_token_speedup", "time_saved", "tokens_per_second")
 PROMPTS = {"new": (True, True), "reused": (False, False), "reread": (True, False)}
 """For each kind of prompt whether the full passage must be read, and whether the memory must be made."""
-LLAMA = "Llama-3-8B"
+PUBLISHED = (
+    "500xCompressor, arXiv 2408.03094 (ACL 2025), abstract; Llama-3-8B-Instruct, 500 tokens to 1): 27-90% less "
+    "computation, 55-83% less memory"
+)
 LLAMA_RANK = 64
 """LoRA rank of the published compressor."""
-BF16 = 2
-PUBLISHED = {"computation": (27, 90), "memory": (55, 83)}
-"""Percent saved with one memory token for 500, 100 to 400 new tokens, new and reused prompts (2408.03094, abstract)."""
 
 
 def llama_shape() -> Shape:
@@ -102,44 +93,35 @@ def efficiency(config: EvaluationConfig, accelerator: Accelerator, parts: Unfini
     shape = shape_of(model)
     if not accelerator.is_main_process:
         return None
-
-    adapters = lora_parameters(model)
     value_bytes = base.embeddings.weight.element_size()
+    encoder = (
+        lora_parameters(model, READER),
+        settings.passage_attention == "bidirectional",
+        lora_parameters(model, WRITER) if model.has_writer else None,
+    )
     rows: list[dict[str, Any]] = []
-    name = base.name.rstrip("/").rsplit("/", 2)[-2:] if base.name.endswith("/base") else [base.name.rsplit("/", 1)[-1]]
     for length in lengths:
-        timed, peaks = measure(model, length, sizes, config)
+        timed = measure(model, length, sizes, config)
         for prompt, (new_full, new_memory) in PROMPTS.items():
             for tokens in sizes:
                 for count in sorted(config.new_tokens):
-                    key = {"base": "/".join(name), "prompt": prompt, "length": length, "tokens": tokens}
-                    setting = Setting(shape, length, count, value_bytes=value_bytes)
-                    row = analytic(setting, prompt, tokens, adapters, settings)
-                    row |= measured_row(timed, peaks, tokens, count, new_full, new_memory)
-                    rows.append({**key, "new_tokens": count, "n": config.repeats, **row})
-    llama = llama_shape()
-    for length in lengths:
-        for prompt in PROMPTS:
-            for tokens in sizes:
-                for count in sorted(config.new_tokens):
-                    setting = Setting(llama, length, count, value_bytes=BF16)
-                    row = analytic(setting, prompt, tokens, llama.lora_parameters(LLAMA_RANK), settings)
-                    key = {"base": LLAMA, "prompt": prompt, "length": length, "tokens": tokens}
-                    rows.append({**key, "new_tokens": count, "n": None, **row})
-    published = compare_published()
+                    setting = Setting(shape, length, count, value_bytes)
+                    full, memory = setting.full(new_full), setting.memory(tokens, new_memory, *encoder)
+                    row: dict[str, Any] = {"prompt": prompt, "length": length, "tokens": tokens, "new_tokens": count}
+                    row |= {"n": config.repeats, **{f"full_{name}": value for name, value in asdict(full).items()}}
+                    row |= asdict(memory) | savings(full, memory)
+                    rows.append(row | measured(timed[None], timed[tokens], count, new_full, new_memory))
     metrics = {
-        "keys": KEYS,
-        "figures": [name for name in FIGURES if any(row.get(name) is not None for row in rows)],
+        "keys": ["prompt", "length", "tokens", "new_tokens"],
+        "figures": list(FIGURES),
         "rows": rows,
-        "published": published,
-        "machine": machine(base.device),
-        "shapes": {"/".join(name): asdict(shape), LLAMA: asdict(llama)},
-        "adapters": {"/".join(name): adapters, LLAMA: llama.lora_parameters(LLAMA_RANK)},
-        "notes": notes(model, config, published),
+        "published": published_rows(),
+        "machine": {"threads": torch.get_num_threads(), "device": device_name(base.device)},
+        "notes": notes(config, base.device),
         "checkpoint": {"path": config.checkpoint, "fingerprint": checkpoint_fingerprint(model)},
         "base": {"path": base.name, "fingerprint": base.fingerprint, "dtype": config.dtype},
     }
-    return Findings(metrics, lambda folder: efficiency_plot(rows, sizes[0], folder))
+    return Findings(metrics, lambda folder: draw(rows, sizes[0], folder))
 
 
 def check_settings(config: EvaluationConfig) -> None:
@@ -156,10 +138,8 @@ def check_settings(config: EvaluationConfig) -> None:
 def shape_of(model: Compressor) -> Shape:
     """The base's sizes, checked against its weights; a `CompressorError` if the formulas do not describe it."""
     base = model.base
-    with_adapters = [name for name, _ in base.model.get_decoder().named_parameters() if "lora_" not in name]
-    parameters = dict(base.model.get_decoder().named_parameters())
-    table = base.embeddings.weight
-    held = sum(parameters[name].numel() for name in with_adapters if parameters[name].dim() > 1) - table.numel()
+    parameters = {name: p for name, p in base.model.get_decoder().named_parameters() if "lora_" not in name}
+    held = sum(p.numel() for p in parameters.values() if p.dim() > 1) - base.embeddings.weight.numel()
     for matrices in (3, 2):
         try:
             shape = Shape.of(base.model.config.get_text_config(), matrices)
@@ -173,40 +153,9 @@ def shape_of(model: Compressor) -> Shape:
     )
 
 
-def lora_parameters(model: Compressor) -> int:
-    """Parameters of the encoder's adapters."""
-    return sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
-
-
-@torch.no_grad()
-def measure(
-    model: Compressor, length: int, sizes: list[int], config: EvaluationConfig
-) -> tuple[dict[int | None, list[Times]], dict[int | None, Peaks]]:
-    """Times and peak memory of the full passage (None) and of every size, on random tokens."""
-    generator = torch.Generator().manual_seed(config.seed)
-    vocabulary = len(model.base.embeddings.weight)
-    passage = torch.randint(3, vocabulary, (length,), generator=generator).tolist()
-    chosen = variants(model, passage, sizes)
-    progress = Progress(f"{length} tokens", (config.repeats + 2) * len(chosen), "runs")
-    timed = time_all(model, chosen, config.new_tokens, config.repeats, progress.add)
-    peaks = {}
-    for name, variant in chosen.items():
-        peaks[name] = peak_memory(model, variant, config.new_tokens)
-        progress.add()
-    progress.close()
-    return timed, peaks
-
-
-def analytic(setting: Setting, prompt: str, tokens: int, adapters: int, settings: CompressorConfig) -> dict[str, Any]:
-    """Costs by formula of the full passage and of the memory, and percent saved."""
-    new_full, new_memory = PROMPTS[prompt]
-    full = setting.full(new_full)
-    memory = setting.memory(tokens, new_memory, adapters, settings.passage_attention == "bidirectional")
-    return {
-        **{f"full_{name}": value for name, value in asdict(full).items()},
-        **asdict(memory),
-        **savings(full, memory),
-    }
+def lora_parameters(model: Compressor, adapter: str = READER) -> int:
+    """Parameters of one of the encoder's adapters."""
+    return sum(p.numel() for name, p in model.named_parameters() if "lora_" in name and f".{adapter}." in name)
 
 
 def savings(full: Cost, memory: Cost) -> dict[str, float]:
@@ -215,8 +164,6 @@ def savings(full: Cost, memory: Cost) -> dict[str, float]:
         "flops_saved": saved(full.flops, memory.flops),
         "pairs_saved": saved(full.pairs, memory.pairs),
         "kv_saved": saved(full.kv_bytes, memory.kv_bytes),
-        "kv_peak_saved": saved(full.kv_peak_bytes, memory.kv_peak_bytes),
-        "activations_saved": saved(full.activation_bytes, memory.activation_bytes),
     }
 
 
@@ -225,92 +172,134 @@ def saved(full: float, memory: float) -> float:
     return 100 * (1 - memory / full)
 
 
-def measured_row(
-    timed: dict[int | None, list[Times]],
-    peaks: dict[int | None, Peaks],
-    tokens: int,
-    count: int,
-    new_full: bool,
-    new_memory: bool,
-) -> dict[str, Any]:
-    """Medians of the times, peaks, and what a memory of `tokens` saves of them."""
-    full, memory = timed[None], timed[tokens]
-    found: dict[str, Any] = {}
-    for prefix, runs, new, peak in (
-        ("full_", full, new_full, peaks[None]),
-        ("", memory, new_memory, peaks[tokens]),
-    ):
-        found[f"{prefix}reading_seconds"] = median_reading(runs) if new else 0.0
-        found[f"{prefix}first_token_seconds"] = median(runs, new, 1)
-        found[f"{prefix}seconds"] = median(runs, new, count)
-        found[f"{prefix}tokens_per_second"] = tokens_per_second(runs, count)
-        found[f"{prefix}peak_bytes"] = (peak.new if new else peak.reused)[count]
-    found["first_token_speedup"] = found["full_first_token_seconds"] / found["first_token_seconds"]
-    found["time_saved"] = saved(found["full_seconds"], found["seconds"])
-    found["peak_saved"] = saved(found["full_peak_bytes"], found["peak_bytes"])
+@dataclass
+class Times:
+    """Seconds of one run."""
+
+    reading: float
+    """Until the passage is read or compressed."""
+    written: dict[int, float] = field(default_factory=dict)
+    """From then on until so many new tokens are written."""
+
+
+def time_once(model: Compressor, passage: Sequence[int], tokens: int | None, new_tokens: Sequence[int]) -> Times:
+    """Read a passage (None) or compress it to `tokens`, then decode greedily; no EOS ends that."""
+
+    def clock() -> float:
+        if model.base.device.type == "cuda":
+            torch.cuda.synchronize(model.base.device)
+        return time.perf_counter()
+
+    marks, started = {1, *new_tokens}, clock()
+    if tokens is None:
+        with model.adapters(on=False):
+            prefix = token_prefix(model.base, [passage])
+        read = clock()
+    else:
+        kept = model.compress_ids([passage], tokens)[0]
+        read = clock()
+        prefix = memory_prefix(model.base, [kept])
+    times = Times(read - started)
+    with model.adapters(on=False):
+        steps = stream(model.base, prefix, [[model.base.bos]], [max(marks)], ends=False)
+        for count, _ in enumerate(steps, start=1):
+            if count in marks:
+                times.written[count] = clock() - read
+    return times
+
+
+@torch.no_grad()
+def measure(
+    model: Compressor, length: int, sizes: Sequence[int], config: EvaluationConfig
+) -> dict[int | None, list[Times]]:
+    """Times of the full passage (None) and of every size in turn, on random tokens, after a round that warms up."""
+    generator = torch.Generator().manual_seed(config.seed)
+    passage = torch.randint(3, len(model.base.embeddings.weight), (length,), generator=generator).tolist()
+    found: dict[int | None, list[Times]] = {name: [] for name in (None, *sizes)}
+    progress = Progress(f"{length} tokens", (config.repeats + 1) * len(found), "runs")
+    for repeat in range(config.repeats + 1):
+        for name, runs in found.items():
+            times = time_once(model, passage, name, config.new_tokens)
+            runs += [times] if repeat else []
+            progress.add()
+    progress.close()
     return found
 
 
-def median_reading(runs: list[Times]) -> float:
-    """Median seconds of reading (prefill) or compressing the passage."""
-    return statistics.median(run.reading for run in runs)
+def measured(
+    full: Sequence[Times], memory: Sequence[Times], count: int, new_full: bool, new_memory: bool
+) -> dict[str, float]:
+    """Medians of the times, and what the memory saves of them."""
+    found: dict[str, float] = {}
+    for prefix, runs, new in (("full_", full, new_full), ("", memory, new_memory)):
+        for name, mark in (("first_token_seconds", 1), ("seconds", count)):
+            found[prefix + name] = statistics.median(run.written[mark] + run.reading * new for run in runs)
+        rates = [(count - 1) / (run.written[count] - run.written[1]) for run in runs]
+        found[f"{prefix}tokens_per_second"] = statistics.median(rates)
+    found["first_token_speedup"] = found["full_first_token_seconds"] / found["first_token_seconds"]
+    return found | {"time_saved": saved(found["full_seconds"], found["seconds"])}
 
 
-def compare_published() -> dict[str, Any]:
+def published_rows() -> list[dict[str, Any]]:
     """The published setting (Llama-3-8B, 500 tokens to one, causal passage) in every quantity that the claim may mean.
 
     The abstract says "27-90% reduction in calculations and 55-83% memory savings when generating 100-400 tokens for new
     and reused prompts". Pairs of query and key that attention computes give the first range, positions of keys and
     values the second; all FLOPs do not.
     """
-    rows = []
+    rows: list[dict[str, Any]] = []
     shape = llama_shape()
     adapters = shape.lora_parameters(LLAMA_RANK)
     for prompt, (new_full, new_memory) in PROMPTS.items():
         for count in (100, 400):
-            setting = Setting(shape, LENGTH, count, value_bytes=BF16)
+            setting = Setting(shape, LENGTH, count)
             full, memory = setting.full(new_full), setting.memory(1, new_memory, adapters, bidirectional=False)
             found = {name: round(value, 1) for name, value in savings(full, memory).items()}
             rows.append({"prompt": prompt, "new_tokens": count, **found})
-    return {
-        "source": "500xCompressor, arXiv 2408.03094 (ACL 2025), abstract",
-        "base": "Llama-3-8B-Instruct",
-        "length": LENGTH,
-        "tokens": 1,
-        "computation_saved": PUBLISHED["computation"],
-        "memory_saved": PUBLISHED["memory"],
-        "rows": rows,
-    }
+    return rows
 
 
-def spread(published: dict[str, Any], name: str, prompts: tuple[str, ...]) -> str:
-    """Smallest and largest of a saving over some prompts, in percent."""
-    values = [row[name] for row in published["rows"] if row["prompt"] in prompts]
-    return f"{min(values):.1f} to {max(values):.1f}%"
+def device_name(device: torch.device) -> str:
+    """What the times were measured on."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    described = Path("/proc/cpuinfo")
+    lines = described.read_text(encoding="utf-8").splitlines() if described.exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), device.type)
 
 
-def notes(model: Compressor, config: EvaluationConfig, published: dict[str, Any]) -> list[str]:
-    """What a reader of the table must know."""
-    found = machine(model.base.device)
-    meter = (
-        "torch.cuda.max_memory_allocated"
-        if model.base.device.type == "cuda"
-        else "bytes of live tensors that operations made (scratch space inside an operation is not seen)"
-    )
-    device = "" if found["device"] == "cpu" else f" on {found['device']}"
+def notes(config: EvaluationConfig, device: torch.device) -> list[str]:
+    """What a reader of the table must know; the third is the README's."""
+
+    def spread(name: str, *prompts: str) -> str:
+        values = [row[name] for row in published_rows() if row["prompt"] in prompts]
+        return f"{min(values):.1f} to {max(values):.1f}%"
+
     both = ("new", "reused")
-    rereading = spread(published, "flops_saved", ("reread",))
     return [
         "Savings against the full passage. new: the passage must be read or compressed. reused: its keys and values, "
-        "or its memory, are there already. reread: the memory is there, the passage must be read again. FLOPs, KV and "
-        "activations by formula (compressor/evaluation/flops.py), KV when the last token is written.",
-        f"Times: medians of {config.repeats} runs, full and memory in turn, {found['threads']} threads of "
-        f"{found['processor']}{device}, {config.dtype}, batch of one. Peak memory, beyond the weights: {meter}.",
-        f"Published ({published['source']}; {published['base']}, 500 tokens to 1): 27-90% less computation, 55-83% "
-        f"less memory. With these formulas, new and reused prompts, 100 and 400 new tokens: query-key pairs "
-        f"{spread(published, 'pairs_saved', both)}, KV bytes {spread(published, 'kv_saved', both)}, all FLOPs "
-        f"{spread(published, 'flops_saved', both)}. So the published computation matches attention's pairs and the "
+        "or its memory, are there already. reread: the memory is there, the passage must be read again. FLOPs and KV "
+        "by formula (compressor/evaluation/flops.py), KV when the last token is written.",
+        f"Times: medians of {config.repeats} runs, full and memory in turn, {torch.get_num_threads()} threads, "
+        f"{device_name(device)}, {config.dtype}, batch of one.",
+        f"Published ({PUBLISHED}. With these formulas, new and reused prompts, 100 and 400 new tokens: query-key pairs "
+        f"{spread('pairs_saved', *both)}, KV bytes {spread('kv_saved', *both)}, all FLOPs "
+        f"{spread('flops_saved', *both)}. So the published computation matches attention's pairs and the "
         "published memory the keys and values, weights and activations left out; of all FLOPs the linear layers take "
         "most, and they run once for every token that is read, whether to read it or to compress it. Where the full "
-        f"passage must be read again and the memory not, all FLOPs fall by {rereading}.",
+        f"passage must be read again and the memory not, all FLOPs fall by {spread('flops_saved', 'reread')}.",
     ]
+
+
+def draw(rows: Sequence[dict[str, Any]], tokens: int, folder: Path) -> None:
+    """`efficiency.png`: what is saved with so many memory tokens against the full passage, by prompt and new tokens."""
+    canvas, axes = figure(height=4.0)
+    chosen = [row for row in rows if row["tokens"] == tokens]
+    names = {"flops_saved": "FLOPs", "kv_saved": "KV bytes", "time_saved": "time, measured"}
+    for number, (name, label) in enumerate(names.items()):
+        axes.bar(np.arange(len(chosen)) + 0.28 * (number - 1), [row[name] for row in chosen], 0.28, label=label)
+    axes.set_xticks(range(len(chosen)), [f"{row['prompt']}\n{row['new_tokens']}" for row in chosen], fontsize="x-small")
+    axes.set(xlabel="prompt, new tokens", ylabel=f"saved by {tokens} memory tokens (%)")
+    axes.axhline(0, color="0.3", linewidth=0.6)
+    axes.legend(frameon=False, fontsize="small")
+    canvas.savefig(folder / "efficiency.png")

@@ -1,48 +1,51 @@
-"""Study `utilisation`: what each memory token, and each layer of the memory, is used for.
+"""Study `utilisation`: what each memory token, and each layer of the memory, holds.
 
-Every part of the memory is removed or exchanged (`changes.py`), and the loss that this adds is measured while the
-passage is written back (nats a token) and while questions are answered (nats of the right answer). Attention says which
-token is read where. The claim of 500xCompressor, "not all the compressed tokens are equally utilized" (arXiv
-2408.03094v1, abstract), is tested on the added losses.
+Each is removed (nothing attends to it), and the loss that this adds is measured while the passage is written back (nats
+a token) or while questions about it are answered (nats of the right answer). The claim of 500xCompressor, "not all the
+compressed tokens are equally utilized" (arXiv 2408.03094v1, abstract), is tested on the added losses.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from torch import nn
 
+from compressor.base import Base
 from compressor.errors import CompressorError
 from compressor.evaluation.command import EvaluationConfig
 from compressor.evaluation.methods import checkpoint_fingerprint
-from compressor.evaluation.metrics import LEVEL, bootstrap, ratio, spearman
+from compressor.evaluation.metrics import LEVEL, bootstrap, ratio
+from compressor.evaluation.report import figure
 from compressor.evaluation.runner import data_names, describe_data, items_hash, run_batches
 from compressor.evaluation.studies import Findings
-from compressor.evaluation.studies.changes import AnswerProbe, RegenerationProbe, all_changes
-from compressor.evaluation.studies.equal_use import ALPHA, CLAIM, PERMUTATIONS, added, statement, verdict
-from compressor.evaluation.studies.plots import utilisation_plots
-from compressor.evaluation.tasks import Item, Result, Task
+from compressor.evaluation.tasks import Item, QuestionAnswering, Regeneration, Result, Task
 from compressor.evaluation.tasks.interface import LEFT_OUT
-from compressor.layouts import memory_positions
-from compressor.methods.interface import MemoryMethod, check_tokens
+from compressor.generation import score
+from compressor.memory import Prefix
+from compressor.methods.interface import MemoryMethod, Method, Piece, check_tokens
 from compressor.model import Compressor
-from compressor.prompts import QUESTION
+from compressor.prompts import QUESTION, answer_text
 from compressor.unfinished import Unfinished
 
 DEFAULT_DATA = ("arxiv-test", "squad-dev", "arxivqa-test")
-KEYS = ["task", "dataset", "change", "part", "index", "n"]
-PLACES = 1000
-"""Length of the passage that positions of memory tokens are given for, as shares of it."""
+CLAIM = '"not all the compressed tokens are equally utilized" (500xCompressor, arXiv 2408.03094v1, abstract)'
+PERMUTATIONS = 2000
+ALPHA = 0.05
 
 
 def utilisation(config: EvaluationConfig, accelerator: Accelerator, parts: Unfinished) -> Findings | None:
     """Run the study; data sets with questions are answered, others are written back.
 
     Raises:
-        CompressorError: settings that mean nothing here, data that is neither, or too few passages to exchange.
+        CompressorError: settings that mean nothing here, or data that is neither.
     """
     check_settings(config)
     sources = list(config.data) or list(DEFAULT_DATA)
@@ -54,7 +57,6 @@ def utilisation(config: EvaluationConfig, accelerator: Accelerator, parts: Unfin
         base=config.base,
         device=accelerator.device,
         dtype=config.dtype,
-        attention="eager",
         base_mismatch=config.base_mismatch,
     )
     check_tokens(config.tokens or [1], model.config.memory_tokens, config.checkpoint)
@@ -63,42 +65,35 @@ def utilisation(config: EvaluationConfig, accelerator: Accelerator, parts: Unfin
         raise CompressorError(f"{config.checkpoint} is not meant to compress to {tokens} tokens: leave tokens out")
     config.question_template = config.question_template or model.config.question_template or QUESTION
     method = MemoryMethod(model, config.batch_size, config.segment_tokens, config.refine_steps)
-    measured: dict[str, tuple[str, list[Result] | None]] = {}
-    for source, (task, records) in loaded.items():
-        items = with_donors(task.items(records, method.base.tokenizer, config), source)
+    rows: list[dict[str, Any]] = []
+    verdicts: list[str] = []
+    for number, (source, (task, records)) in enumerate(loaded.items()):
+        items = [replace(item, dataset=source) for item in task.items(records, model.base.tokenizer, config)]
         parts.expect({f"items of {source}": items_hash(items), "weights": checkpoint_fingerprint(model)})
         found = run_batches(task, method, items, [tokens], config.batch_size, accelerator, parts, f", {names[source]}")
-        measured[names[source]] = (
-            kind_of(task),
-            [one for one in found[tokens] if LEFT_OUT not in one] if found else None,
-        )
+        if found is not None:
+            results = [one for one in found[tokens] if LEFT_OUT not in one]
+            kind = "qa" if isinstance(task, AnswerProbe) else "regeneration"
+            rows += make_rows(kind, names[source], results, tokens, config, number)
+            verdicts += verdict(kind, names[source], results, tokens, config.seed)
     if not accelerator.is_main_process:
         return None
-
-    rows: list[dict[str, Any]] = []
-    verdicts, maps = [], []
-    for number, (name, (kind, results)) in enumerate(measured.items()):
-        assert results is not None
-        rows += make_rows(kind, name, results, tokens, method.base.layers, config, number)
-        # A single token cannot be used more or less than others.
-        if tokens > 1:
-            verdicts.append(verdict(kind, name, results, tokens, config))
-        maps.append(heat_maps(kind, name, results))
-    places = memory_places(model, tokens)
     metrics = {
-        "keys": KEYS,
-        "figures": ["loss", "loss_increase", "attention_mass"],
+        "keys": ["task", "dataset", "part", "index", "n"],
+        "figures": ["loss", "loss_increase"],
         "rows": rows,
-        "equal_use": {"claim": CLAIM, "permutations": PERMUTATIONS, "alpha": ALPHA, "tests": verdicts},
-        "places": places,
-        "maps": maps,
         "intervals": {"level": LEVEL, "resamples": config.resamples, "seed": config.seed, "over": "items"},
-        "notes": [*notes(tokens), *map(statement, verdicts), *(reading(one, places) for one in maps)],
+        "notes": [
+            "loss + nats: added when a part of the memory is removed (nothing attends to it); nats a token for "
+            "regeneration, nats of the first right answer for qa. "
+            f"n: items; [low, high]: {LEVEL:.0%} bootstrap interval over items; {tokens} memory tokens.",
+            *verdicts,
+        ],
         "checkpoint": {"path": config.checkpoint, "fingerprint": checkpoint_fingerprint(model)},
         "base": {"path": model.base.name, "fingerprint": model.base.fingerprint, "dtype": config.dtype},
         "data": [describe_data(source, config, records) for source, (_, records) in loaded.items()],
     }
-    return Findings(metrics, lambda folder: utilisation_plots(rows, maps, folder))
+    return Findings(metrics, lambda folder: draw(rows, folder))
 
 
 def check_settings(config: EvaluationConfig) -> None:
@@ -129,134 +124,177 @@ def load(source: str, config: EvaluationConfig) -> tuple[Task, Any]:
             ) from None
 
 
-def kind_of(task: Task) -> str:
-    """Name of what a task does."""
-    return "qa" if isinstance(task, AnswerProbe) else "regeneration"
-
-
-def with_donors(items: Sequence[Item], source: str) -> list[Item]:
-    """The items, each with the next different passage of the data set in `asked["donor"]`.
+@contextmanager
+def hidden_from(base: Base, layer: int, slots: int) -> Iterator[None]:
+    """Let nothing in one layer attend to the first `slots` keys, for the block.
 
     Raises:
-        CompressorError: there are no two different passages.
+        CompressorError: the layer is not given an attention mask by name, so that nothing could be hidden.
     """
-    passages = list(dict.fromkeys(tuple(item.passage) for item in items))
-    if len(passages) < 2:
-        raise CompressorError(
-            f"{source} has {len(passages)} passages here, and utilisation exchanges the memories of different ones: "
-            "give more data, or a larger limit"
-        )
-    following = dict(zip(passages, [*passages[1:], passages[0]], strict=True))
-    # One list for each passage: the runner and the encoder tell passages apart by it.
-    lists = {passage: list(passage) for passage in passages}
-    return [
-        Item(
-            item.id,
-            lists[tuple(item.passage)],
-            item.length,
-            item.part,
-            source,
-            {**item.asked, "donor": lists[following[tuple(item.passage)]]},
-        )
-        for item in items
-    ]
+    layers = next((m for m in base.model.get_decoder().children() if isinstance(m, nn.ModuleList)), None)
+    if layers is None or len(layers) != base.layers:
+        raise CompressorError(f"{base.name} ({base.model.config.model_type}) has no list of {base.layers} layers")
+
+    def hide(_module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        mask = named.get("attention_mask")
+        if mask is None:
+            raise CompressorError(
+                f"{base.name} ({base.model.config.model_type}) gives its layers no attention_mask, so a layer's memory "
+                "cannot be removed: use a base of another family"
+            )
+        mask = mask.clone()
+        mask[..., :slots] = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+        return arguments, {**named, "attention_mask": mask}
+
+    handle = layers[layer].register_forward_pre_hook(hide, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def without_token(prefix: Prefix, token: int | None, tokens: int) -> Prefix:
+    """The prefix without one memory token of each segment of `tokens`, or without all of them (None)."""
+    kept = torch.zeros(prefix.slots, dtype=torch.bool, device=prefix.mask.device)
+    if token is not None:
+        kept = torch.arange(prefix.slots, device=prefix.mask.device) % tokens != token
+    return replace(prefix, mask=prefix.mask & kept)
+
+
+def probe(
+    method: Method, rows: Sequence[Sequence[Piece]], prompts: Sequence[Sequence[int]], targets: Sequence[Sequence[int]]
+) -> list[Result]:
+    """Loss of each target under its memory and without each part of it.
+
+    Returns:
+        For each row `nats`, float64 `[1 + tokens + layers + 1]`: with all of the memory, without each token, without
+        each layer, without any of it; and `tokens`, how many target tokens these are sums over.
+    """
+    base, count, own = method.base, rows[0][0].tokens, method.prefix(rows)
+
+    def losses(prefix: Prefix) -> list[float]:
+        return [-float(one[:, 0].double().sum()) for one in score(base, prefix, prompts, targets)]
+
+    with method.decoding():
+        columns = [losses(own), *(losses(without_token(own, token, count)) for token in range(count))]
+        for layer in range(base.layers):
+            with hidden_from(base, layer, own.slots):
+                columns.append(losses(own))
+        columns.append(losses(without_token(own, None, count)))
+    nats = torch.tensor(columns, dtype=torch.float64)
+    return [{"nats": nats[:, row], "tokens": len(target)} for row, target in enumerate(targets)]
+
+
+class RegenerationProbe(Regeneration):
+    """What every removal costs in writing the passage back; segments are written apart and added up."""
+
+    def run(self, method: Method, items: Sequence[Item], contexts: Sequence[list[Piece]]) -> list[Result]:
+        base = method.base
+        flat = [(owner, piece) for owner, pieces in enumerate(contexts) for piece in pieces]
+        order = sorted(range(len(flat)), key=lambda i: len(flat[i][1].ids))
+        results: list[Result] = [{} for _ in items]
+        for start in range(0, len(order), len(items)):
+            chosen = [flat[i] for i in order[start : start + len(items)]]
+            targets = [[*piece.ids, base.eos] for _, piece in chosen]
+            found = probe(method, [[piece] for _, piece in chosen], [[base.bos]] * len(chosen), targets)
+            for (owner, _), one in zip(chosen, found, strict=True):
+                total = results[owner]
+                results[owner] = {name: total[name] + one[name] for name in one} if total else one
+        return results
+
+
+class AnswerProbe(QuestionAnswering):
+    """What every removal costs in the first right answer (its EOS included)."""
+
+    def run(self, method: Method, items: Sequence[Item], contexts: Sequence[list[Piece]]) -> list[Result]:
+        base = method.base
+        texts = [answer_text(item.asked["answers"][0]) for item in items]
+        answers = base.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        targets = [[*answer, base.eos] for answer in answers]
+        return probe(method, contexts, [item.asked["prompt"] for item in items], targets)
+
+
+def added(kind: str, results: Sequence[Result]) -> tuple[np.ndarray, np.ndarray]:
+    """Nats that every removal adds, `[items, parts]`, and what they are divided by, `[items]`."""
+    nats = torch.stack([result["nats"] for result in results]).numpy()
+    per = np.array([float(result["tokens"]) if kind == "regeneration" else 1.0 for result in results])
+    return nats[:, 1:] - nats[:, :1], per
 
 
 def make_rows(
-    kind: str, dataset: str, results: Sequence[Result], tokens: int, layers: int, config: EvaluationConfig, number: int
+    kind: str, dataset: str, results: Sequence[Result], tokens: int, config: EvaluationConfig, number: int
 ) -> list[dict[str, Any]]:
-    """One row for the unchanged memory (its loss itself) and one for each change, with intervals over items."""
-    count = [float(result["tokens"]) for result in results]
-    columns: dict[str, Any] = {"tokens": count, "per": count if kind == "regeneration" else [1.0] * len(results)}
-    columns["before"] = [float(result["nats"][0]) for result in results]
-    increase = added(results)
-    mass = torch.stack([result["attention"] for result in results]).numpy()
-    changes = all_changes(tokens, layers)
-    for place in range(len(changes)):
-        columns[f"change_{place}"] = increase[:, place]
-    for token in range(tokens):
-        columns[f"token_{token}"] = mass[:, :, token].mean(1)
-    for layer in range(layers):
-        columns[f"layer_{layer}"] = mass[:, layer].sum(1)
-    columns["memory_None"] = mass.mean(1).sum(1)
-    figures = {
-        name: ratio(name, "per" if name == "before" or name.startswith("change_") else "tokens")
-        for name in columns
-        if name not in ("tokens", "per")
-    }
+    """One row for the whole memory (its loss, and what removing it adds) and one for each token and layer."""
+    increases, per = added(kind, results)
+    columns = {"per": per, "loss": torch.stack([result["nats"] for result in results]).numpy()[:, 0]}
+    columns |= {str(place): increases[:, place] for place in range(increases.shape[1])}
+    figures = {name: ratio(name, "per") for name in columns if name != "per"}
     found = bootstrap(columns, figures, config.resamples, config.seed + number)
-    key = {"task": kind, "dataset": dataset}
-    bounds = found["before"]
-    before = {"loss": bounds.value, "loss_low": bounds.low, "loss_high": bounds.high}
-    unchanged: dict[str, Any] = {**key, "change": "none", "part": "memory", "index": None, "n": len(results), **before}
-    rows = [unchanged]
-    for place, change in enumerate(changes):
-        row: dict[str, Any] = {
-            **key,
-            "change": change.kind,
-            "part": change.part,
-            "index": change.index,
-            "n": len(results),
-        }
-        shown = {"loss_increase": found[f"change_{place}"]}
-        if change.kind == "removed":
-            shown["attention_mass"] = found[f"{change.part}_{change.index}"]
+    layers = increases.shape[1] - tokens - 1
+    parts = [("memory", None), *(("token", i) for i in range(tokens)), *(("layer", i) for i in range(layers))]
+    rows = []
+    for place, (part, index) in enumerate(parts, start=-1):
+        row: dict[str, Any] = {"task": kind, "dataset": dataset, "part": part, "index": index, "n": len(results)}
+        shown = {"loss_increase": found[str(place if place >= 0 else increases.shape[1] - 1)]}
+        if part == "memory":
+            shown["loss"] = found["loss"]
         for name, one in shown.items():
             row |= {name: one.value, f"{name}_low": one.low, f"{name}_high": one.high}
         rows.append(row)
     return rows
 
 
-def heat_maps(kind: str, dataset: str, results: Sequence[Result]) -> dict[str, Any]:
-    """Means over target tokens of all items: attention `[layers][tokens]`; attention and the loss that removal adds by
-    part of the text, `[tokens][PARTS_OF_TEXT]` (None where no text was so long)."""
-    total = float(sum(result["tokens"] for result in results))
-    in_part = torch.stack([result["tokens_parts"] for result in results]).sum(0)
+def permutation_test(increases: np.ndarray, permutations: int = PERMUTATIONS, seed: int = 0) -> float:
+    """How likely token means differ as much as they do if the tokens of an item could change places.
 
-    def by_part(name: str) -> list[list[float | None]]:
-        summed = torch.stack([result[name] for result in results]).sum(0) / in_part
-        return [[None if np.isnan(value) else value for value in row] for row in summed.tolist()]
+    The statistic is the variance of the tokens' means, whose names are exchanged within each item (Good 2005,
+    Permutation, Parametric and Bootstrap Tests of Hypotheses, chapter 5).
 
-    attention = torch.stack([result["attention"] for result in results]).sum(0) / total
-    key = {"task": kind, "dataset": dataset, "attention": attention.tolist()}
-    # An answer is too short to have parts.
-    if kind == "qa":
-        return key
-    return key | {"attention_parts": by_part("attention_parts"), "removed_parts": by_part("removed_parts")}
-
-
-def memory_places(model: Compressor, tokens: int) -> list[float]:
-    """Where each token's keys stand, as a share of the passage; beyond 1 in layouts that put them after it."""
-    positions = memory_positions(
-        model.encoder.memory_layout, torch.tensor([PLACES]), tokens, model.config.memory_tokens
-    )
-    return [round(float(place) / PLACES, 3) for place in positions[0]]
+    Args:
+        increases: nats that removing each token adds, `[items, tokens]`.
+    """
+    rng = np.random.default_rng(seed)
+    observed = increases.mean(0).var()
+    # Exchanged places give the same statistic up to rounding: that counts as reaching it.
+    reached = observed - 1e-12 * max(1.0, abs(observed))
+    beyond = sum(rng.permuted(increases, axis=1).mean(0).var() >= reached for _ in range(permutations))
+    return (1 + int(beyond)) / (1 + permutations)
 
 
-def reading(one: dict[str, Any], places: Sequence[float]) -> str:
-    """Whether a token is read where it stands: its place against the centre of the text it is attended to in."""
-    if "attention_parts" not in one or len(places) < 3:
-        top = np.array(one["attention"]).sum(1)
-        return f"{one['task']}, {one['dataset']}: the memory gets {top.mean():.1%} of attention."
-    mass = np.nan_to_num(np.array(one["attention_parts"], dtype=float)) + 1e-30
-    total = np.array(one["attention"]).sum(1)
-    # What all tokens share is taken off: tokens differ in where they are read more than others.
-    surplus = np.maximum(mass / mass.sum(1, keepdims=True) - mass.sum(0) / mass.sum(), 0)
-    middles = (np.arange(mass.shape[1]) + 0.5) / mass.shape[1]
-    centres = [float((row * middles).sum() / row.sum()) if row.sum() > 0 else 0.5 for row in surplus]
-    correlation = spearman(list(places), centres)
-    shown = "undefined" if correlation is None else f"{correlation:.2f}"
-    return (
-        f"{one['task']}, {one['dataset']}: the memory gets {total.mean():.1%} of attention. Rank correlation between "
-        f"where a token stands in the passage and where it is read more than the others: {shown}."
-    )
-
-
-def notes(tokens: int) -> list[str]:
-    """How the rows are to be read."""
+def verdict(kind: str, dataset: str, results: Sequence[Result], tokens: int, seed: int) -> list[str]:
+    """Whether the tokens are used equally, in words; nothing where there is one token or one item."""
+    increases, per = added(kind, results)
+    if tokens < 2 or len(results) < 2:
+        return []
+    p = permutation_test(increases[:, :tokens] / per[:, None], seed=seed)
+    means, unit = increases.sum(0) / per.sum(), "nats a token" if kind == "regeneration" else "nats an answer"
+    outcome = "equal use is not refuted, so the published claim is not confirmed here"
+    if means[-1] <= 0:
+        outcome = f"removing the whole memory adds {means[-1]:.3f} {unit}: nothing follows for the claim"
+    elif p < ALPHA:
+        outcome = "the tokens are not used equally: the published claim holds here"
+    most, least = int(means[:tokens].argmax()), int(means[:tokens].argmin())
     return [
-        "loss + nats: added when a part of the memory is removed (nothing attends to it) or shuffled (another "
-        "passage's stands in its place); nats a token for regeneration, nats of the first right answer for qa. "
-        "Attention: mass on the part while target tokens are predicted, mean over heads, and over layers for a token.",
-        f"n: items; [low, high]: {LEVEL:.0%} bootstrap interval over items; {tokens} memory tokens.",
+        f"{kind}, {dataset} (n = {len(results)}): {outcome}. Permutation test: p = {p:.4f}. Removing token {most} adds "
+        f"{means[most]:.3f} {unit}, removing token {least} {means[least]:.3f}. Claim: {CLAIM}."
     ]
+
+
+def draw(rows: Sequence[dict[str, Any]], folder: Path) -> None:
+    """`utilisation.png`: loss added without each token and each layer, relative to that without the whole memory."""
+    canvas, axes = figure(height=4.0)
+    for number, (task, dataset) in enumerate(dict.fromkeys((row["task"], row["dataset"]) for row in rows)):
+        mine = [row for row in rows if (row["task"], row["dataset"]) == (task, dataset)]
+        whole = max(abs(mine[0]["loss_increase"]), 1e-9)
+        chosen = mine[1:]
+        values, low, high = (
+            np.array([row[f"loss_increase{end}"] for row in chosen]) / whole for end in ("", "_low", "_high")
+        )
+        # A percentile interval need not hold the estimate where few items dominate it.
+        bars = [np.maximum(values - low, 0), np.maximum(high - values, 0)]
+        places = np.arange(len(chosen)) + 0.2 * number
+        axes.errorbar(places, values, bars, fmt="o", markersize=3, linewidth=0.8, label=f"{task}, {dataset}")
+        axes.set_xticks(places, [f"{row['part'][0]}{row['index']}" for row in chosen], fontsize="x-small")
+    axes.set(xlabel="removed: token (t), layer (l)", ylabel="loss added, relative to no memory")
+    axes.legend(frameon=False, fontsize="small")
+    canvas.savefig(folder / "utilisation.png")
