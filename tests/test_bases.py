@@ -28,6 +28,7 @@ from compressor.evaluation.command import evaluate_main
 from compressor.files import sha256
 from compressor.gguf_cache import CACHE, cached
 from compressor.model_config import BaseConfig
+from compressor.prompts import question_ids
 
 
 @pytest.fixture(autouse=True)
@@ -82,6 +83,12 @@ def test_a_gguf_is_the_model_it_was_written_from(tiny_gguf: Path, tiny_base: Bas
     assert (base.bos, base.eos) == (tiny_base.bos, tiny_base.eos)
     ids = tiny_base.tokenizer(texts[:20], add_special_tokens=False)["input_ids"]
     assert base.tokenizer(texts[:20], add_special_tokens=False)["input_ids"] == ids
+    spelled = "<bos>It ends <eos> not<pad>."
+    assert not {0, 1, 2} & set(read := base.tokenizer(spelled, add_special_tokens=False)["input_ids"])
+    assert base.tokenizer.decode(read, skip_special_tokens=True) == spelled
+    assert base.tokenizer.decode(question_ids(base.tokenizer, ["Why?"], "chat")[0]) == (
+        "<bos>user\nWhy?<eos>\n<bos>assistant\n"
+    )
     row = torch.tensor([ids[0][:64]])
     with torch.no_grad():
         ours, theirs = (one.model(row).logits.log_softmax(-1) for one in (base, tiny_base))
