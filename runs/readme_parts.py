@@ -145,6 +145,8 @@ DATA = {"squad-dev": "SQuAD dev", "arxivqa-test": "ArxivQA cloze"}
 LABELS = {
     "full": "whole passage",
     "none": "no passage",
+    "full-tuned": "whole passage after a trained prefix",
+    "none-tuned": "a trained prefix alone",
     "truncate": "first k tokens",
     "keywords": "keywords (YAKE)",
     "summary": "extractive summary",
@@ -176,8 +178,13 @@ YARDSTICKS = {
     "EM / full": "retention_em",
     "(F1 - none) / (full - none)": "normalised_f1",
     "nats kept": "normalised_nats",
+    "F1 / full (tuned)": "retention_f1_tuned",
+    "EM / full (tuned)": "retention_em_tuned",
+    "(F1 - none) / (full - none) (tuned)": "normalised_f1_tuned",
+    "nats kept (tuned)": "normalised_nats_tuned",
 }
-"""Both yardsticks of answers over all data sets: share of the whole passage's score, and of what it adds to none."""
+"""Both yardsticks of answers over all data sets: share of the whole passage's score, and of what it adds to none.
+Columns that no row has are left out."""
 
 
 def _answered(rows: list[dict[str, Any]]) -> list[str]:
@@ -194,13 +201,14 @@ def _questions(rows: list[dict[str, Any]]) -> str:
     """Methods and sizes of an evaluation of question answering."""
     header = ["what the base reads", "k", "ratio"]
     header += [f"{name} {figure}" for name in DATA.values() for figure in ANSWERED]
-    header += list(YARDSTICKS)
+    yardsticks = {label: name for label, name in YARDSTICKS.items() if any(row.get(name) is not None for row in rows)}
+    header += list(yardsticks)
     body = []
     for method, tokens in dict.fromkeys((row["method"], row["tokens"]) for row in rows):
         mine = [row for row in rows if (row["method"], row["tokens"]) == (method, tokens)]
         macro = next(row for row in mine if row["dataset"] == "macro")
         ratio = f"{macro['token_ratio']:.0f}x" if macro["token_ratio"] else "-"
-        shares = ["-" if macro[name] is None else f"{macro[name]:.2f}" for name in YARDSTICKS.values()]
+        shares = ["-" if macro.get(name) is None else f"{macro[name]:.2f}" for name in yardsticks.values()]
         body.append([LABELS[method], "-" if tokens is None else str(tokens), ratio, *_answered(mine), *shares])
     n = {row["dataset"]: row["n"] for row in rows}
     counts = ", ".join(f"{n[name]} questions of {label}" for name, label in DATA.items())
