@@ -115,7 +115,8 @@ def calibrate(argv: list[str]) -> int:
     """fit what low-rank and calibrated codecs need to know about a compressor's memories"""
     from compressor.codecs import command
 
-    print(command.calibrate_codecs(_options(command.CalibrateOptions, _named(argv, "data"), calibrate)))
+    options = _options(command.CalibrateOptions, _named(argv, "data"), calibrate)
+    print(command.calibrate_codecs(options, again="--overwrite" in argv))
     return 0
 
 

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from compressor.errors import CompressorError, Stopped
-from compressor.files import read_json, write_errors, write_json
+from compressor.files import FolderKind, read_json, remove_folder, strangers, write_errors, write_json
 
 MADE_WITH = "made_with.json"
-PART_FILES = (MADE_WITH, f".{MADE_WITH}.*", "parts-*.jsonl")
+PART_FILES = (MADE_WITH, f".{MADE_WITH}.*", "parts-*.jsonl", "*.safetensors")
 """Files of the folder."""
+KIND = FolderKind("work that was interrupted", PART_FILES)
 
 
 class Unfinished:
@@ -63,9 +63,9 @@ class Unfinished:
         return (self.folder / MADE_WITH).exists()
 
     def start(self) -> None:
-        """Delete what is not gone on with; on one process, before any adds parts."""
+        """Delete what is not gone on with (as `remove`); on one process, before any adds parts."""
         if not self.made_with:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            self.remove()
 
     def expect(self, settings: Mapping[str, Any]) -> None:
         """State what shapes the parts that follow.
@@ -92,6 +92,21 @@ class Unfinished:
                 file.write(b"\n")  # a line was cut off; `_read_lines` passes over it
             file.write("".join(json.dumps(part, default=_encoded) + "\n" for part in parts).encode())
 
+    def tensors(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The tensors of a part of that name, read or made and written; for parts that are too large for JSON."""
+        from safetensors.torch import load_file, save_file
+
+        path = self.folder / f"{name}.safetensors"
+        if path.exists():
+            return load_file(path)
+        found = make()
+        self._open()
+        temporary = self.folder / f".{path.name}"
+        with write_errors(path):
+            save_file(found, temporary)
+            os.replace(temporary, path)
+        return found
+
     def _open(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         # Written again when more is known: each method's weights when it is loaded.
@@ -100,8 +115,15 @@ class Unfinished:
             self._written = dict(self.made_with)
 
     def remove(self) -> None:
-        """Delete the parts, when the work is done."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Delete the parts, when the work is done.
+
+        Raises:
+            CompressorError: other files are among them.
+        """
+        if self.folder.is_dir():
+            if other := next(strangers(self.folder, KIND), None):
+                raise CompressorError(f"{self.folder} holds {other}, which is no part of the work: move it elsewhere")
+            remove_folder(self.folder, KIND)
 
     @contextmanager
     def interruptible(self, advice: str) -> Iterator[None]:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -209,3 +210,46 @@ def test_parts_of_other_processes_are_read_and_theirs_not_written(tmp_path: Path
     fresh = Unfinished(folder, again=True)
     fresh.start()
     assert not folder.exists()
+
+
+def test_other_files_are_not_deleted(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("...")
+    with pytest.raises(CompressorError, match=r"holds thesis\.tex"):
+        Unfinished(tmp_path).start()
+    assert (tmp_path / "thesis.tex").exists()
+
+
+def test_an_interrupted_calibration_goes_on_to_the_same_file(
+    checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from compressor import cli
+    from compressor.codecs import fitting
+
+    whole, out = tmp_path / "whole.safetensors", tmp_path / "out.safetensors"
+    argv = ["calibrate", "arxiv-validation", "--checkpoint", checkpoint, "--limit", "40", "--rank", "8"]
+    argv += ["--lengths", "24", "--sensitivity", "20", "--output"]
+    assert cli.main([*argv, str(whole)]) == 0
+    calls = []
+    honest = {name: getattr(fitting, name) for name in ("_compressed", "_squared_gradients")}
+
+    def counted(name: str, *args: Any) -> Any:
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        calls.append(name)
+        return honest[name](*args)
+
+    for name in honest:
+        monkeypatch.setattr(fitting, name, partial(counted, name))
+    assert cli.main([*argv, str(out)]) == 143
+    assert f"what is done is in {out}.unfinished: the same command with --resume goes on" in capsys.readouterr().err
+    assert not out.exists()
+    calls.append("stopped")
+    assert cli.main([*argv, str(out)]) == 2
+    assert "add --resume" in capsys.readouterr().err
+    assert cli.main([*argv, str(out), "--limit", "41", "--resume"]) == 2
+    assert "with passages = " in capsys.readouterr().err
+    before = len(calls)
+    assert cli.main([*argv, str(out), "--resume"]) == 0
+    assert calls[before:] == ["_squared_gradients"]
+    assert out.read_bytes() == whole.read_bytes()
+    assert {path.name for path in tmp_path.iterdir()} == {"whole.safetensors", "out.safetensors"}

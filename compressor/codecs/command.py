@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -109,6 +111,8 @@ class CalibrateOptions:
     sensitivity: int = 150
     """Passages on which the decoder's sensitivity is measured; 0 weighs all channels alike."""
     device: str = "cpu"
+    resume: bool = False
+    """Go on with a calibration that was interrupted, if there is one."""
 
     def __post_init__(self) -> None:
         require(self.limit >= 8, "limit", self.limit, "at least 8")
@@ -325,14 +329,21 @@ def _compress_corpus(options: CompressOptions, codec: Any, accelerator: Any) -> 
     return done + describe(options.output)
 
 
-def calibrate_codecs(options: CalibrateOptions) -> str:
-    """Fit a calibration and write it; returns lines about it."""
+def calibrate_codecs(options: CalibrateOptions, again: bool = False) -> str:
+    """Fit a calibration and write it; returns lines about it.
+
+    Args:
+        again: start again where one was interrupted.
+    """
     from compressor.codecs.artifact import compressor_name
     from compressor.codecs.fitting import calibrate
     from compressor.codecs.inspection import describe
     from compressor.data.records import load_texts
     from compressor.model import Compressor
+    from compressor.unfinished import Unfinished
 
+    parts = Unfinished(Path(f"{options.output}.unfinished"), options.resume, again)
+    parts.start()
     records = load_texts(options.data, limit=options.limit)
     model = Compressor.from_pretrained(
         options.checkpoint, base=options.base, device=options.device, base_mismatch=options.base_mismatch
@@ -342,15 +353,19 @@ def calibrate_codecs(options: CalibrateOptions) -> str:
     lengths = [min(length, most) for length in options.lengths]
     passages = [ids[: lengths[i % len(lengths)]] for i, ids in enumerate(encoded) if ids]
     progress = Progress("compressing", len(passages), "passages")
-    fitted = calibrate(
-        model,
-        passages,
-        options.tokens,
-        options.rank,
-        options.sensitivity,
-        compressor_name(model, options.checkpoint),
-        progress.add,
+    name = compressor_name(model, options.checkpoint)
+    parts.expect(
+        {
+            "settings": {"tokens": options.tokens, "sensitivity": options.sensitivity},
+            "passages": hashlib.sha256(json.dumps(passages).encode()).hexdigest(),
+            "compressor": name,
+        }
     )
-    progress.close()
-    fitted.save(options.output)
+    with parts.interruptible("the same command with --resume goes on"):
+        fitted = calibrate(
+            model, passages, options.tokens, options.rank, options.sensitivity, name, progress.add, parts
+        )
+        progress.close()
+        fitted.save(options.output)
+    parts.remove()
     return describe(options.output)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +19,7 @@ from compressor.errors import CompressorError
 if TYPE_CHECKING:
     from compressor.memory import Memory
     from compressor.model import Compressor
+    from compressor.unfinished import Unfinished
 
 _FLOOR = 0.1
 """Least weight of a channel, as a share of the mean: what did not matter to these passages may matter to others."""
@@ -91,7 +93,11 @@ def _levels(transform: Transform, tokens: Tensor) -> tuple[tuple[int, ...], tupl
 
 
 def measure_sensitivity(
-    model: Compressor, passages: Sequence[Sequence[int]], memories: Sequence[Memory], batch_size: int = 16
+    model: Compressor,
+    passages: Sequence[Sequence[int]],
+    memories: Sequence[Memory],
+    batch_size: int = 16,
+    parts: Unfinished | None = None,
 ) -> Tensor:
     """Root mean square of the gradient of a passage's negative log-likelihood under its memory.
 
@@ -101,37 +107,44 @@ def measure_sensitivity(
     Args:
         passages: token ids, at least one.
         memories: theirs, of one segment each.
+        parts: what an interrupted run has measured.
 
     Returns:
         float32 `[2, layers, kv_heads, head_size]`.
     """
+    whole = list(zip(passages, memories, strict=True))
+    total: Any = 0.0
+    for start in range(0, len(whole), batch_size):
+        measured = partial(_squared_gradients, model, whole[start : start + batch_size])
+        found = parts.tensors(f"sensitivity-{start}", measured) if parts is not None else measured()
+        for row in range(len(found["squares"])):
+            total = total + found["squares"][row]
+    return (total / len(whole)).sqrt()
+
+
+def _squared_gradients(model: Compressor, chosen: Sequence[tuple[Sequence[int], Memory]]) -> dict[str, Tensor]:
+    """`squares` of a batch: mean over tokens of the squared gradients, `[batch, 2, layers, kv_heads, head_size]`."""
     from compressor.generation import decode
     from compressor.memory import memory_prefix
 
     base = model.base
-    whole = list(zip(passages, memories, strict=True))
-    total: Any = 0.0
-    for start in range(0, len(whole), batch_size):
-        chosen = whole[start : start + batch_size]
-        leaves = [
-            replace(m, keys=m.keys.detach().requires_grad_(), values=m.values.detach().requires_grad_())
-            for _, m in chosen
-        ]
-        width = 1 + max(len(ids) for ids, _ in chosen)
-        read = torch.full((len(chosen), width), base.eos)
-        wanted = torch.full((len(chosen), width), -100)
-        for row, (ids, _) in enumerate(chosen):
-            read[row, : len(ids) + 1] = torch.tensor([base.bos, *ids])
-            wanted[row, : len(ids) + 1] = torch.tensor([*ids, base.eos])
-        with model.adapters(on=False):
-            logits = decode(base, memory_prefix(base, leaves), read.to(base.device))
-        loss = torch.nn.functional.cross_entropy(
-            logits.float().flatten(0, 1), wanted.flatten().to(logits.device), ignore_index=-100, reduction="sum"
-        )
-        gradients = torch.autograd.grad(loss, [tensor for leaf in leaves for tensor in (leaf.keys, leaf.values)])
-        for keys, values in zip(gradients[::2], gradients[1::2], strict=True):
-            total = total + torch.stack([keys, values]).float().square().mean(dim=3).cpu()
-    return (total / len(whole)).sqrt()
+    leaves = [
+        replace(m, keys=m.keys.detach().requires_grad_(), values=m.values.detach().requires_grad_()) for _, m in chosen
+    ]
+    width = 1 + max(len(ids) for ids, _ in chosen)
+    read = torch.full((len(chosen), width), base.eos)
+    wanted = torch.full((len(chosen), width), -100)
+    for row, (ids, _) in enumerate(chosen):
+        read[row, : len(ids) + 1] = torch.tensor([base.bos, *ids])
+        wanted[row, : len(ids) + 1] = torch.tensor([*ids, base.eos])
+    with model.adapters(on=False):
+        logits = decode(base, memory_prefix(base, leaves), read.to(base.device))
+    loss = torch.nn.functional.cross_entropy(
+        logits.float().flatten(0, 1), wanted.flatten().to(logits.device), ignore_index=-100, reduction="sum"
+    )
+    gradients = torch.autograd.grad(loss, [tensor for leaf in leaves for tensor in (leaf.keys, leaf.values)])
+    pairs = zip(gradients[::2], gradients[1::2], strict=True)
+    return {"squares": torch.stack([torch.stack(pair).float().square().mean(dim=3).cpu() for pair in pairs])}
 
 
 def calibrate(
@@ -142,6 +155,7 @@ def calibrate(
     sensitivity_passages: int = 256,
     compressor_name: str = "",
     progress: Callable[[int], None] = lambda done: None,
+    parts: Unfinished | None = None,
 ) -> Calibration:
     """Compress passages and fit a calibration to their memories.
 
@@ -153,16 +167,40 @@ def calibrate(
         sensitivity_passages: how many of them to measure the sensitivity on; 0 weighs all channels alike.
         compressor_name: see `artifact.signed`.
         progress: called with the number of passages compressed since the last call.
+        parts: what an interrupted run has done, and where what is done is written.
     """
+    from compressor.memory import Memory, Segment
+
     passages = [segment for ids in passages for segment in model.segment(list(ids))]
     memories: list[Memory] = []
     for start in range(0, len(passages), 32):
         chosen = passages[start : start + 32]
-        memories += [memory.to("cpu") for memory in model.compress_ids(chosen, tokens)]
+        compressed = partial(_compressed, model, chosen, tokens)
+        found = parts.tensors(f"memories-{start}", compressed) if parts is not None else compressed()
+        memories += [
+            Memory(
+                keys,
+                values,
+                (Segment(keys.shape[2], len(ids)),),
+                model.encoder.memory_layout,
+                model.config.memory_tokens,
+                model.base.fingerprint,
+            )
+            for keys, values, ids in zip(found["keys"], found["values"], chosen, strict=True)
+        ]
         progress(len(chosen))
     sensitivity = None
     if sensitivity_passages:
         step = max(1, len(passages) // sensitivity_passages)
         some = range(0, len(passages), step)
-        sensitivity = measure_sensitivity(model, [passages[i] for i in some], [memories[i] for i in some])
+        sensitivity = measure_sensitivity(model, [passages[i] for i in some], [memories[i] for i in some], parts=parts)
     return replace(fit_calibration(memories, sensitivity, rank), compressor=compressor_name)
+
+
+def _compressed(model: Compressor, passages: Sequence[Sequence[int]], tokens: int | None) -> dict[str, Tensor]:
+    """`keys` and `values` of passages of one segment each, `[passages, layers, kv_heads, tokens, head_size]`."""
+    memories = [memory.to("cpu") for memory in model.compress_ids(passages, tokens)]
+    return {
+        "keys": torch.stack([memory.keys for memory in memories]),
+        "values": torch.stack([memory.values for memory in memories]),
+    }
