@@ -20,6 +20,7 @@ from compressor.memory import Prefix, empty_prefix
 from compressor.methods.encoder import pad
 from compressor.methods.interface import token_prefix
 from compressor.objectives import target_loss
+from compressor.progress import note
 from compressor.training import Batch
 
 VALIDATED_TOGETHER = 8
@@ -50,7 +51,7 @@ class AnswerStage(CompressionStage):
             held_out = [one for one in asked if one.context in last]
             asked = [one for one in asked if one.context not in last]
         if accelerator.is_main_process and left_out.total:
-            print(f"note: {left_out.line('questions', sum(len(one.prompts) for one in [*asked, *held_out]))}")
+            note(f"note: {left_out.line('questions', sum(len(one.prompts) for one in [*asked, *held_out]))}")
         if not held_out or not asked:
             count = len({one.context for one in [*asked, *held_out]})
             raise CompressorError(f"data.questions has {count} contexts, too few to hold some out: name more")

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from compressor.config import RunConfig
 from compressor.errors import FULL, MORE_SPACE, CompressorError, WriteError
 from compressor.files import FolderKind, atomic_folder, read_json, remove_folder, unreadable, write_json
+from compressor.progress import note
 
 if TYPE_CHECKING:
     from compressor.training import Stage
@@ -109,7 +110,7 @@ class Checkpoints:
                 f"equally: resume with one of {fitting} processes"
             )
         if self.accelerator.is_main_process:
-            print(
+            note(
                 f"note: training.accumulation is {batch // processes} and not {accumulation}, so that a step keeps its "
                 f"{batch} micro-batches with {processes} process{'es' * (processes > 1)}"
             )
@@ -126,7 +127,7 @@ class Checkpoints:
         if changed.pop(VALIDATION, None):
             state.best_step, state.best_loss = 0, None
             if self.accelerator.is_main_process:
-                print(f"note: {VALIDATION} differs from step {state.step} on: the best checkpoint is looked for anew")
+                note(f"note: {VALIDATION} differs from step {state.step} on: the best checkpoint is looked for anew")
         if changed:
             shown = "; ".join(f"{key}: {_short(then)}, now {_short(this)}" for key, (then, this) in changed.items())
             raise CompressorError(
@@ -134,7 +135,7 @@ class Checkpoints:
                 f"start another run from its weights with --init {path / 'model'} and another --output"
             )
         if self.accelerator.is_main_process and (unknown := sorted(set(now) - set(before))):
-            print(f"note: checkpoint {path.name} does not record {', '.join(unknown)}: not compared")
+            note(f"note: checkpoint {path.name} does not record {', '.join(unknown)}: not compared")
         state.origin = now
 
     def path(self, step: int) -> Path:

@@ -284,7 +284,10 @@ def owned(output: str | os.PathLike[str]) -> Iterator[None]:
             )
         yield
     finally:
-        owner.unlink(missing_ok=True)
+        # Deleted while it is held: who has opened it finds it gone, and is refused once more. Windows keeps the file.
+        for path in (owner, Path(lock.lock_file)):
+            with suppress(OSError):
+                path.unlink()
         lock.release()
 
 

@@ -13,6 +13,7 @@ import yaml
 from compressor.config import RunConfig
 from compressor.files import atomic_file, make_folder, owned, read_json, write_json
 from compressor.parsing import parse_config, read_yaml
+from compressor.progress import note
 from compressor.provenance import run_record
 from compressor.streams import exits_cleanly
 
@@ -75,7 +76,7 @@ def record_start(config: RunConfig, step: int, processes: int, stage: Stage) -> 
     if step and stored.exists():
         before, now = _flat(read_yaml(stored)), _flat(settings)
         for key in sorted(key for key in now if before.get(key) != now[key] and key not in FREE_TO_CHANGE):
-            print(f"note: {key} was {before.get(key)!r} before step {step} and is {now[key]!r} from here on")
+            note(f"note: {key} was {before.get(key)!r} before step {step} and is {now[key]!r} from here on")
     starts = read_json(output / "run.json") if step and (output / "run.json").exists() else []
     left_out = {use: one.record() for use, one in getattr(stage, "left_out", {}).items() if one.total}
     record = {**run_record(step), "processes": processes, "left_out": left_out}

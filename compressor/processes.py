@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
 from compressor.errors import CompressorError
+from compressor.progress import is_quiet, note
 
 LONGEST_WAIT = timedelta(hours=6)
 """How long processes wait for the main one, which tokenises and packs alone."""
@@ -46,9 +47,7 @@ def config_alone() -> Iterator[None]:
     try:
         for name, value in found.items():
             if value.lower() != _CHOSEN_BY_CONFIG[name] and os.environ.get("RANK", "0") == "0":
-                print(
-                    f"note: {name}={value} is ignored: the configuration alone says what is computed", file=sys.stderr
-                )
+                note(f"note: {name}={value} is ignored: the configuration alone says what is computed")
         yield
     finally:
         os.environ.update(found)
@@ -99,7 +98,7 @@ def bars_on_terminals() -> Iterator[None]:
     import datasets
     from transformers.utils import logging as transformers_logging
 
-    if sys.stderr.isatty():
+    if sys.stderr.isatty() and not is_quiet():
         yield
         return
     before = not datasets.are_progress_bars_disabled(), transformers_logging.is_progress_bar_enabled()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
@@ -18,7 +19,10 @@ QUIET, NORMAL, VERBOSE = 0, 1, 2
 FIRST, EVERY = 10.0, 30.0
 """Seconds until the first line and between two."""
 VERBOSE_EVERY = 1.0
-FLAGS = {"quiet": "show no progress and no notes", "verbose": "show progress in lines, and more about the result"}
+FLAGS = {
+    "quiet": "show no progress, no notes and no warnings",
+    "verbose": "show progress in lines, and more about the result",
+}
 """Switches that every command takes."""
 SHORT = {f"-{name[0]}": name for name in FLAGS}
 
@@ -30,6 +34,8 @@ def set_level(quiet: bool, verbose: bool) -> None:
     """Choose what is shown from here on; a command does."""
     global _level, _shown
     _level, _shown = QUIET if quiet else VERBOSE if verbose else NORMAL, None
+    if quiet:
+        warnings.simplefilter("ignore")
 
 
 def is_quiet() -> bool:

@@ -26,6 +26,7 @@ from compressor.config import RunConfig, TrainingConfig
 from compressor.errors import CompressorError, WriteError
 from compressor.optimizers import make_optimizer
 from compressor.processes import current_device, make_accelerator
+from compressor.progress import note
 from compressor.runlog import RunLog
 
 Batch = dict[str, Any]
@@ -204,10 +205,9 @@ def _compile(stage: Stage, mode: str, accelerator: Accelerator) -> None:
     if reasons:
         stage.module._compiled_call_impl = None
         if accelerator.is_main_process:
-            print(
+            note(
                 f"note: torch {torch.__version__} cannot compile this model with training.compile {mode} "
-                f"({reasons[0][:300]}): it is trained without",
-                flush=True,
+                f"({reasons[0][:300]}): it is trained without"
             )
 
 

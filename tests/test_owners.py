@@ -89,7 +89,7 @@ def test_the_second_is_refused_and_told_of_the_first_which_a_kill_ends(
         assert (tmp_path / ".out.owner").exists()  # a stale record is no owner
         assert run(output) == 0, capsys.readouterr().err
     assert output.exists()
-    assert not (tmp_path / ".out.owner").exists()
+    assert not list(tmp_path.glob(".out.*"))
 
 
 def test_an_output_is_owned_through_links_and_free_after_the_block(tmp_path: Path, project: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -22,7 +23,8 @@ from compressor.progress import Progress, counted, note, set_level
 @pytest.fixture(autouse=True)
 def as_before() -> Iterator[None]:
     before = progress._level
-    yield
+    with warnings.catch_warnings():
+        yield
     progress._level, progress._shown = before, None
 
 

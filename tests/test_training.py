@@ -397,7 +397,7 @@ def test_the_batch_of_a_resumed_run_is_divided_among_its_processes(
     config = settings(tmp_path, resume=True, accumulation=6)
     kept = Checkpoints(tmp_path, 1, SimpleNamespace(num_processes=processes, is_main_process=True)).keep_batch(config)  # type: ignore[arg-type]
     assert kept.training == replace(config.training, accumulation=accumulation)
-    assert ("note: training.accumulation" in capsys.readouterr().out) == (processes > 1)
+    assert ("note: training.accumulation" in capsys.readouterr().err) == (processes > 1)
 
 
 def test_processes_that_cannot_share_the_batch_of_a_run_are_refused(tmp_path: Path) -> None:
@@ -435,7 +435,7 @@ def test_what_cannot_be_compiled_is_trained_without(
     run(plain, settings(tmp_path / "plain", steps=3))
     stage.module = _Uncompilable(fails)
     run(stage, settings(tmp_path / "compiled", steps=3, compile="dynamic"))
-    assert ("cannot compile this model with training.compile dynamic" in capsys.readouterr().out) == (
+    assert ("cannot compile this model with training.compile dynamic" in capsys.readouterr().err) == (
         fails != "nowhere"
     )
     assert stage.module.calls == {"forward": 1, "backward": 1, "nowhere": 2 + 3}[fails]

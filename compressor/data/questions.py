@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import re
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +22,7 @@ from compressor.data.question_forms import answer_texts, context_text, question_
 from compressor.data.records import load_hub, record_id, string_value, text_value
 from compressor.data.sources import Hub, Row, kind_of, read_document, read_rows, resolve, stem_of, type_name
 from compressor.errors import CompressorError
+from compressor.progress import note
 
 HUB_NAMES = {
     "squad": "rajpurkar/squad",
@@ -119,7 +119,7 @@ def load_questions(
     if left_out is not None:
         left_out.merge(ours)
     elif ours.total:
-        print(f"note: {ours.line('questions', len(found))}", file=sys.stderr)
+        note(f"note: {ours.line('questions', len(found))}")
     return found
 
 
