@@ -41,6 +41,7 @@ class AnswerStage(CompressionStage):
                 limit=data.limit,
                 columns=data.question_columns or None,
                 keep_unanswerable=data.keep_unanswerable,
+                skip_bad_records=config.skip_bad_records,
                 left_out=left_out,
             )
             most = min(data.question_tokens or model.config.max_passage_tokens, model.config.max_passage_tokens)

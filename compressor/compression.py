@@ -76,24 +76,50 @@ class CompressionStage:
                 f"regeneration, and {base.name} has layers that attend over {window} alone: give shorter ones"
             )
         with accelerator.main_process_first():
-            self.passages = load_passages(
-                data.train, base.tokenizer, "train", data.text_field, data.limit, data.workers
-            )
-            self.held_out = load_passages(
-                data.validation, base.tokenizer, "validation", data.text_field, data.validation_limit, data.workers
+            self.passages, self.held_out = (
+                load_passages(
+                    sources,
+                    base.tokenizer,
+                    split,
+                    data.text_field,
+                    limit,
+                    data.workers,
+                    config.skip_bad_records,
+                    self.left_out[f"passages, {split}"],
+                )
+                for sources, split, limit in (
+                    (data.train, "train", data.limit),
+                    (data.validation, "validation", data.validation_limit),
+                )
             )
         lengths = np.asarray(self.passages["tokens"])
-        short = int((lengths < min(share.low for share in data.lengths)).sum())
-        if short and accelerator.is_main_process:
-            print(
-                f"{short:,} of {len(lengths):,} passages are shorter than every range of data.lengths and are not used"
-            )
         self.plan = BatchPlan(lengths, data, config.training.batch_tokens, config.training.batch_passages, config.seed)
+        short = np.flatnonzero(lengths < min(share.low for share in data.lengths))
+        if len(short):
+            self.left_out["passages, train"].add("too_short", self.passages[int(short[0])]["id"], len(short))
         rng = np.random.default_rng(config.seed)
-        held_out = BatchPlan(np.asarray(self.held_out["tokens"]), data, 1 << 14, 16, config.seed)
+        held_out = BatchPlan(np.asarray(self.held_out["tokens"]), data, 1 << 14, 16, config.seed, "data.validation")
         self.validation = sorted(
             held_out.draw(rng, min(data.validation_limit, len(self.held_out))), key=lambda p: p.length
         )
+        if accelerator.is_main_process:
+            self._say_what_is_left_out(lengths)
+
+    def _say_what_is_left_out(self, lengths: np.ndarray) -> None:
+        """Lines on passages that are not used, and on ranges of lengths that none is long enough for."""
+        used = {"train": len(lengths), "validation": len(self.held_out)}
+        for split, count in used.items():
+            left_out = self.left_out[f"passages, {split}"]
+            short = left_out.counts["too_short"]
+            if left_out.total:
+                print(f"note: {left_out.line(f'passages ({split})', count - short)}")
+        longest = int(lengths.max())
+        for share in self.config.data.lengths:
+            if share.low > longest:
+                print(
+                    f"note: no passage is as long as the range {share.low} to {share.high} of data.lengths: its share "
+                    f"goes to those of {longest} tokens, the longest"
+                )
 
     def micro_batch(self, index: int) -> Batch:
         pieces = self.plan.batch(index)

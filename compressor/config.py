@@ -215,6 +215,9 @@ class RunConfig:
     them."""
     output: str = "outputs/run"
     """Folder for checkpoints, logs and the final model."""
+    skip_bad_records: bool = False
+    """Leave records of the data out that are null, blank or broken, up to one in twenty, and count them in run.json;
+    otherwise the first of them is an error."""
     seed: int = 0
     """Of initial weights, batches and dropout."""
     base: BaseConfig = field(default_factory=BaseConfig)
@@ -261,6 +264,13 @@ class RunConfig:
             "positive, or objective.distillation, in stage answer",
         )
         longest = max(share.high for share in self.data.lengths)
+        for share in self.objective.tokens:
+            require(
+                share.shortest <= longest,
+                "objective.tokens.shortest",
+                share.shortest,
+                f"at most {longest}, the longest of data.lengths: no passage would be of this share",
+            )
         require(
             self.init is not None or longest <= self.compressor.max_passage_tokens,
             "data.lengths",

@@ -47,13 +47,18 @@ def versions() -> dict[str, str]:
     }
 
 
+def without_folders(text: str) -> str:
+    """A text with the absolute paths in it shortened to their last part, so that it can be published."""
+    # A slash that follows anything but a separator is in the middle of a relative path.
+    return re.sub(r"(?<![^\s,\[\]='\"])/(?:[^/\s,\[\]]+/)+", "", text)
+
+
 def run_record(step: int) -> dict[str, Any]:
     """A start of a training run, for `run.json`.
 
     Absolute paths in the command are shortened to their last part, so that a record can be published.
     """
-    # A slash that follows anything but a separator is in the middle of a relative path.
     # Letters outside the locale's encoding come as surrogates, which no file can hold.
     arguments = [argument.encode("utf-8", "surrogateescape").decode("utf-8", "replace") for argument in sys.argv]
-    command = [re.sub(r"(?<![^\s,\[\]='\"])/(?:[^/\s,\[\]]+/)+", "", argument) for argument in arguments]
+    command = [without_folders(argument) for argument in arguments]
     return {"from_step": step, "command": command, "commit": commit(), "versions": versions()}

@@ -86,6 +86,14 @@ def test_nothing_to_train_on_is_refused() -> None:
             plan(lengths)
 
 
+def test_lengths_that_no_passage_has_are_refused() -> None:
+    """They were clamped to the longest passage, under a line that said that the passages are not used."""
+    ranges = [LengthRange(16, 32), LengthRange(64, 96)]
+    with pytest.raises(CompressorError, match=r"none of the 2 .* of data\.train .* has 9 tokens, .* begins at 16"):
+        plan(np.array([3, 9]), lengths=ranges)
+    assert all(piece.length == 16 for batch in many(plan(np.array([3, 16]), lengths=ranges), 9) for piece in batch)
+
+
 def test_passages_are_tokenised_without_special_tokens(tiny_base: Any, tmp_path: Path) -> None:
     texts = ["One passage.", "Digits 1234 and ünïcode ∑.", "third"]
     path = tmp_path / "texts.jsonl"

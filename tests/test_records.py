@@ -103,6 +103,19 @@ def test_a_folder_of_several_splits_must_be_asked_for_one(tmp_path: Path) -> Non
         load_texts(tmp_path, split="validation")
 
 
+def test_what_a_folder_holds_beside_data_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path / "a.txt", "one")
+    for name in ("notes.md", "b.png", ".hidden"):
+        write(tmp_path / name, "x")
+    (tmp_path / "more").mkdir()
+    for _ in range(2):
+        load_texts(tmp_path)
+    error = capsys.readouterr().err
+    assert error.count("note: 3 of what") == 1
+    assert "is not read" in error
+    assert error.rstrip().endswith(": b.png, more/, notes.md")
+
+
 def test_shipped_sets_have_names() -> None:
     for name, count in (("arxiv-train", 2000), ("arxiv-validation", 300), ("arxiv-test", 500)):
         loaded = load_texts(name)

@@ -74,6 +74,9 @@ class CompressOptions:
     """Field of a corpus that holds the passage; by default text or abstract."""
     limit: int | None = None
     """Only the first so many records of a corpus."""
+    skip_bad_records: bool = False
+    """Leave records of a corpus out that are null, blank or broken, up to one in twenty, and count them in the
+    collection; otherwise the first of them is an error."""
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "shard_size", "segment_tokens"):
@@ -106,6 +109,8 @@ class CalibrateOptions:
     """Passages are cut to these lengths in turn; those that are shorter are taken whole."""
     limit: int = 600
     """Passages to compress."""
+    skip_bad_records: bool = False
+    """Leave passages out that are null, blank or broken, up to one in twenty."""
     rank: int = 384
     """Most principal components."""
     sensitivity: int = 150
@@ -279,21 +284,34 @@ def _compress_corpus(options: CompressOptions, codec: Any, accelerator: Any) -> 
     from compressor.codecs.artifact import compressor_name, public_name, signed
     from compressor.codecs.collection import Collection, CollectionWriter, missing, text_hash
     from compressor.codecs.inspection import describe
+    from compressor.data.left_out import LeftOut
     from compressor.data.records import load_texts
     from compressor.model import Compressor
 
     device: Any = options.device
     if accelerator.num_processes > 1:
         device = accelerator.device
+    left_out = LeftOut()
     with accelerator.main_process_first():
-        records = load_texts(options.text, field=options.text_field, limit=options.limit, documents=True)
+        records = load_texts(
+            options.text,
+            field=options.text_field,
+            limit=options.limit,
+            documents=True,
+            skip_bad_records=options.skip_bad_records,
+            left_out=left_out,
+        )
+    if left_out.total and accelerator.is_main_process:
+        print(f"note: {left_out.line('records', len(records))}", file=sys.stderr)
     names, texts = list(records["id"]), list(records["text"])
     model = Compressor.from_pretrained(
         options.checkpoint, base=options.base, device=device, base_mismatch=options.base_mismatch
     )
     packed = text_packer(options, model.base)
-    source = {"name": public_name(options.text), "field": options.text_field, "limit": options.limit}
+    source: dict[str, Any] = {"name": public_name(options.text), "field": options.text_field, "limit": options.limit}
     source |= {"records": len(texts), "sha256": text_hash("\0".join([*names, *map(text_hash, texts)]))}
+    if left_out.total:
+        source["left_out"] = left_out.record()
     writer = CollectionWriter(options.output, codec, accelerator.process_index, source)
     stamp = signed(model.compress(texts[0], options.tokens), model.base, compressor_name(model, options.checkpoint))
     stamp = replace(stamp, made=stamp.made | how_made(options, model))
@@ -344,7 +362,7 @@ def calibrate_codecs(options: CalibrateOptions, again: bool = False) -> str:
 
     parts = Unfinished(Path(f"{options.output}.unfinished"), options.resume, again)
     parts.start()
-    records = load_texts(options.data, limit=options.limit)
+    records = load_texts(options.data, limit=options.limit, skip_bad_records=options.skip_bad_records)
     model = Compressor.from_pretrained(
         options.checkpoint, base=options.base, device=options.device, base_mismatch=options.base_mismatch
     )

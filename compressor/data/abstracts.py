@@ -9,9 +9,9 @@ import unicodedata
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from compressor.data.bad_records import BadRecord
 from compressor.data.records import date_value, record_id, string_value, text_field
 from compressor.data.sources import Row, type_name
-from compressor.errors import CompressorError
 
 ARXIV_ID = re.compile(r"(?:(\d\d)(\d\d)\.\d{4,5}|[a-z-]+(?:\.[A-Z]{2})?/(\d\d)(\d\d)\d{3})(v\d+)?")
 
@@ -178,7 +178,7 @@ def _first_version(row: Row) -> str:
     versions = row.values.get("versions")
     if not isinstance(versions, list) or not versions or not all(isinstance(item, dict) for item in versions):
         got = "missing" if "versions" not in row.values else type_name(versions)
-        raise CompressorError(
+        raise BadRecord(
             f"{row.where}: the field 'versions' must be a list like [{{'version': 'v1', 'created': ...}}] "
             f"but is {got if versions != [] else 'empty'}; or name the field of the date (date_field)"
         )
@@ -202,7 +202,7 @@ def _day(row: Row, field: str, value: str) -> str:
         utc = moment if moment.tzinfo is None else moment.astimezone(datetime.timezone.utc)
         return utc.date().isoformat()
     except (ValueError, TypeError, IndexError, OverflowError):
-        raise CompressorError(
+        raise BadRecord(
             f"{row.where}: the field {field!r} holds {value[:60]!r}, which is no date like 2024-01-31 or "
             "'Wed, 31 Jan 2024 10:00:00 GMT'"
         ) from None

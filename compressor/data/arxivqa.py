@@ -19,10 +19,12 @@ from typing import Any, Literal
 from compressor import __version__
 from compressor.data import generators
 from compressor.data.abstracts import Fields, read_abstract
+from compressor.data.bad_records import BadRecords
 from compressor.data.cloze import cloze_questions
 from compressor.data.corpora import CorpusConfig, SampleConfig
 from compressor.data.endpoint import EndpointConfig, replies
 from compressor.data.generators import Pair
+from compressor.data.left_out import LeftOut
 from compressor.data.records import load_hub
 from compressor.data.selection import Selection
 from compressor.data.shards import Sample
@@ -65,6 +67,9 @@ class ArxivQAConfig:
     """Last day (or month) of the test split, inclusive; later abstracts are dropped."""
     undated: Literal["error", "train", "validation", "test"] = "error"
     """The split of abstracts without a date."""
+    skip_bad_records: bool = False
+    """Leave abstracts out that are null or broken, up to one in twenty, and count them in the manifest; otherwise the
+    first of them is an error."""
     min_words: int = 20
     """Shorter abstracts are dropped."""
     max_words: int | None = None
@@ -144,19 +149,25 @@ def _abstracts(config: ArxivQAConfig) -> tuple[dict[str, list[dict[str, str]]], 
     chosen: dict[str, list[dict[str, str]]] = {split: [] for split in SPLITS}
     progress = Progress("reading", unit="abstracts")
     places = resolve(config.source, every_split=True)
+    left_out = LeftOut()
+    bad = BadRecords(config.skip_bad_records, left_out)
     for place in places:
-        first: dict[str, Any] | None = None
+        first: dict[str, Any] = {}
         stated = split_of(place) if isinstance(place, Path) else config.hub_split
-        for row in _rows(place, config.hub_split):
+
+        def read(row: Row, first: dict[str, Any] = first, name: str = place.name) -> tuple[str, dict[str, str] | str]:
+            first.update(row.values if not first else {})
+            return row.where, read_abstract(row, Fields(), first, default_id=f"{name}:{row.number}")
+
+        for where, found in bad.usable(_rows(place, config.hub_split, bad), read):
             progress.add()
-            first = row.values if first is None else first
-            found = read_abstract(row, Fields(), first, default_id=f"{place.name}:{row.number}")
-            split = selection.split_of(found, stated, row.where)
+            split = selection.split_of(found, stated, where)
             if split in samples and isinstance(found, dict):
                 samples[split].add(found)
             elif split is not None and not samples and isinstance(found, dict):
                 chosen[split].append(found)
     progress.close()
+    bad.finish(", ".join(place.name for place in places))
     for split, sample in samples.items():
         if sample.seen < sample.size:
             raise CompressorError(f"sample.{split} = {sample.size} but the split has only {sample.seen} abstracts")
@@ -174,14 +185,15 @@ def _abstracts(config: ArxivQAConfig) -> tuple[dict[str, list[dict[str, str]]], 
         "words": {"min": config.min_words, "max": config.max_words},
         "sample": {**sizes, "balance": config.sample.balance, "seed": config.sample.seed} if sizes else None,
         "fields": list(FIELDS),
-        "read": progress.done,
+        "read": progress.done + bad.bad,
+        "left_out": left_out.record(),
         "dropped": dict(sorted(selection.dropped.items())),
     }
 
 
-def _rows(place: Path | Hub, hub_split: str | None) -> Iterator[Row]:
+def _rows(place: Path | Hub, hub_split: str | None, bad: BadRecords) -> Iterator[Row]:
     if isinstance(place, Path):
-        yield from read_rows(place)
+        yield from read_rows(place, bad=bad)
         return
     for number, values in enumerate(load_hub(place, hub_split, streaming=True), start=1):
         yield Row(number, f"{place.name} row {number}", values)

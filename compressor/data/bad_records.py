@@ -42,8 +42,7 @@ class BadRecords:
     def counted(self, bad: int, first: str) -> None:
         """Take over what was counted elsewhere."""
         self.bad += bad
-        self.left_out.counts[REASON] += bad
-        self.left_out.first.setdefault(REASON, first)
+        self.left_out.add(REASON, first, bad)
 
     def usable(self, rows: Iterable[R], convert: Callable[[R], T]) -> Iterator[T]:
         """What `convert` makes of each row that it does not raise `BadRecord` for."""
@@ -63,13 +62,16 @@ class BadRecords:
         except BadRecord as error:
             self.add(error)
 
-    def finish(self, source: object) -> None:
+    def finish(self, source: object, limited: bool = False) -> None:
         """Refuse data of which too much is bad; called when all that is wanted was read.
+
+        Args:
+            limited: only the first records were read, of which one may be bad however few they are.
 
         Raises:
             CompressorError: more than `MOST_BAD` of the records are bad.
         """
-        if self.bad > MOST_BAD * (self.bad + self.good):
+        if self.bad > max(int(limited), MOST_BAD * (self.bad + self.good)):
             raise CompressorError(
                 f"{source}: {self.bad:,} of {self.bad + self.good:,} records are bad, more than {MOST_BAD:.0%}: they "
                 f"are not what they seem. The first: {self.left_out.first[REASON]}"

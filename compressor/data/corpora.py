@@ -17,6 +17,8 @@ from typing import Any, Literal, NamedTuple
 
 from compressor import __version__
 from compressor.data.abstracts import Fields, read_abstract
+from compressor.data.bad_records import BadRecords
+from compressor.data.left_out import LeftOut
 from compressor.data.records import load_hub
 from compressor.data.selection import Selection
 from compressor.data.shards import FIELDS, Sample, SplitWriter
@@ -79,6 +81,9 @@ class CorpusConfig:
     """Last day (or month) of the test split, inclusive; later records are dropped."""
     undated: Literal["error", "train", "validation", "test"] = "error"
     """The split of records without a date."""
+    skip_bad_records: bool = False
+    """Leave records out that are null or broken, up to one in twenty, and count them in the manifest; otherwise the
+    first of them is an error."""
     keep_source_splits: bool = False
     """Of files named train*, validation*, test*, drop records whose date belongs to another split."""
     min_words: int = 20
@@ -168,8 +173,10 @@ def _build(config: CorpusConfig, sources: list[_Source], folder: Path) -> dict[s
     writers = {name: SplitWriter(folder, name, config.shard_records) for name in (sizes or SPLITS)}
     selection = Selection(config, config.cuts())
     progress = Progress("reading", unit="records")
+    left_out = LeftOut()
+    bad = BadRecords(config.skip_bad_records, left_out)
     for source in sources:
-        for where, found in source.records(config):
+        for where, found in source.records(config, bad):
             progress.add()
             split = selection.split_of(found, source.split, where)
             if split in samples and isinstance(found, dict):
@@ -177,6 +184,7 @@ def _build(config: CorpusConfig, sources: list[_Source], folder: Path) -> dict[s
             elif split is not None and not samples and isinstance(found, dict):
                 writers[split].add(found)
     progress.close()
+    bad.finish(", ".join(source.name for source in sources))
     dropped = dict(sorted(selection.dropped.items()))
     if not selection.kept:
         reasons = ", ".join(f"{name} {count}" for name, count in dropped.items())
@@ -196,7 +204,8 @@ def _build(config: CorpusConfig, sources: list[_Source], folder: Path) -> dict[s
         "words": {"min": config.min_words, "max": config.max_words},
         "sample": {**sizes, "balance": config.sample.balance, "seed": config.sample.seed} if sizes else None,
         "fields": list(FIELDS),
-        "read": progress.done,
+        "read": progress.done + bad.bad,
+        "left_out": left_out.record(),
         "kept": {name: selection.kept[name] for name in SPLITS},
         "month_dates": {name: selection.month_dates[name] for name in SPLITS},
         "dropped": dropped,
@@ -216,21 +225,24 @@ class _Source(NamedTuple):
         size = {"bytes": self.place.stat().st_size} if isinstance(self.place, Path) else {}
         return {"name": self.name, **size}
 
-    def records(self, config: CorpusConfig) -> Iterator[tuple[str, dict[str, str] | str]]:
+    def records(self, config: CorpusConfig, bad: BadRecords) -> Iterator[tuple[str, dict[str, str] | str]]:
         """Where each record stands, and the record, or the reason why it is dropped (text)."""
         names = Fields(config.id_field, config.text_field, config.title_field, config.categories_field)
         names = names._replace(date=config.date_field)
-        first: dict[str, Any] | None = None
-        for row in self._rows(config):
-            first = row.values if first is None else first
-            yield row.where, read_abstract(row, names, first, default_id=f"{self.name}:{row.number}")
+        first: dict[str, Any] = {}
 
-    def _rows(self, config: CorpusConfig) -> Iterator[Row]:
+        def read(row: Row) -> tuple[str, dict[str, str] | str]:
+            first.update(row.values if not first else {})
+            return row.where, read_abstract(row, names, first, default_id=f"{self.name}:{row.number}")
+
+        yield from bad.usable(self._rows(config, bad), read)
+
+    def _rows(self, config: CorpusConfig, bad: BadRecords) -> Iterator[Row]:
         if isinstance(self.place, Hub):
             for number, values in enumerate(load_hub(self.place, config.hub_split, streaming=True), start=1):
                 yield Row(number, f"{self.name} row {number}", values)
         else:
-            yield from read_rows(self.place)
+            yield from read_rows(self.place, bad=bad)
 
 
 def _sources(config: CorpusConfig) -> list[_Source]:

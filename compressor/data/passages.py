@@ -10,6 +10,7 @@ import numpy as np
 from datasets import Dataset
 
 from compressor.config import DataConfig
+from compressor.data.left_out import LeftOut
 from compressor.data.records import load_texts
 from compressor.data.rounds import ROUND, Rounds
 from compressor.errors import CompressorError
@@ -34,17 +35,22 @@ def load_passages(
     field: str | None = None,
     limit: int | None = None,
     workers: int = 1,
+    skip_bad_records: bool = False,
+    left_out: LeftOut | None = None,
 ) -> Dataset:
     """Tokenise passages, in parallel and cached by `datasets` on disk, from where they are memory-mapped.
 
     Args:
         sources: corpus folders, files or hub ids (`load_texts`).
         split: the split of those that have several.
+        skip_bad_records, left_out: see `load_texts`.
 
     Returns:
         A data set with `id`, `input_ids` (no special tokens) and `tokens` (their number).
     """
-    texts = load_texts(sources, split=split, field=field, limit=limit).select_columns(["id", "text"])
+    texts = load_texts(
+        sources, split=split, field=field, limit=limit, skip_bad_records=skip_bad_records, left_out=left_out
+    ).select_columns(["id", "text"])
 
     def tokenise(batch: dict[str, list[str]]) -> dict[str, Any]:
         ids = tokenizer(batch["text"], add_special_tokens=False, verbose=False)["input_ids"]
@@ -76,10 +82,24 @@ class BatchPlan(Rounds[Piece]):
     of lengths is what the configuration says whatever the corpus. Micro-batches are made by `Rounds`.
     """
 
-    def __init__(self, lengths: np.ndarray, data: DataConfig, batch_tokens: int, batch_passages: int, seed: int):
-        """`lengths` is the number of tokens of each record, int `[records]`."""
+    def __init__(
+        self,
+        lengths: np.ndarray,
+        data: DataConfig,
+        batch_tokens: int,
+        batch_passages: int,
+        seed: int,
+        source: str = "data.train",
+    ):
+        """`lengths` is the number of tokens of each record, int `[records]`; `source` names them in messages."""
         if not len(lengths) or int(lengths.max()) < 1:
             raise CompressorError("there is no passage with at least one token to train on")
+        longest, least = int(lengths.max()), min(share.low for share in data.lengths)
+        if longest < least:
+            raise CompressorError(
+                f"none of the {len(lengths):,} passages of {source} is as long as data.lengths asks for: the longest "
+                f"has {longest} tokens, the shortest range begins at {least}. Give longer passages or shorter ranges"
+            )
         self.order = np.argsort(lengths, kind="stable")
         self.sorted = lengths[self.order]
         super().__init__(batch_tokens, batch_passages, seed)

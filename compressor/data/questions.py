@@ -110,7 +110,7 @@ def load_questions(
                 break
         if len(found) == limit:
             break
-    bad.finish(source)
+    bad.finish(source, limit is not None)
     if not found:
         raise CompressorError(
             f"{source} holds no question with an answer"

@@ -78,7 +78,7 @@ def load_texts(
             left = None if left is None else left - len(part)
             if left == 0:
                 break
-    bad.finish(source)
+    bad.finish(source, limit is not None)
     if left_out is None and bad.bad:
         print(f"note: {bad.left_out.line('records', sum(map(len, parts)))}", file=sys.stderr)
     if not any(map(len, parts)):

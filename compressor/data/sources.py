@@ -10,8 +10,9 @@ import glob
 import json
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -143,9 +144,16 @@ def _folder_files(folder: Path, split: str | None, every_split: bool) -> list[Pa
             ) from None
     else:
         by_split = {}
+        others = []
         for path in sorted(folder.iterdir()):
-            if path.is_file() and kind_of(path) and not path.name.startswith("."):
+            if path.name.startswith("."):
+                continue
+            if path.is_file() and kind_of(path):
                 by_split.setdefault(split_of(path) or "", []).append(path)
+            else:
+                others.append(path.name + "/" * path.is_dir())
+        if by_split and others:
+            _say_not_read(folder, tuple(others))
     by_split = {name: files for name, files in by_split.items() if files}
     if not by_split:
         raise CompressorError(f"{folder} holds no data ({_kinds()})")
@@ -161,6 +169,13 @@ def _folder_files(folder: Path, split: str | None, every_split: bool) -> list[Pa
     if missing:
         raise CompressorError(f"{missing[0]} is listed in {folder / MANIFEST} but is not there; build it again")
     return chosen
+
+
+@lru_cache
+def _say_not_read(folder: Path, names: tuple[str, ...]) -> None:
+    """A line, once, on what lies in a folder of data and is none."""
+    shown = ", ".join(names[:3]) + ("" if len(names) <= 3 else ", ...")
+    print(f"note: {len(names)} of what {folder} holds is not read ({_kinds()}): {shown}", file=sys.stderr)
 
 
 def read_rows(path: Path, *, documents: bool = False, bad: BadRecords | None = None) -> Iterator[Row]:

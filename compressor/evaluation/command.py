@@ -81,6 +81,9 @@ class EvaluationConfig:
     """Timed runs of each variant in the study efficiency, of which medians are reported."""
     split_date: str | None = None
     """Report records dated before this day (yyyy-mm-dd) and from it on apart."""
+    skip_bad_records: bool = False
+    """Leave records out that are null, blank or broken, up to one in twenty, and count them in metrics.json; otherwise
+    the first of them is an error."""
     output: str = "outputs/evaluation"
     """Folder for metrics.json, predictions.jsonl, config.yaml, table.md and plots."""
     batch_size: int = 16

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from compressor.data.bad_records import BadRecord
 from compressor.data.records import record_id, string_value, text_value
 from compressor.data.sources import Row
 from compressor.errors import CompressorError
@@ -19,7 +20,7 @@ from compressor.evaluation.tasks.choices import (
     most_frequent,
 )
 from compressor.evaluation.tasks.interface import Item, Result, Task, tokenised
-from compressor.evaluation.tasks.records import field_of, task_rows, texts_of
+from compressor.evaluation.tasks.records import field_of, task_records, texts_of
 from compressor.methods.interface import Method, Piece
 from compressor.prompts import QUESTION, question_ids
 
@@ -52,12 +53,8 @@ class Classify(Task):
 
     def load(self, source: str, config: EvaluationConfig) -> list[dict[str, str]]:
         """`id`, `text` and `label` of the first `limit` texts."""
-        found: list[dict[str, str]] = []
-        for row in task_rows(source, config.split, NEEDS):
-            if len(found) == config.limit:
-                break
-            found += _labelled(row, source)
-        return found[: config.limit]
+        found = task_records(source, config, NEEDS, lambda row: _labelled(row, source), self.left_out)
+        return [text for texts in found for text in texts][: config.limit]
 
     def items(self, records: Sequence[dict[str, str]], tokenizer: Any, config: EvaluationConfig) -> list[Item]:
         """One item for each text, in the order of the data."""
@@ -103,7 +100,7 @@ def _labelled(row: Row, source: str) -> list[dict[str, str]]:
         sentences = texts_of(row, "sentences")
         labels = texts_of(row, field_of(row, ("labels",), NEEDS))
         if len(sentences) != len(labels):
-            raise CompressorError(f"{row.where}: {len(sentences)} sentences have {len(labels)} labels")
+            raise BadRecord(f"{row.where}: {len(sentences)} sentences have {len(labels)} labels")
         pairs = zip(sentences, labels, strict=True)
         return [
             {"id": f"{name}:{i}", "text": text, "label": label.lower()}

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from compressor.data.bad_records import BadRecord
 from compressor.data.records import record_id, text_value
 from compressor.data.sources import Row
-from compressor.errors import CompressorError
 from compressor.evaluation.metrics import FigureOf, Sums
 from compressor.evaluation.tasks.choices import (
     ACCURACY,
@@ -22,7 +21,7 @@ from compressor.evaluation.tasks.choices import (
     most_frequent,
 )
 from compressor.evaluation.tasks.interface import Item, Result, Task, tokenised
-from compressor.evaluation.tasks.records import field_of, task_rows
+from compressor.evaluation.tasks.records import field_of, task_records
 from compressor.methods.interface import Method, Piece
 from compressor.prompts import QUESTION, question_ids
 
@@ -60,7 +59,7 @@ class Paraphrase(Task):
 
     def load(self, source: str, config: EvaluationConfig) -> list[dict[str, str]]:
         """`id`, `text`, `text2` and `label` (yes or no) of the first `limit` pairs."""
-        return [_pair(row, source) for row in islice(task_rows(source, config.split, NEEDS), config.limit)]
+        return task_records(source, config, NEEDS, lambda row: _pair(row, source), self.left_out)
 
     def items(self, records: Sequence[dict[str, str]], tokenizer: Any, config: EvaluationConfig) -> list[Item]:
         """One item for each pair: the first sentence is the passage."""
@@ -102,7 +101,7 @@ def _pair(row: Row, source: str) -> dict[str, str]:
     value = row.values[field_of(row, ("label",), NEEDS)]
     label = MEANINGS.get(str(value).lower())
     if label is None:
-        raise CompressorError(f"{row.where}: the label {value!r} is none of {', '.join(MEANINGS)}")
+        raise BadRecord(f"{row.where}: the label {value!r} is none of {', '.join(MEANINGS)}")
     return {
         "id": record_id(row, name, default=f"{source}:{row.number}"),
         "text": text_value(row, field_of(row, ("text", "sentence1"), NEEDS)),

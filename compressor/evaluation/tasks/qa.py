@@ -66,6 +66,7 @@ class QuestionAnswering(Task):
             limit=config.limit,
             columns=config.question_columns or None,
             keep_unanswerable=config.keep_unanswerable,
+            skip_bad_records=config.skip_bad_records,
             left_out=self.left_out,
         )
 

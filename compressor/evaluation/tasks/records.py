@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from compressor.data.bad_records import BadRecords
+from compressor.data.left_out import LeftOut
 from compressor.data.records import load_hub, text_value
 from compressor.data.sources import Hub, Row, read_rows, resolve
 from compressor.errors import CompressorError
+
+if TYPE_CHECKING:
+    from compressor.evaluation.command import EvaluationConfig
+
+T = TypeVar("T")
 
 HUB_SPLITS = {
     "allenai/csabstruct": "test",
@@ -17,8 +25,10 @@ HUB_SPLITS = {
 """Splits of hub data sets that are evaluated on where none is named."""
 
 
-def task_rows(source: str, split: str | None, needs: str) -> Iterator[Row]:
-    """Rows of a source in their order; class numbers of a hub data set become the names of the classes.
+def task_records(
+    source: str, config: EvaluationConfig, needs: str, convert: Callable[[Row], T], left_out: LeftOut
+) -> list[T]:
+    """What `convert` makes of the first `limit` rows of a source; class numbers become the names of the classes.
 
     Args:
         needs: what the task reads and where to get it, for the message when nothing can be read.
@@ -26,14 +36,21 @@ def task_rows(source: str, split: str | None, needs: str) -> Iterator[Row]:
     Raises:
         CompressorError: the source is not there, or a record is broken.
     """
+    bad = BadRecords(config.skip_bad_records, left_out)
     try:
-        for place in resolve(source, split=split):
-            if isinstance(place, Hub):
-                yield from _hub_rows(place, split or HUB_SPLITS.get(place.name))
-            else:
-                yield from read_rows(place)
+        found = list(islice(bad.usable(_task_rows(source, config.split, bad), convert), config.limit))
     except CompressorError as error:
-        raise CompressorError(f"{error}. {needs}") from None
+        raise error if needs in str(error) else CompressorError(f"{error}. {needs}") from None
+    bad.finish(source, config.limit is not None)
+    return found
+
+
+def _task_rows(source: str, split: str | None, bad: BadRecords) -> Iterator[Row]:
+    for place in resolve(source, split=split):
+        if isinstance(place, Hub):
+            yield from _hub_rows(place, split or HUB_SPLITS.get(place.name))
+        else:
+            yield from read_rows(place, bad=bad)
 
 
 def _hub_rows(place: Hub, split: str | None) -> Iterator[Row]:

@@ -83,7 +83,13 @@ class Regeneration(Task):
 
     def load(self, source: str, config: EvaluationConfig) -> Any:
         """Passages with `id`, `text` and, if there is one, `date`."""
-        records = load_texts(source, split=config.split, field=config.text_field)
+        records = load_texts(
+            source,
+            split=config.split,
+            field=config.text_field,
+            skip_bad_records=config.skip_bad_records,
+            left_out=self.left_out,
+        )
         if config.split_date is not None and "date" not in records.column_names:
             raise CompressorError(f"{source} has no field 'date', which split_date needs: leave split_date out")
         return records
@@ -95,6 +101,8 @@ class Regeneration(Task):
         for place, ids in tokenised(records["text"], tokenizer):
             record = records[place]
             part = part_of(record, config)
+            if not ids:
+                self.left_out.add("no_tokens", record["id"])
             for length in lengths:
                 row = found[part, length]
                 if ids and len(ids) >= (length or 1) and len(row) != config.limit:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import groupby
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from compressor.data.bad_records import BadRecords
+from compressor.data.left_out import LeftOut
 from compressor.data.questions import HUB_NAMES, load_questions
 from compressor.data.records import record_id, text_field, text_value
-from compressor.data.sources import Hub, read_rows, resolve
+from compressor.data.sources import Hub, Row, read_rows, resolve
 from compressor.errors import CompressorError
 from compressor.evaluation.metrics import FigureOf, ratio
 from compressor.evaluation.tasks.interface import Item, Result, Task, tokenised
@@ -48,7 +51,9 @@ class Retrieve(Task):
 
     def load(self, source: str, config: EvaluationConfig) -> list[dict[str, str]]:
         """`id`, `text`, `query` and what `starts` the query, of the first `limit` passages that differ."""
-        pairs = _titles(source, config) or _questions(source, config)
+        bad = BadRecords(config.skip_bad_records, self.left_out)
+        pairs = _titles(source, config, bad) or _questions(source, config, self.left_out)
+        bad.finish(source, config.limit is not None)
         found: dict[str, dict[str, str]] = {}
         for pair in pairs:
             found.setdefault(pair["text"], pair)
@@ -141,29 +146,41 @@ def reciprocal_rank(scores: Sequence[float], own: int) -> tuple[float, float]:
     return sum(1 / rank for rank in ranks) / tied, (0.0 if better else 1 / tied)
 
 
-def _titles(source: str, config: EvaluationConfig) -> list[dict[str, str]]:
+def _titles(source: str, config: EvaluationConfig, bad: BadRecords) -> list[dict[str, str]]:
     """Passages with their titles, if the source is files of passages with titles and without questions."""
     # Questions alone are known by short names.
     places = [] if source in HUB_NAMES else resolve(source, split=config.split)
     if not places or any(isinstance(place, Hub) for place in places):
         return []
     found: list[dict[str, str]] = []
-    for place in places:
-        assert not isinstance(place, Hub)
-        for row in read_rows(place):
-            if "title" not in row.values or {"question", "qas", "context"} & set(row.values):
-                return []
-            text = text_value(row, text_field(row.values, config.text_field, row.where))
-            identity = record_id(row, default=f"{place.name}:{row.number}")
-            title = text_value(row, "title")
-            found.append({"id": identity, "text": text, "query": title, "starts": TITLE_STARTS})
-            if config.limit is not None and len(found) >= config.limit:
-                return found
+
+    def pair(at: tuple[Path, Row]) -> dict[str, str] | None:
+        place, row = at
+        if "title" not in row.values or {"question", "qas", "context"} & set(row.values):
+            return None
+        text = text_value(row, text_field(row.values, config.text_field, row.where))
+        identity = record_id(row, default=f"{place.name}:{row.number}")
+        return {"id": identity, "text": text, "query": text_value(row, "title"), "starts": TITLE_STARTS}
+
+    rows = ((place, row) for place in places if isinstance(place, Path) for row in read_rows(place, bad=bad))
+    for one in bad.usable(rows, pair):
+        if one is None:
+            return []
+        found.append(one)
+        if len(found) == config.limit:
+            break
     return found
 
 
-def _questions(source: str, config: EvaluationConfig) -> list[dict[str, str]]:
+def _questions(source: str, config: EvaluationConfig, left_out: LeftOut) -> list[dict[str, str]]:
+    records = load_questions(
+        source,
+        split=config.split,
+        columns=config.question_columns or None,
+        skip_bad_records=config.skip_bad_records,
+        left_out=left_out,
+    )
     return [
         {"id": record.id, "text": record.context, "query": record.question, "starts": QUESTION_STARTS}
-        for record in load_questions(source, split=config.split, columns=config.question_columns or None)
+        for record in records
     ]

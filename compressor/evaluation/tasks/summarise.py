@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from compressor.data.records import record_id
 from compressor.data.sources import Row
 from compressor.evaluation.metrics import FigureOf, ratio, retained, rouge_scores
 from compressor.evaluation.tasks.interface import Item, Result, Task, tokenised
-from compressor.evaluation.tasks.records import field_of, task_rows, texts_of
+from compressor.evaluation.tasks.records import field_of, task_records, texts_of
 from compressor.generation import after, generate, score
 from compressor.methods.interface import Method, Piece
 from compressor.prompts import QUESTION, answer_text, question_ids
@@ -49,7 +48,7 @@ class Summarise(Task):
 
     def load(self, source: str, config: EvaluationConfig) -> list[dict[str, Any]]:
         """`id`, `text` and `targets` of the first `limit` records."""
-        return [_record(row, source) for row in islice(task_rows(source, config.split, NEEDS), config.limit)]
+        return task_records(source, config, NEEDS, lambda row: _record(row, source), self.left_out)
 
     def items(self, records: Sequence[dict[str, Any]], tokenizer: Any, config: EvaluationConfig) -> list[Item]:
         """One item for each text."""
