@@ -472,7 +472,7 @@ def test_unknown_keys_and_commands_name_the_nearest(tmp_path: Path, capsys: pyte
 
 
 def test_the_process_ends_with_status_2_and_no_traceback(tmp_path: Path) -> None:
-    (tmp_path / "s.jsonl").write_bytes(b"\xff\xfe junk")
+    (tmp_path / "s.jsonl").write_bytes(b"\xfa\xfe junk")
     command = [sys.executable, "-m", "compressor.cli", "corpus", "--source", "s.jsonl", "--output", "out"]
     root = Path(__file__).resolve().parents[1]
     done = subprocess.run(

@@ -14,6 +14,7 @@ import torch
 from rouge_score.rouge_scorer import RougeScorer
 
 from compressor.base import Base
+from compressor.data.left_out import LeftOut
 from compressor.data.questions import Question
 from compressor.errors import CompressorError
 from compressor.evaluation.command import EvaluationConfig, evaluate_main
@@ -22,7 +23,7 @@ from compressor.evaluation.report import text_table
 from compressor.evaluation.tasks import TASKS, Item, Result, Task, retrieve
 from compressor.evaluation.tasks import records as records_module
 from compressor.evaluation.tasks.choices import choose, label_ids, most_frequent
-from compressor.evaluation.tasks.records import task_rows
+from compressor.evaluation.tasks.records import task_records
 from compressor.evaluation.tasks.retrieve import Retrieve, reciprocal_rank
 from compressor.methods.full import Full
 from compressor.methods.interface import MemoryMethod, Method
@@ -332,7 +333,7 @@ def test_class_numbers_of_the_hub_become_names(monkeypatch: pytest.MonkeyPatch) 
         return datasets.Dataset.from_dict(columns, features=features)
 
     monkeypatch.setattr(records_module, "load_hub", load)
-    (row,) = task_rows("stanfordnlp/sst2", None, "")
+    (row,) = task_records("stanfordnlp/sst2", EvaluationConfig(), "", lambda row: row, LeftOut())
     assert row.values == {"idx": 3, "sentence": "fine", "label": "positive", "labels": ["y", "x"]}
     assert asked == [("stanfordnlp/sst2", "validation")]
     assert TASKS["classify"]().load("stanfordnlp/sst2", EvaluationConfig(split="train")) == [
