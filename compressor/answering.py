@@ -21,7 +21,7 @@ from compressor.methods.encoder import pad
 from compressor.methods.interface import token_prefix
 from compressor.objectives import target_loss
 from compressor.progress import note
-from compressor.training import Batch
+from compressor.stage import Batch
 
 VALIDATED_TOGETHER = 8
 

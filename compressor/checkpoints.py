@@ -10,9 +10,8 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator
@@ -23,37 +22,11 @@ from compressor.config import RunConfig
 from compressor.errors import FULL, MORE_SPACE, CompressorError, WriteError
 from compressor.files import FolderKind, atomic_folder, read_json, remove_folder, unreadable, write_json
 from compressor.progress import note
-
-if TYPE_CHECKING:
-    from compressor.training import Stage
+from compressor.stage import Stage, TrainingState
 
 VALIDATION = "data.validation"
 """The one part of a run's origin that may change: the losses of two validation sets are not compared."""
 CHECKPOINT = FolderKind("a training checkpoint", ("state.json", "optimizer.safetensors", "model/*", "model/writer/*"))
-
-
-@dataclass
-class TrainingState:
-    """Where a run stands. Batches, rates and random numbers follow from `step` and the seed."""
-
-    step: int = 0
-    passages: int = 0
-    tokens: int = 0
-    """Target tokens seen."""
-    seconds: float = 0.0
-    best_step: int = 0
-    best_loss: float | None = None
-    interval: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
-    """Loss, targets and passages since the last row of the log."""
-    micro_batches: int = 0
-    """Micro-batches of a step, those of all processes together; 0 in checkpoints that did not record it."""
-    origin: dict[str, str] = field(default_factory=dict)
-    """What the run is made from (`Stage.origin`)."""
-
-    def note_validation(self, loss: float) -> None:
-        """Remember the step with the lowest validation loss."""
-        if self.best_loss is None or loss < self.best_loss:
-            self.best_loss, self.best_step = loss, self.step
 
 
 class Checkpoints:

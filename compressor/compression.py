@@ -24,7 +24,7 @@ from compressor.generation import generate, regeneration_limit
 from compressor.methods.encoder import pad
 from compressor.model import Compressor
 from compressor.objectives import target_loss
-from compressor.training import Batch
+from compressor.stage import Batch
 
 CONTINUATION_TOKENS = 64
 """Most tokens of what follows a passage in the continuation objective."""

@@ -30,7 +30,7 @@ FREE_TO_CHANGE = {
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from compressor.training import Stage
+    from compressor.stage import Stage
 
 
 @exits_cleanly

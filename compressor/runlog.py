@@ -12,10 +12,10 @@ from pathlib import Path
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from compressor.checkpoints import TrainingState
 from compressor.config import RunConfig
 from compressor.files import atomic_file, write_errors
 from compressor.progress import is_quiet
+from compressor.stage import TrainingState
 
 
 class RunLog:

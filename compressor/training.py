@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -21,45 +21,14 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from compressor.base import first_line, held_dtype
-from compressor.checkpoints import Checkpoints, TrainingState
+from compressor.checkpoints import Checkpoints
 from compressor.config import RunConfig, TrainingConfig
 from compressor.errors import CompressorError, WriteError
 from compressor.optimizers import make_optimizer
 from compressor.processes import current_device, make_accelerator
 from compressor.progress import note
 from compressor.runlog import RunLog
-
-Batch = dict[str, Any]
-"""Tensors plus `ids` (record ids, for messages), `targets` (tokens the loss is summed over) and `passages`."""
-
-
-class Stage(Protocol):
-    """What the loop needs to know of a stage."""
-
-    @property
-    def module(self) -> nn.Module:
-        """`module(batch)` returns the summed loss in nats, a scalar that carries the gradient."""
-
-    def micro_batch(self, index: int) -> Batch:
-        """The batch of this index: a pure function of the index and the seed, on the CPU."""
-
-    def probe_batch(self) -> Batch:
-        """The smallest useful batch, to see which parameters get a gradient."""
-
-    def origin(self) -> dict[str, str]:
-        """What the weights and batches are made from, a short text each: hashes of base and data, the optimiser.
-
-        A run is resumed only where these are what they were.
-        """
-
-    def validate(self, accelerator: Accelerator) -> tuple[dict[str, float], list[str]]:
-        """Figures (with `loss`, lower is better) and sample lines; called on every process."""
-
-    def save(self, folder: Path) -> None:
-        """Write the model, without training state, whole or not at all."""
-
-    def load(self, folder: Path) -> None:
-        """Read what `save` wrote into `module`, exactly."""
+from compressor.stage import Batch, Stage, TrainingState
 
 
 def learning_rate(step: int, config: TrainingConfig) -> float:

@@ -16,7 +16,7 @@ import torch
 import yaml
 
 from compressor.errors import CompressorError
-from compressor.evaluation.command import EvaluationConfig, evaluate_main
+from compressor.evaluation.command import evaluate_main
 from compressor.evaluation.report import (
     load_published,
     loss_curve,
@@ -25,6 +25,7 @@ from compressor.evaluation.report import (
     regeneration_plot,
     text_table,
 )
+from compressor.evaluation.settings import EvaluationConfig
 from compressor.evaluation.tasks import Item, Regeneration
 from compressor.evaluation.tasks import regeneration as tasks_module
 from compressor.evaluation.tasks.interface import make_batches

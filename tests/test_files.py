@@ -22,9 +22,9 @@ from compressor.codecs.pack_command import main as pack
 from compressor.data.arxivqa import ArxivQAConfig, build_questions
 from compressor.data.corpora import CorpusConfig, build_corpus
 from compressor.errors import CompressorError
-from compressor.evaluation.command import EvaluationConfig
 from compressor.evaluation.report import loss_curve
 from compressor.evaluation.runner import output_folder
+from compressor.evaluation.settings import EvaluationConfig
 from compressor.files import atomic_file, atomic_folder, write_json
 from compressor.pretrained import CHECKPOINT
 

@@ -18,8 +18,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from compressor.base import load_base
 from compressor.errors import CompressorError
-from compressor.evaluation.command import EvaluationConfig, evaluate_main
+from compressor.evaluation.command import evaluate_main
 from compressor.evaluation.flops import Setting, causal_pairs
+from compressor.evaluation.settings import EvaluationConfig
 from compressor.evaluation.studies.efficiency import (
     llama_shape,
     lora_parameters,

@@ -17,9 +17,10 @@ from compressor.base import Base
 from compressor.data.left_out import LeftOut
 from compressor.data.questions import Question
 from compressor.errors import CompressorError
-from compressor.evaluation.command import EvaluationConfig, evaluate_main
+from compressor.evaluation.command import evaluate_main
 from compressor.evaluation.metrics import FIGURES
 from compressor.evaluation.report import text_table
+from compressor.evaluation.settings import EvaluationConfig
 from compressor.evaluation.tasks import TASKS, Item, Result, Task, retrieve
 from compressor.evaluation.tasks import records as records_module
 from compressor.evaluation.tasks.choices import choose, label_ids, most_frequent

@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from compressor.base import Base, load_base
 from compressor.base import resolve as resolve_path
 from compressor.errors import CompressorError
-from compressor.evaluation.command import EvaluationConfig
+from compressor.evaluation.settings import EvaluationConfig
 from compressor.methods.interface import Method, check_tokens
 from compressor.methods.registry import (
     READINGS,

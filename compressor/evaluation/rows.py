@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from compressor.evaluation.command import EvaluationConfig
 from compressor.evaluation.metrics import interval, resampled_figures
+from compressor.evaluation.settings import EvaluationConfig
 from compressor.evaluation.tasks import Item, Result, Task
 from compressor.evaluation.tasks.interface import LEFT_OUT
 

@@ -25,11 +25,11 @@ from compressor.data.questions import HUB_NAMES
 from compressor.data.sources import resolve as resolve_data
 from compressor.data.sources import stem_of
 from compressor.errors import CompressorError
-from compressor.evaluation.command import EvaluationConfig
 from compressor.evaluation.methods import Methods
 from compressor.evaluation.metrics import FIGURES, LEVEL, bleu_signature, chrf_signature
 from compressor.evaluation.report import load_published, markdown_table, regeneration_plot
 from compressor.evaluation.rows import MACRO, Results, left_out_of, make_rows, row_key
+from compressor.evaluation.settings import EvaluationConfig
 from compressor.evaluation.studies import STUDIES, load_study
 from compressor.evaluation.tasks import TASKS, Item, Result, Task
 from compressor.evaluation.tasks.interface import BEYOND, LEFT_OUT

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from compressor.evaluation.command import EvaluationConfig
+    from compressor.evaluation.settings import EvaluationConfig
     from compressor.unfinished import Unfinished
 
 STUDIES: dict[str, str] = {

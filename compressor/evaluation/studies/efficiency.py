@@ -21,10 +21,10 @@ from accelerate import Accelerator
 from transformers import LlamaConfig
 
 from compressor.errors import CompressorError
-from compressor.evaluation.command import EvaluationConfig
 from compressor.evaluation.flops import Cost, Setting, Shape
 from compressor.evaluation.methods import checkpoint_fingerprint
 from compressor.evaluation.report import figure
+from compressor.evaluation.settings import EvaluationConfig
 from compressor.evaluation.studies import Findings
 from compressor.generation import stream
 from compressor.lora import READER, WRITER

@@ -20,11 +20,11 @@ from torch import nn
 
 from compressor.base import Base
 from compressor.errors import CompressorError
-from compressor.evaluation.command import EvaluationConfig
 from compressor.evaluation.methods import checkpoint_fingerprint
 from compressor.evaluation.metrics import LEVEL, bootstrap, ratio
 from compressor.evaluation.report import figure
 from compressor.evaluation.runner import data_names, describe_data, items_hash, run_batches
+from compressor.evaluation.settings import EvaluationConfig
 from compressor.evaluation.studies import Findings
 from compressor.evaluation.tasks import Item, QuestionAnswering, Regeneration, Result, Task
 from compressor.evaluation.tasks.interface import LEFT_OUT

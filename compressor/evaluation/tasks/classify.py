@@ -25,7 +25,7 @@ from compressor.methods.interface import Method, Piece
 from compressor.prompts import QUESTION, question_ids
 
 if TYPE_CHECKING:
-    from compressor.evaluation.command import EvaluationConfig
+    from compressor.evaluation.settings import EvaluationConfig
 
 NEEDS = (
     "The task classify reads records with the fields text and label, or sentences and labels (lists): name files, or "

@@ -14,7 +14,7 @@ from compressor.generation import after, score
 from compressor.methods.interface import Method, Piece
 
 if TYPE_CHECKING:
-    from compressor.evaluation.command import EvaluationConfig
+    from compressor.evaluation.settings import EvaluationConfig
 
 FOLLOWING = 64
 """Most tokens that are scored after a passage."""

@@ -11,7 +11,7 @@ from compressor.evaluation.metrics import FigureOf
 from compressor.methods.interface import Method, Piece
 
 if TYPE_CHECKING:
-    from compressor.evaluation.command import EvaluationConfig
+    from compressor.evaluation.settings import EvaluationConfig
 
 Result = dict[str, Any]
 """What an item left at one size, ready for JSON: a line of `predictions.jsonl` and the columns of its figures. Of an

@@ -26,7 +26,7 @@ from compressor.methods.interface import Method, Piece
 from compressor.prompts import QUESTION, question_ids
 
 if TYPE_CHECKING:
-    from compressor.evaluation.command import EvaluationConfig
+    from compressor.evaluation.settings import EvaluationConfig
 
 NEEDS = (
     "The task paraphrase reads records with the fields text, text2 and label (paraphrase or not_paraphrase, 1 or 0): "

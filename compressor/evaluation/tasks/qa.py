@@ -18,7 +18,7 @@ from compressor.methods.interface import Method, Piece
 from compressor.prompts import QUESTION, answer_ids, question_ids
 
 if TYPE_CHECKING:
-    from compressor.evaluation.command import EvaluationConfig
+    from compressor.evaluation.settings import EvaluationConfig
 
 KINDS = ("answerable", "unanswerable")
 """Kinds of questions, whose F1 is reported apart where some are unanswerable."""

@@ -28,7 +28,7 @@ from compressor.generation import after, generate, regeneration_limit, score
 from compressor.methods.interface import Method, Piece
 
 if TYPE_CHECKING:
-    from compressor.evaluation.command import EvaluationConfig
+    from compressor.evaluation.settings import EvaluationConfig
 
 BEFORE, AFTER = "before", "from"
 

@@ -21,7 +21,7 @@ from compressor.generation import after, score
 from compressor.methods.interface import Method, Piece
 
 if TYPE_CHECKING:
-    from compressor.evaluation.command import EvaluationConfig
+    from compressor.evaluation.settings import EvaluationConfig
 
 QUESTION_STARTS, TITLE_STARTS = "\nQuestion:", "\nTitle:"
 """What stands between a memory and the query."""

@@ -15,7 +15,7 @@ from compressor.methods.interface import Method, Piece
 from compressor.prompts import QUESTION, answer_text, question_ids
 
 if TYPE_CHECKING:
-    from compressor.evaluation.command import EvaluationConfig
+    from compressor.evaluation.settings import EvaluationConfig
 
 NEEDS = (
     "The task summarise reads records with the fields text and targets (one summary or a list of them): name files "
