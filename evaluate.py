@@ -7,7 +7,8 @@
 Any JSONL, Parquet, CSV or text file with a `text` or `abstract` field works as data. A table is printed;
 `metrics.json`, `predictions.jsonl`, `config.yaml`, `table.md` and `regeneration.png` are written to the output folder,
 which is never replaced without `--overwrite`. `--split_date 2020-01-01` reports records before and from that day apart.
-Figures do not depend on the number of processes.
+Figures do not depend on the number of processes. What is done when an evaluation is stopped is in `unfinished/` of the
+output folder: the same command with `--resume` goes on with it, to the same table.
 
 `--task utilisation` studies what each memory token and layer is used for, `--task efficiency` what a memory saves,
 `--task rate-distortion` bytes of every codec against what comes back.

@@ -3,15 +3,14 @@
 #   runs/evaluate-qa.sh [LIMIT]
 set -euo pipefail
 cd "$(dirname "$0")/.."
-mkdir -p outputs
-work=$(mktemp -d outputs/run.XXXXXX)
-trap 'rm -rf "$work"' EXIT
+source runs/work.sh
 limit=${1:-150} checkpoint=models/arxiv-mini/compressor
 python evaluate.py --checkpoint "$checkpoint" --task qa --data squad-dev arxivqa-test --limit "$limit" --batch_size 50 \
-  --methods kv full none truncate keywords summary --tokens 16 4 1 --output "$work/qa"
+  --methods kv full none truncate keywords summary --tokens 16 4 1 --resume --output "$work/qa"
 python evaluate.py --checkpoint "$checkpoint" --task qa --data squad-dev arxivqa-test --limit "$limit" --batch_size 50 \
-  --methods kv recite full none --tokens 16 4 --segment_tokens 96 --output "$work/qa-segments"
+  --methods kv recite full none --tokens 16 4 --segment_tokens 96 --resume --output "$work/qa-segments"
 python evaluate.py --checkpoint "$checkpoint" --task qa --data squad-dev arxivqa-test --limit "$limit" --batch_size 50 \
-  --methods kv recite full none truncate summary --tokens 16 4 1 --question_tokens 96 --output "$work/qa-windows"
+  --methods kv recite full none truncate summary --tokens 16 4 1 --question_tokens 96 --resume --output "$work/qa-windows"
 for name in qa qa-segments qa-windows; do cp "$work/$name/metrics.json" "results/$name.json"; done
 python runs/readme.py
+finished

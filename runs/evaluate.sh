@@ -2,12 +2,11 @@
 # Makes every figure of the README from the bundled models: results/*.json, the plots, README.md's generated parts.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-mkdir -p outputs
-work=$(mktemp -d outputs/run.XXXXXX)
-trap 'rm -rf "$work"' EXIT
+source runs/work.sh
 python evaluate.py --checkpoint models/arxiv-mini/compressor --task regeneration --data arxiv-test \
-  --tokens 16 4 1 --lengths 96 192 288 384 480 --limit 100 --batch_size 50 --output "$work/regeneration"
+  --tokens 16 4 1 --lengths 96 192 288 384 480 --limit 100 --batch_size 50 --resume --output "$work/regeneration"
 cp "$work/regeneration/metrics.json" results/regeneration.json
 python runs/readme.py --snippet > "$work/snippet.py"
 (cd "$work" && PYTHONPATH="$OLDPWD" python snippet.py) > results/snippet.txt
 python runs/readme.py
+finished

@@ -8,16 +8,16 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 steps=${1:?usage: runs/refinement.sh STEPS LIMIT LENGTH...} limit=${2:?} lengths=("${@:3}")
-mkdir -p outputs results/refinement
-work=$(mktemp -d outputs/run.XXXXXX)
-trap 'rm -rf "$work"' EXIT
+mkdir -p results/refinement
+source runs/work.sh
 for count in $steps; do
   for length in "${lengths[@]}"; do
     name=${FROM:+$FROM-}$count-steps-$length
     python evaluate.py --checkpoint models/arxiv-mini/compressor --task regeneration --data arxiv-test --tokens ${TOKENS:-16 4 1} \
       --lengths "$length" --limit "$limit" --batch_size 20 --refine_steps "$count" \
-      --refine_from "${FROM:-encoder}" --output "$work/$name"
+      --refine_from "${FROM:-encoder}" --resume --output "$work/$name"
     cp "$work/$name/metrics.json" "results/refinement/$name.json"
   done
 done
 python runs/readme.py
+finished

@@ -6,15 +6,13 @@
 # `python evaluate.py --task NAME` names; tasks whose files are not there are left out. The other two use shipped abstracts.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-mkdir -p outputs
-work=$(mktemp -d outputs/run.XXXXXX)
-trap 'rm -rf "$work"' EXIT
+source runs/work.sh
 folder=${1:-none} limit=${2:-50}
 mkdir -p results/tasks
 task() { # NAME OF THE FILE, TASK, then settings
   local name=$1 task=$2; shift 2
   python evaluate.py --checkpoint models/arxiv-mini/compressor --task "$task" --methods kv recite full none --tokens 16 4 1 --batch_size 50 \
-    --segment_tokens 96 --limit "$limit" --output "$work/$name" "$@"
+    --segment_tokens 96 --limit "$limit" --resume --output "$work/$name" "$@"
   cp "$work/$name/metrics.json" "results/tasks/$name.json"
 }
 task continuation continuation --data arxiv-test
@@ -24,3 +22,4 @@ if [ -f "$folder/csabstruct-test.jsonl.gz" ]; then task classify-roles classify 
 if [ -f "$folder/sst2-dev.jsonl.gz" ]; then task classify-sentiment classify --data "$folder/sst2-dev.jsonl.gz"; fi
 if [ -f "$folder/mrpc-dev.jsonl.gz" ]; then task paraphrase paraphrase --data "$folder/mrpc-dev.jsonl.gz"; fi
 python runs/readme.py
+finished

@@ -4,12 +4,11 @@
 # LIMIT is the number of passages, and of questions of each set (12); about three minutes on one CPU core.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-mkdir -p outputs
-work=$(mktemp -d outputs/run.XXXXXX)
-trap 'rm -rf "$work"' EXIT
+source runs/work.sh
 python evaluate.py --checkpoint models/arxiv-mini/compressor --task utilisation \
-  --data arxiv-test squad-dev arxivqa-test --limit "${1:-12}" --output "$work/utilisation"
+  --data arxiv-test squad-dev arxivqa-test --limit "${1:-12}" --resume --output "$work/utilisation"
 mkdir -p results
 cp "$work/utilisation/metrics.json" results/utilisation.json
 cp "$work/utilisation/table.md" results/utilisation.md
 cp "$work/utilisation/utilisation.png" results/utilisation-utilisation.png
+finished

@@ -190,7 +190,7 @@ def test_a_study_goes_on(checkpoint: str, tmp_path: Path, batches: list[Any]) ->
     assert evaluate_main([*argv, str(tmp_path / "out"), "--resume"]) == 0
     assert 0 < len(batches) - before < 4
     one, other = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("whole", "out"))
-    for name in ("rows", "equal_use", "maps", "notes"):
+    for name in ("rows", "notes"):
         assert one[name] == other[name]
 
 
@@ -253,3 +253,27 @@ def test_an_interrupted_calibration_goes_on_to_the_same_file(
     assert calls[before:] == ["_squared_gradients"]
     assert out.read_bytes() == whole.read_bytes()
     assert {path.name for path in tmp_path.iterdir()} == {"whole.safetensors", "out.safetensors"}
+
+
+def test_times_of_an_interrupted_study_are_kept(
+    checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from compressor.evaluation.studies import efficiency
+
+    measured: list[int] = []
+    honest = efficiency.measure
+
+    def measure(model: Any, length: int, *args: Any) -> Any:
+        if measured == [8]:
+            os.kill(os.getpid(), signal.SIGINT)
+        measured.append(length)
+        return honest(model, length, *args)
+
+    monkeypatch.setattr(efficiency, "measure", measure)
+    argv = ["--checkpoint", checkpoint, "--task", "efficiency", "--lengths", "8", "16", "--new_tokens", "2", "4"]
+    argv += ["--repeats", "1", "--output", str(tmp_path / "out")]
+    assert evaluate_main(argv) == 130
+    assert (tmp_path / "out" / "unfinished" / "parts-0.jsonl").exists()
+    measured[:] = []
+    assert evaluate_main([*argv, "--resume"]) == 0
+    assert measured == [16]

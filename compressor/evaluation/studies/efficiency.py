@@ -99,9 +99,14 @@ def efficiency(config: EvaluationConfig, accelerator: Accelerator, parts: Unfini
         settings.passage_attention == "bidirectional",
         lora_parameters(model, WRITER) if model.has_writer else None,
     )
+    parts.expect({"weights": checkpoint_fingerprint(model)})
     rows: list[dict[str, Any]] = []
     for length in lengths:
-        timed = measure(model, length, sizes, config)
+        timed = kept_times(parts, length)
+        if timed is None:
+            timed = measure(model, length, sizes, config)
+            times = [[name, [asdict(one) for one in runs]] for name, runs in timed.items()]
+            parts.add([{"length": length, "times": times}])
         for prompt, (new_full, new_memory) in PROMPTS.items():
             for tokens in sizes:
                 for count in sorted(config.new_tokens):
@@ -180,6 +185,17 @@ class Times:
     """Until the passage is read or compressed."""
     written: dict[int, float] = field(default_factory=dict)
     """From then on until so many new tokens are written."""
+
+
+def kept_times(parts: Unfinished, length: int) -> dict[int | None, list[Times]] | None:
+    """What `measure` found for a length before an interruption."""
+    for part in parts.parts:
+        if part["length"] == length:
+            return {
+                name: [Times(one["reading"], {int(n): s for n, s in one["written"].items()}) for one in runs]
+                for name, runs in part["times"]
+            }
+    return None
 
 
 def time_once(model: Compressor, passage: Sequence[int], tokens: int | None, new_tokens: Sequence[int]) -> Times:
