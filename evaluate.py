@@ -10,8 +10,7 @@ which is never replaced without `--overwrite`. `--split_date 2020-01-01` reports
 Figures do not depend on the number of processes. What is done when an evaluation is stopped is in `unfinished/` of the
 output folder: the same command with `--resume` goes on with it, to the same table.
 
-`--task utilisation` studies what each memory token and layer is used for, `--task efficiency` what a memory saves,
-`--task rate-distortion` bytes of every codec against what comes back.
+`--task utilisation` studies what each memory token and layer is used for, `--task efficiency` what a memory saves.
 """
 
 import sys
