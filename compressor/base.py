@@ -6,7 +6,7 @@ import hashlib
 import json
 import warnings
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args, get_type_hints
 
 import torch
 from tokenizers import Tokenizer
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
 
 from compressor.bases import locate, remedy
-from compressor.errors import CompressorError
+from compressor.errors import CompressorError, require
 from compressor.kernels import GROUPED, lighten_norms
 from compressor.model_config import BaseConfig
 from compressor.processes import bars_on_terminals, fast_bfloat16
@@ -445,6 +445,11 @@ def load_base(config: BaseConfig, device: str | torch.device = "cpu") -> Base:
         CompressorError: it is not there, is damaged, or is of a kind that cannot work; or there is no such device.
     """
     check_device(device)
+    # The command line checks these; the Python API comes straight here.
+    hints = get_type_hints(BaseConfig)
+    for name in ("dtype", "attention", "quantisation"):
+        known, value = get_args(hints[name]), getattr(config, name)
+        require(value in known, f"base.{name}", value, f"one of {', '.join(known)}")
     path = locate(config.path, config.revision)
     attention: str = config.attention
     dtype = getattr(torch, held_dtype(config.dtype, torch.device(device)))

@@ -137,7 +137,7 @@ def compress_to_fidelity(
     Raises:
         CompressorError: a target out of range, an empty passage, or more memory tokens than the compressor has.
     """
-    if not 0 < target <= 1:
+    if not isinstance(target, (int, float)) or not 0 < target <= 1:
         raise CompressorError(f"target_fidelity = {target!r} is out of range: it must be above 0 and at most 1")
     sizes = sizes_to_try(model, tokens)
     truncatable = model.encoder.truncatable

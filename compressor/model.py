@@ -8,7 +8,7 @@ these instead of the passage.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, overload
@@ -264,10 +264,10 @@ class Compressor(nn.Module):
         """Write the passages back from their memories, adapters off; see `generation.regenerate`."""
         from compressor import generation
 
-        single = isinstance(memories, Memory)
+        chosen = _memories(memories)
         with self.adapters(on=False):
-            texts = generation.regenerate(self.base, [memories] if single else memories, **options)  # type: ignore[list-item,arg-type]
-        return texts[0] if single else texts
+            texts = generation.regenerate(self.base, chosen, **options)
+        return texts[0] if isinstance(memories, Memory) else texts
 
     @overload
     def answer(self, memories: Memory, questions: str, *, recite: bool = False, **options: Any) -> str: ...
@@ -295,7 +295,7 @@ class Compressor(nn.Module):
 
         single = isinstance(memories, Memory)
         asked = in_list(questions, "the question")
-        chosen = [memories] if isinstance(memories, Memory) else list(memories)
+        chosen = _memories(memories)
         if len(asked) != len(chosen):
             raise CompressorError(f"got {len(chosen)} memories and {len(asked)} questions: give one question for each")
         if not chosen:
@@ -356,6 +356,14 @@ class Compressor(nn.Module):
         model = cls(chosen, CompressorConfig(**read_settings(folder)["config"]))
         load_weights(model, folder)
         return model.eval()
+
+
+def _memories(memories: Any) -> list[Memory]:
+    """A memory, or several, as a list; what is none is a `CompressorError`."""
+    found = list(memories) if isinstance(memories, Iterable) else [memories]
+    if wrong := [type(one).__name__ for one in found if not isinstance(one, Memory)]:
+        raise CompressorError(f"got {wrong[0]}, not a memory: give what compress returned, or Memory.load(FILE)")
+    return found
 
 
 def in_list(texts: str | Sequence[str], name: str) -> list[str]:

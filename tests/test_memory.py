@@ -57,7 +57,7 @@ def test_layouts_that_move_with_k_refuse_truncation_and_say_what_to_do(
 
 @pytest.mark.parametrize("tokens", [0, -1, 9])
 def test_truncating_to_an_impossible_number_is_refused(tiny_compressor: Compressor, tokens: int) -> None:
-    with pytest.raises(CompressorError, match=rf"{tokens} memory tokens: the memory has 8"):
+    with pytest.raises(CompressorError, match=rf"{tokens} (memory tokens: the memory has 8|is out of range)"):
         tiny_compressor.compress_ids([PASSAGE])[0].truncate(tokens)
 
 

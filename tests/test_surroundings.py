@@ -184,6 +184,7 @@ def test_a_checkpoint_that_cannot_be_opened_is_not_called_damaged(
         ({"passages": "a", "batch_size": 0}, "batch_size = 0 is out of range: it must be at least 1"),
         ({"passages": "a", "segment_tokens": 2.5}, "segment_tokens = 2.5 is not a whole number"),
         ({"passages": "a", "refine_steps": -1}, "refine_steps = -1 is out of range"),
+        ({"passages": "a", "target_fidelity": "0.5"}, "target_fidelity = '0.5' is out of range"),
     ],
 )
 def test_what_the_api_cannot_take_is_told_in_its_own_words(
@@ -198,6 +199,9 @@ def test_what_the_api_cannot_take_of_a_memory(tiny_compressor: Any) -> None:
     for wrong, message in (
         (lambda: memory.truncate(2.0), "tokens = 2.0 is not a whole number"),
         (lambda: tiny_compressor.regenerate(memory, batch_size=0), "batch_size = 0"),
+        (lambda: tiny_compressor.regenerate(None), "got NoneType, not a memory"),
+        (lambda: tiny_compressor.regenerate("notes.memory"), "got str, not a memory"),
+        (lambda: tiny_compressor.answer(["a.memory"], ["What?"]), "got str, not a memory"),
         (lambda: tiny_compressor.answer(memory, None), "the question is NoneType, not text"),
         (lambda: tiny_compressor.answer(memory, "\udc80?"), "the question holds half of a surrogate pair"),
     ):
