@@ -190,7 +190,7 @@ def _convert(path: Path, target: Path, record: dict[str, Any]) -> None:
         reason = error.reason if isinstance(error, WriteError) else first_line(error)
         raise CompressorError(
             f"cannot write the converted base to {target} ({reason}): free some space there (it takes "
-            f"{sum(weight.nbytes for weight in weights.values()) >> 20:,} MB), or set {CACHE} to another folder"
+            f"{sum(weight.nbytes for weight in model.parameters()) >> 20:,} MB), or set {CACHE} to another folder"
         ) from None
 
 
