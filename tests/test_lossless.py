@@ -7,7 +7,6 @@ import os
 import random
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,9 +27,7 @@ from compressor.codecs.ranges import RangeDecoder, RangeEncoder
 from compressor.codecs.token_coder import (
     Unencodable,
     decode_lanes,
-    decode_tokens,
     encode_lane,
-    encode_tokens,
 )
 from compressor.errors import CompressorError
 from compressor.memory import Memory, empty_prefix
@@ -216,29 +213,8 @@ def test_token_sequences_come_back_in_every_family(make_family_base: Any, kind: 
     generator = random.Random(1)
     rows = [[generator.randrange(3, exact.vocabulary) for _ in range(length)] for length in (0, 1, 30)]
     rows = [[token for token in row if token != exact.base.eos] for row in rows]
-    assert decode_tokens(exact, None, encode_tokens(exact, None, rows)) == rows
-
-
-def test_tokens_after_memories_come_back_and_take_fewer_bytes(make_tiny_compressor: Any, texts: list[str]) -> None:
-    model = make_tiny_compressor()
-    passages = [text[:90] for text in texts[:3]]
-    with torch.no_grad():
-        memories = [model.compress(passage) for passage in passages]
-    with model.adapters(on=False):
-        exact = ExactBase(model.base)
-    rows = [model.base.tokenizer(passage, add_special_tokens=False)["input_ids"] for passage in passages]
-    prefix = exact.memory_prefix(memories)
-    assert prefix.keys[0].dtype == torch.float64
-    coded = encode_tokens(exact, prefix, rows)
-    assert decode_tokens(exact, exact.memory_prefix(memories), coded) == rows
-    assert decode_tokens(exact, prefix, coded, batch=2) == rows
-    assert coded != encode_tokens(exact, None, rows)
-    # The prefix is what they were coded under: another one does not give them back.
-    swapped = exact.memory_prefix([memories[1], memories[2], memories[0]])
-    found: Any = None
-    with suppress(CompressorError):  # what is decoded under another context may have no end
-        found = decode_tokens(exact, swapped, coded)
-    assert found != rows
+    coded = [encode_lane(exact, [ids], False) for ids in rows]
+    assert decode_lanes(exact, coded, False) == [[ids] for ids in rows]
 
 
 def test_a_window_slides_over_a_long_document(exact: ExactBase, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -259,18 +235,18 @@ def test_lanes_of_unequal_length_come_back_in_any_batch(exact: ExactBase, abstra
 
 def test_what_cannot_be_coded_is_refused(exact: ExactBase, noise: Callable[[float], None]) -> None:
     with pytest.raises(Unencodable, match="end-of-text"):
-        encode_tokens(exact, None, [[5, exact.base.eos, 6]])
+        encode_lane(exact, [[5, exact.base.eos, 6]], False)
     with pytest.raises(Unencodable, match="in one lane"):
-        encode_tokens(exact, None, [[5] * 20_000])
+        encode_lane(exact, [[5] * 20_000], False)
     exact.noise = lambda logits: logits * float("nan")
     with pytest.raises(CompressorError, match="not finite"):
-        encode_tokens(exact, None, [[5, 6]])
+        encode_lane(exact, [[5, 6]], False)
 
 
 def test_no_offset_left_is_noticed(exact: ExactBase, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fr, "GUARD", 1e-3)
     with pytest.raises(Unencodable, match="every offset"):
-        encode_tokens(exact, None, [[5, 6, 7, 8]])
+        encode_lane(exact, [[5, 6, 7, 8]], False)
 
 
 # --- bytes ----------------------------------------------------------------------------------------------------
@@ -529,7 +505,7 @@ def test_bytes_that_end_too_early_are_noticed_at_once(exact: ExactBase, abstract
     coded = encode_lane(exact, [exact.base.tokenizer(abstracts[0])["input_ids"]], False)
     seen: list[int] = []
     with pytest.raises(CompressorError, match="end too early"):
-        decode_lanes(exact, [coded[: len(coded) // 2]], False, None, seen.append)
+        decode_lanes(exact, [coded[: len(coded) // 2]], False, seen.append)
     assert len(seen) < 8
 
 

@@ -18,7 +18,7 @@ from transformers import DynamicCache
 from compressor.base import FULL_HASH_VALUES, Base
 from compressor.codecs.frequencies import check_vocabulary
 from compressor.generation import decode
-from compressor.memory import Memory, Prefix, empty_prefix, memory_prefix
+from compressor.memory import Prefix, empty_prefix
 
 IDENTITY_BYTES = 3
 _LOGITS_AT_ONCE = 1 << 23
@@ -91,11 +91,6 @@ class ExactBase:
         self.window = min(512, base.positions or 512)
         self.identity = identity_of(self.base.tokenizer, model)
         self.noise: Callable[[Tensor], Tensor] | None = None
-
-    def memory_prefix(self, memories: Sequence[Memory]) -> Prefix:
-        """`compressor.memory.memory_prefix` in float64, to code passages after their memories."""
-        with double_precision():
-            return memory_prefix(self.base, memories)
 
     def logits(self, rows: Sequence[Sequence[int]], prefix: Prefix | None = None) -> list[Tensor]:
         """Next-token logits after each token of each row, evaluated in parallel.

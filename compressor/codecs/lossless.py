@@ -325,7 +325,7 @@ def _unpack_text(block: Block, exact: ExactBase, batch: int, progress: Callable[
             def within(seen: int, before: int = before) -> None:
                 progress(before + seen)
 
-            for lane in decode_lanes(exact, lanes[start : start + batch], bool(separator), None, within):
+            for lane in decode_lanes(exact, lanes[start : start + batch], bool(separator), within):
                 documents += lane
     except CompressorError as error:
         raise Damaged(str(error)) from None

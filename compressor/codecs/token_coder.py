@@ -1,4 +1,4 @@
-"""Tokens to bytes and back by arithmetic coding under the base's next-token distribution, after any prefix.
+"""Tokens to bytes and back by arithmetic coding under the base's next-token distribution.
 
 The unit is a *lane*: documents coded one after the other into bytes of their own. Each document is read from BOS on
 and ends with EOS. A document longer than the base's window goes on in a new context that begins with BOS and the last
@@ -22,7 +22,7 @@ from compressor.codecs import frequencies
 from compressor.codecs.exact import ExactBase, Lockstep
 from compressor.codecs.ranges import RangeDecoder, RangeEncoder
 from compressor.errors import CompressorError
-from compressor.memory import Prefix, empty_prefix
+from compressor.memory import empty_prefix
 
 OVERLAP = 64
 LANE_SYMBOLS = 16_384
@@ -39,52 +39,6 @@ class Unencodable(CompressorError):
     """These tokens cannot be coded so that every machine decodes them."""
 
 
-def encode_tokens(exact: ExactBase, prefix: Prefix | None, rows: Sequence[Sequence[int]]) -> list[bytes]:
-    """Code a token sequence for each row of `prefix`, in as few bytes as it is predictable.
-
-    Args:
-        exact: the float64 base.
-        prefix: context of each row in float64, such as `exact.memory_prefix(memories)`; None for no context.
-        rows: token ids without BOS and EOS.
-
-    Returns:
-        For each row the bytes that `decode_tokens` needs.
-
-    Raises:
-        CompressorError: EOS within a row, or a row of more than `LANE_SYMBOLS` tokens.
-    """
-    coded = []
-    for row, ids in enumerate(rows):
-        own = None if prefix is None else prefix.select(torch.tensor([row], device=exact.base.device))
-        coded.append(encode_lane(exact, [list(ids)], False, own))
-    return coded
-
-
-def decode_tokens(
-    exact: ExactBase,
-    prefix: Prefix | None,
-    coded: Sequence[bytes],
-    batch: int = 64,
-    most: Sequence[int] | None = None,
-) -> list[list[int]]:
-    """What `encode_tokens` was given, from its bytes and the same prefixes.
-
-    Args:
-        most: most tokens of each row, where that is known: damage is noticed sooner.
-
-    Raises:
-        CompressorError: the bytes are damaged so that no end is found. Other damage gives other tokens: keep a
-            checksum of what they stand for.
-    """
-    found: list[list[int]] = []
-    for start in range(0, len(coded), batch):
-        chosen = range(start, min(start + batch, len(coded)))
-        own = None if prefix is None else prefix.select(torch.tensor(list(chosen), device=exact.base.device))
-        limits = None if most is None else [most[i] + 1 for i in chosen]
-        found += [lane[0] for lane in decode_lanes(exact, [coded[i] for i in chosen], False, own, most=limits)]
-    return found
-
-
 def _windows(exact: ExactBase, document: Document) -> Iterator[tuple[list[int], list[int]]]:
     """Contexts (BOS and what is known) and the symbols that follow each of them, EOS at the end of the last."""
     base, symbols, start = exact.base, [*document, exact.base.eos], 0
@@ -95,26 +49,23 @@ def _windows(exact: ExactBase, document: Document) -> Iterator[tuple[list[int], 
         start += room
 
 
-def _lane_logits(
-    exact: ExactBase, documents: Sequence[Document], prefix: Prefix | None
-) -> tuple[np.ndarray, np.ndarray]:
+def _lane_logits(exact: ExactBase, documents: Sequence[Document]) -> tuple[np.ndarray, np.ndarray]:
     """Logits `[symbols, vocabulary]` before each symbol of a lane, and the symbols."""
     pieces = [piece for document in documents for piece in _windows(exact, document)]
     rows = [[*context, *symbols[:-1]] for context, symbols in pieces]
-    repeated = None if prefix is None else prefix.select(torch.zeros(len(rows), dtype=torch.int64))
-    logits = exact.logits(rows, repeated)
+    logits = exact.logits(rows)
     kept = [found[len(context) - 1 :] for found, (context, _) in zip(logits, pieces, strict=True)]
     return torch.cat(kept).numpy(), np.array([symbol for _, symbols in pieces for symbol in symbols])
 
 
 def code_length(exact: ExactBase, documents: Sequence[Document]) -> float:
     """Bits that the documents would take, ends included, at the best scale."""
-    logits, symbols = _lane_logits(exact, documents, None)
+    logits, symbols = _lane_logits(exact, documents)
     return float(frequencies.code_length(logits, symbols).min())
 
 
-def encode_lane(exact: ExactBase, documents: Sequence[Document], several: bool, prefix: Prefix | None = None) -> bytes:
-    """Code a lane: one document, or with `several` one or more. `prefix` has one row.
+def encode_lane(exact: ExactBase, documents: Sequence[Document], several: bool) -> bytes:
+    """Code a lane: one document, or with `several` one or more.
 
     Raises:
         Unencodable: EOS within a document, a lane that is too long, or no offset keeps logits off the boundaries.
@@ -125,7 +76,7 @@ def encode_lane(exact: ExactBase, documents: Sequence[Document], several: bool, 
             f"a document has the end-of-text token inside it, or there are {size:,} tokens to code in one lane "
             f"(at most {LANE_SYMBOLS:,}): split the text"
         )
-    logits, symbols = _lane_logits(exact, documents, prefix)
+    logits, symbols = _lane_logits(exact, documents)
     sample = slice(None, None, max(1, len(symbols) // _SAMPLED))
     scale = int(frequencies.code_length(logits[sample], symbols[sample]).argmin())
     period = frequencies.offset_period(exact.vocabulary)
@@ -168,26 +119,22 @@ def decode_lanes(
     exact: ExactBase,
     coded: Sequence[bytes],
     several: bool,
-    prefix: Prefix | None = None,
     progress: Callable[[int], None] | None = None,
-    most: Sequence[int] | None = None,
 ) -> list[list[Document]]:
     """The documents of each lane, all lanes in one batch.
 
     Args:
         progress: called now and then with the number of bytes taken in.
-        most: most symbols of each lane, by default `LANE_SYMBOLS`.
 
     Raises:
         CompressorError: a lane's bytes are damaged.
     """
     base: Base = exact.base
     lanes = []
-    for row, data in enumerate(coded):
+    for data in coded:
         coder = RangeDecoder(data)
-        limit = LANE_SYMBOLS if most is None else most[row]
-        lanes.append(_Lane(coder, coder.number(frequencies.SCALE_BITS), [base.bos], limit))
-    cache = Lockstep(exact, empty_prefix(base, len(lanes)) if prefix is None else prefix)
+        lanes.append(_Lane(coder, coder.number(frequencies.SCALE_BITS), [base.bos], LANE_SYMBOLS))
+    cache = Lockstep(exact, empty_prefix(base, len(lanes)))
     alive = list(lanes)
     for tick in count():
         if not alive:

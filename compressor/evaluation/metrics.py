@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-import pandas as pd
 from rouge_score.rouge_scorer import RougeScorer
 from rouge_score.tokenizers import Tokenizer
 from sacrebleu.metrics.bleu import BLEU
@@ -339,11 +338,3 @@ def answer_scores(written: str, answers: Sequence[str]) -> tuple[float, float]:
         shared = (Counter(ours) & Counter(theirs)).total()
         found.append((float(ours == theirs), 2 * shared / max(1, len(ours) + len(theirs))))
     return max(exact for exact, _ in found), max(f1 for _, f1 in found)
-
-
-def spearman(first: Sequence[float], second: Sequence[float]) -> float | None:
-    """Rank correlation (Spearman 1904), ties at their mean rank; None where one of them does not vary."""
-    ranks = np.stack([pd.Series(np.asarray(values, dtype=float)).rank().to_numpy() for values in (first, second)])
-    if len(first) < 2 or not ranks.std(axis=1).all():
-        return None
-    return float(np.corrcoef(ranks)[0, 1])

@@ -13,7 +13,7 @@ from compressor.data.sources import Hub, Row, read_rows, resolve
 from compressor.errors import CompressorError
 
 if TYPE_CHECKING:
-    from compressor.evaluation.command import EvaluationConfig
+    from compressor.evaluation.settings import EvaluationConfig
 
 T = TypeVar("T")
 
