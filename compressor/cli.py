@@ -114,9 +114,12 @@ def compress(argv: list[str]) -> int:
 def calibrate(argv: list[str]) -> int:
     """fit what low-rank and calibrated codecs need to know about a compressor's memories"""
     from compressor.codecs import command
+    from compressor.files import owned
 
     options = _options(command.CalibrateOptions, _named(argv, "data"), calibrate)
-    print(command.calibrate_codecs(options, again="--overwrite" in argv))
+    with owned(options.output):
+        printed = command.calibrate_codecs(options, again="--overwrite" in argv)
+    print(printed)
     return 0
 
 

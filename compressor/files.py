@@ -267,6 +267,9 @@ def owned(output: str | os.PathLike[str]) -> Iterator[None]:
     """
     from filelock import FileLock, Timeout
 
+    if is_special(output):
+        yield
+        return
     final = Path(os.path.realpath(output))
     make_folder(final.parent)
     lock, owner = FileLock(final.with_name(f".{final.name}.lock")), final.with_name(f".{final.name}.owner")
