@@ -28,6 +28,7 @@ from compressor.compression import CompressionStage
 from compressor.config import RunConfig, TrainingConfig
 from compressor.data.collate import padded_width
 from compressor.errors import CompressorError
+from compressor.files import FolderKind, atomic_folder
 from compressor.launch import train_main
 from compressor.model import Compressor
 from compressor.optimizers import make_optimizer
@@ -102,8 +103,8 @@ class Scripted:
     def save(self, folder: Path) -> None:
         from safetensors.torch import save_file
 
-        folder.mkdir()
-        save_file(self.module.state_dict(), folder / "model.safetensors")
+        with atomic_folder(folder, FolderKind("a model", ("model.safetensors",))) as path:
+            save_file(self.module.state_dict(), path / "model.safetensors")
 
     def load(self, folder: Path) -> None:
         self.module.load_state_dict(load_file(folder / "model.safetensors"))
@@ -331,7 +332,7 @@ def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, l
 
 def test_what_a_kill_leaves_behind_is_ignored_and_removed(tmp_path: Path) -> None:
     run(Scripted(at={7: raise_signal()}), settings(tmp_path, checkpoint_every=4))
-    leftover = tmp_path / "checkpoints" / ".step-0000009.x1y2" / "step-0000009"
+    leftover = tmp_path / "checkpoints" / ".step-0000009.x1y2z3w4" / "step-0000009"
     shutil.copytree(tmp_path / "checkpoints" / "step-0000004", leftover)
     (tmp_path / "checkpoints" / "notes.txt").write_text("mine")
     with (tmp_path / "log.jsonl").open("a") as log:
