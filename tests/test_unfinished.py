@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from accelerate import Accelerator
 
 from compressor.errors import CompressorError
 from compressor.evaluation import runner
@@ -123,6 +125,15 @@ def test_an_interrupted_evaluation_goes_on_to_the_same_table(
     assert evaluate_main([*argv, "--resume"]) == 0
     same(output, expected)
     again = len(batches) - before
+
+    # What went on elsewhere says so.
+    made_with = json.loads((output / "metrics.json").read_text())["made_with"]["surroundings"]
+    made_with["versions"]["torch"] = "0.1"
+    now = runner.surroundings(Accelerator())
+    assert runner.surroundings_note(made_with, now) == [
+        f"Made in parts, with torch 0.1, then {torch.__version__}: last digits may depend on that."
+    ]
+    assert runner.surroundings_note(now, now) == []
 
     # The finished evaluation is compared and not made again.
     before = len(batches)

@@ -93,6 +93,7 @@ def evaluate(
         parts.start()
     accelerator.wait_for_everyone()  # what is there is read by all before anything is added or deleted
     parts.expect({"settings": {name: value for name, value in asdict(config).items() if name != "output"}})
+    parts.made_with.setdefault("surroundings", surroundings(accelerator))
     with parts.interruptible("the same command with --resume goes on"):
         work = run_study if config.task in STUDIES else run_task
         return work(config, accelerator, parts, command, started)
@@ -145,6 +146,7 @@ def run_task(
             *left_out,
             *left_out_notes(items, names, ledgers),
             *beyond_notes(items, results, methods),
+            *surroundings_note(parts.made_with["surroundings"], surroundings(accelerator)),
         ],
         "left_out": {
             names[source]: ledger.record() | left_out_counts(items, results).get(names[source], {})
@@ -279,16 +281,28 @@ def run_study(
     return metrics
 
 
+def surroundings(accelerator: Accelerator) -> dict[str, Any]:
+    """Versions and device, on which last digits depend."""
+    on_gpu = accelerator.device.type == "cuda"
+    device = torch.cuda.get_device_name(accelerator.device) if on_gpu else accelerator.device.type
+    return {"versions": versions(), "device": device}
+
+
+def surroundings_note(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What an evaluation that was interrupted went on with, if it is something else."""
+    old, new = ({**one["versions"], "device": one["device"]} for one in (before, now))
+    changed = [f"{name} {old.get(name)}, then {new[name]}" for name in new if old.get(name) != new[name]]
+    return [f"Made in parts, with {'; '.join(changed)}: last digits may depend on that."] if changed else []
+
+
 def run_entries(
     config: EvaluationConfig, accelerator: Accelerator, command: str | None, started: float
 ) -> dict[str, Any]:
     """What every `metrics.json` says of the run itself."""
-    on_gpu = accelerator.device.type == "cuda"
     return {
         "seed": config.seed,
         "command": command,
-        "versions": versions(),
-        "device": torch.cuda.get_device_name(accelerator.device) if on_gpu else accelerator.device.type,
+        **surroundings(accelerator),
         "processes": accelerator.num_processes,
         "seconds": round(time.monotonic() - started, 2),
     }
