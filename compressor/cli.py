@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from compressor import __version__
 from compressor.errors import CompressorError
 from compressor.model_config import BaseMismatch
-from compressor.progress import SHORT
+from compressor.progress import SHORT, note
 from compressor.prompts import QUESTION
 from compressor.streams import check_output, exits_cleanly, write_output
 
@@ -172,7 +172,7 @@ def _memory_and_base(options: MemoryOptions) -> tuple[Memory, Base]:
         memory = Memory.load(options.memory, options.calibration)
     if memory.fidelity is not None and memory.fidelity < LITTLE and not getattr(options, "exact", False):
         kept = "its text is kept: regenerate --exact" if memory.text is not None else "its text is not kept"
-        print(f"note: {memory.fidelity:.1%} of the text comes back from this memory; {kept}", file=sys.stderr)
+        note(f"note: {memory.fidelity:.1%} of the text comes back from this memory; {kept}")
     if options.tokens is not None:
         memory = memory.truncate(options.tokens)
     base = load_base(BaseConfig(path=options.base), options.device)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from compressor.errors import CompressorError, require
 from compressor.files import owned
 from compressor.model_config import BaseMismatch
-from compressor.progress import Progress
+from compressor.progress import Progress, note
 
 if TYPE_CHECKING:
     from compressor.base import Base
@@ -255,13 +255,12 @@ def warn_of_losses(shares: Mapping[str, float | None], respelled: Sequence[Any],
         if len(shares) > 1:
             which = f"of {len(short):,} of {len(shares):,} texts less than {threshold:.0%} comes back"
             which += f" ({short[worst]:.1%} of {worst})"
-        print(f"warning: {which}: {advice}", file=sys.stderr)
+        note(f"warning: {which}: {advice}")
     if respelled:
         which = f"{len(respelled):,} of {len(shares):,} texts ({respelled[0]}, ...)" if len(shares) > 1 else "the text"
-        print(
+        note(
             f"warning: the base's tokenizer cannot spell {which} as it stands, so that it cannot come back in full "
             "whatever the memory holds: " + ("the text is kept" if options.keep_text else "keep it with --keep-text"),
-            file=sys.stderr,
         )
 
 
