@@ -188,7 +188,8 @@ def train(
 ) -> TrainingState:
     """Run `stage` to `config.training.steps`, writing checkpoints, `log.jsonl` and `final/` into `config.output`.
 
-    `on_start` is called on the main process with the step the run starts from, once nothing can refuse it any more.
+    `on_start` is called on the main process with the step the run starts from, once nothing can refuse it any more and
+    unless it is done already.
 
     Returns:
         The state at the end: `state.step` is smaller than `training.steps` when a signal stopped the run.
@@ -204,7 +205,7 @@ def train(
     names = {id(parameter): name for name, parameter in stage.module.named_parameters()}
     state = checkpoints.start(stage, optimizer, names, resume=settings.resume)
     state.micro_batches = settings.accumulation * accelerator.num_processes
-    if on_start is not None and accelerator.is_main_process:
+    if on_start is not None and accelerator.is_main_process and state.step < settings.steps:
         on_start(state.step)
     if settings.compile != "no":
         _compile(stage, settings.compile, accelerator)

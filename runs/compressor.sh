@@ -18,11 +18,10 @@ mkdir -p results
 for stage in regenerate dense answer together finish; do
   train=$corpus
   case $stage in together|finish) train="$corpus,$output/context-passages.jsonl" ;; esac
-  if [ ! -d "$output/$stage/final" ]; then
-    python train.py --config "configs/arxiv-mini/$stage.yaml" --data.train "[$train]" --data.validation "[$corpus]" \
-      --data.questions "[$output/questions,$squad]" --training.resume true
-    [ -d "$output/$stage/final" ] # a run that a signal stopped ends well too
-  fi
+  # One that is done ends at once, or with an error if it was made from other data.
+  python train.py --config "configs/arxiv-mini/$stage.yaml" --data.train "[$train]" --data.validation "[$corpus]" \
+    --data.questions "[$output/questions,$squad]" --training.resume true
+  [ -d "$output/$stage/final" ] # a run that a signal stopped ends well too
   cp "$output/$stage/log.jsonl" "results/$stage-log.jsonl"
   cp "$output/$stage/run.json" "results/$stage-run.json"
 done

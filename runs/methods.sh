@@ -9,9 +9,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 train=${1:-arxiv-train} validation=${2:-arxiv-validation} questions=${3:-arxivqa-train} output=${4:-outputs/arxiv-mini/methods}
 
-run() { # FOLDER, then settings; what an interrupted run has done is not done again
+run() { # FOLDER, then settings; what a run from the same data has done is not done again
   local folder=$output/$1; shift
-  if [ -d "$folder/final" ]; then return; fi
   local resume=false
   if [ -d "$folder/checkpoints" ]; then resume=true; fi
   python train.py --config configs/arxiv-mini/methods.yaml --data.train "[$train]" --data.validation "[$validation]" \
