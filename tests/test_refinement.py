@@ -45,7 +45,8 @@ def test_every_passage_becomes_likelier_and_nothing_else_changes(
         assert torch.equal(parameter, frozen[name]), name
         assert parameter.grad is None, name
     for one, other in zip(plain, refined, strict=True):
-        assert replace(other, keys=one.keys, values=one.values) == one
+        assert replace(other, keys=one.keys, values=one.values, made=one.made) == one
+        assert other.made == {**one.made, "refine_steps": 20}
         assert not other.keys.requires_grad
         assert other.keys.dtype == one.keys.dtype
 
