@@ -322,7 +322,9 @@ def fit_tokenizer(tokenizer: Any, rows: int, name: str) -> None:
     Raises:
         CompressorError: tokens of the vocabulary itself, or BOS or EOS, have no embedding.
     """
-    beyond = {token: number for token, number in tokenizer.get_vocab().items() if number >= rows}
+    # By number: the vocabulary comes in another order in every process.
+    ordered = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    beyond = {token: number for token, number in ordered if number >= rows}
     if not beyond:
         return
     added = tokenizer.added_tokens_decoder

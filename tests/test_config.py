@@ -196,6 +196,10 @@ def test_a_value_out_of_range_names_key_value_and_range(key: str, value: str) ->
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
+        (
+            ["--base.dtype", "float16", "--training.mixed_precision", "bf16"],
+            "must be auto or no with base.dtype = float16",
+        ),
         (["--training.steps", "many"], r"training\.steps.*many"),
         (["--training.steps", "1.5"], r"training\.steps.*1\.5"),
         (["--compressor.layout", "sideways"], r"compressor\.layout.*sideways"),

@@ -69,7 +69,7 @@ def test_segments_can_be_shorter_than_the_compressor_takes(make: Callable[..., C
     assert [part.passage_tokens for part in memory.segments] == [len(part) for part in model.segment(ids, 4)]
     assert len(memory.segments) == -(-len(ids) // 4) > 1
     assert torch.equal(memory.keys, model.compress_ids([ids], segment_tokens=4)[0].keys)
-    with pytest.raises(CompressorError, match="segments of 0 tokens"):
+    with pytest.raises(CompressorError, match="segment_tokens = 0 is out of range"):
         model.compress(text, segment_tokens=0)
 
 
