@@ -44,6 +44,8 @@ NAMED = {
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     ),
 }
+FLAGSHIP, FLAGSHIP_BASE = "models/smollm2-135m/compressor", "smollm2-135m"
+"""The compressor that is used where none is named, and the base it needs."""
 WITHOUT = "models/arxiv-mini/compressor"
 """Checkpoint whose base ships with the project."""
 _HUB_FILE = re.compile(r"([\w.-]+/[\w.-]+):(.+\.gguf)", re.IGNORECASE)
@@ -88,6 +90,18 @@ def _named(name: str) -> str:
         folder = converted(file.name, known.sha256, known.package, lambda _: file)
     say(f"base {name}: {folder}")
     return str(folder)
+
+
+def default_checkpoint() -> str:
+    """The compressor to use where none is named: the flagship where its base is at hand, else the one with its base.
+
+    A line says so where it is the latter.
+    """
+    known = NAMED[FLAGSHIP_BASE]
+    if cached(known.sha256) or _installed(known):
+        return FLAGSHIP
+    say(f"{WITHOUT} is used, a small one: `compressor fetch {FLAGSHIP_BASE}` gets the base of {FLAGSHIP}")
+    return WITHOUT
 
 
 def remedy(path: str) -> str:

@@ -10,6 +10,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from compressor.bases import default_checkpoint
 from compressor.data.text_files import read_text
 from compressor.errors import CompressorError, require
 from compressor.model_config import BaseMismatch
@@ -22,6 +23,10 @@ if TYPE_CHECKING:
 
 EXAMPLE_TOKENS = 96
 """The shipped example is cut to this length, the shortest of the published evaluation."""
+EXAMPLE_QUESTION = "Who classified the relational structures?"
+"""Of the first shipped example."""
+SHOWN_STEPS = 10
+"""Gradient steps after which the shipped example is shown too."""
 
 
 @dataclass
@@ -38,14 +43,16 @@ class DemoConfig:
     segment_tokens: int | None = None
     """Compress in segments of at most so many tokens, each to `tokens` memory tokens; by default of as many as the
     compressor takes."""
-    refine_steps: int = 0
-    """Gradient steps on the memory: 10 to 50 keep far more with few memory tokens."""
+    refine_steps: int | None = None
+    """Gradient steps on the memory: 10 to 50 keep far more with few memory tokens; by default none, and the shipped
+    example is shown after 10 too."""
     question: str | None = None
     """Answer this question about the passage instead of regenerating it."""
     example: int = 0
     """Which shipped test abstract to use."""
-    checkpoint: str = "models/arxiv-mini/compressor"
-    """Compressor checkpoint: folder or hub id."""
+    checkpoint: str = ""
+    """Compressor checkpoint: folder or hub id; by default the bundled one of smollm2-135m where this base is at hand
+    (`compressor fetch smollm2-135m`), else that of arxiv-mini."""
     base: str | None = None
     """Frozen base: folder, hub id, GGUF file or name; by default the one the checkpoint names."""
     base_mismatch: BaseMismatch = "refuse"
@@ -55,12 +62,13 @@ class DemoConfig:
     """Port of the page (--web); by default the first free one from 7860 on. It is served to this machine alone."""
 
     def __post_init__(self) -> None:
+        self.checkpoint = self.checkpoint or default_checkpoint()
         require(self.port is None or 1 <= self.port <= 65535, "port", self.port, "1 to 65535")
         require(self.tokens is None or self.tokens >= 1, "tokens", self.tokens, "at least 1")
         require(
             self.segment_tokens is None or self.segment_tokens >= 1, "segment_tokens", self.segment_tokens, "at least 1"
         )
-        require(self.refine_steps >= 0, "refine_steps", self.refine_steps, "at least 0")
+        require(self.refine_steps is None or self.refine_steps >= 0, "refine_steps", self.refine_steps, "at least 0")
         require(self.length is None or self.length >= 1, "length", self.length, "at least 1")
         require(self.example >= 0, "example", self.example, "at least 0")
 
@@ -123,19 +131,24 @@ def load_model(config: DemoConfig) -> Compressor:
 
 
 def run_demo(config: DemoConfig) -> dict[str, Any]:
-    """Load the compressor, and compress and regenerate the passage or answer the question.
+    """Load the compressor, and compress and regenerate the passage or answer the question; with the example, both.
 
     Returns:
-        What `demonstrate` returns, `source`, and `seconds` (in all).
+        What `demonstrate` returns, `source`, and `seconds` (in all); of the shipped example also `refined`, what comes
+        back after `SHOWN_STEPS` gradient steps, where that is not asked for and one pass does not bring all.
     """
     text, source = read_passage(config)
     started = time.perf_counter()
     model = load_model(config)
     load = round(time.perf_counter() - started, 3)
-    whole = config.text is not None or config.question is not None
-    length = config.length or (None if whole else EXAMPLE_TOKENS)
-    made = demonstrate(model, text, config.tokens, length, config.segment_tokens, config.question, config.refine_steps)
+    example = config.text is None and config.question is None
+    length = config.length or (EXAMPLE_TOKENS if example else None)
+    question = EXAMPLE_QUESTION if example and config.example == 0 else config.question
+    sizes = config.tokens, length, config.segment_tokens
+    made = demonstrate(model, text, *sizes, question, config.refine_steps or 0, both=example)
     made["timings"] = {"load": load, **made["timings"]}
+    if example and config.refine_steps is None and made["regeneration"] != made["passage"]:
+        made["refined"] = demonstrate(model, text, *sizes, None, SHOWN_STEPS)
     return {"source": source, **made, "seconds": round(time.perf_counter() - started, 3)}
 
 
@@ -256,22 +269,38 @@ def show(result: dict[str, Any], colour: bool) -> str:
         f"{result['passage_tokens']} tokens -> {tokens_named(result['tokens'])}{segments} ({ratio:.3g}x); "
         f"{len(result['passage'].encode()):,} bytes of text -> {result['memory_bytes']:,} bytes of keys and values",
         "",
-        *(_shown_answers(result) if "question" in result else _shown_regeneration(result, colour)),
+        *(_shown_regeneration(result, colour) if "regeneration" in result else []),
+        *(_shown_answers(result) if "question" in result else []),
         "   ".join(f"{name} {value:.2f} s" for name, value in result["timings"].items()),
     ]
     return "\n".join(lines)
 
 
 def _shown_regeneration(result: dict[str, Any], colour: bool) -> list[str]:
-    wanting = result["regeneration"] != result["passage"] and not result["refine_steps"]
-    return [
+    refined = result.get("refined")
+    wanting = result["regeneration"] != result["passage"] and not result["refine_steps"] and not refined
+    lines = [
         "Regenerated from the memory alone, [-missing-] {+added+}:",
+        *_shown_text(result, colour),
+        *(["More comes back after gradient steps on the memory: --refine_steps 20", ""] if wanting else []),
+    ]
+    if refined:
+        took = f"{refined['timings']['compress']:.1f} s"
+        lines += [
+            f"After {refined['refine_steps']} gradient steps on the memory ({took}):",
+            *_shown_text(refined, colour),
+        ]
+    return lines
+
+
+def _shown_text(result: dict[str, Any], colour: bool) -> list[str]:
+    return [
         "",
         mark_differences(result["passage"], result["regeneration"], colour),
         "",
         f"BLEU {result['bleu']:.1f}   chrF {result['chrf']:.1f}   ROUGE-L {result['rouge_l']:.3f}   "
         f"exact match {'yes' if result['regeneration'] == result['passage'] else 'no'}",
-        *(["More comes back after gradient steps on the memory: --refine_steps 20"] if wanting else []),
+        "",
     ]
 
 

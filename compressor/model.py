@@ -328,7 +328,7 @@ class Compressor(nn.Module):
     @classmethod
     def from_pretrained(
         cls,
-        path: str | Path,
+        path: str | Path | None = None,
         base: Base | str | None = None,
         device: str | torch.device = "cpu",
         dtype: str = "float32",
@@ -340,7 +340,7 @@ class Compressor(nn.Module):
         """Load a checkpoint.
 
         Args:
-            path: folder or hub id.
+            path: folder or hub id; by default a bundled one (`bases.default_checkpoint`).
             base: the frozen base or its path; by default the one named in the checkpoint, also looked for beside it.
             device, dtype: where and how to hold the base. A base quantised as the checkpoint says keeps the type it
                 was quantised from.

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from compressor import __version__
 from compressor.base import Base, load_base, resolve
-from compressor.bases import NAMED
+from compressor.bases import NAMED, default_checkpoint
 from compressor.errors import CompressorError, require
 from compressor.files import FolderKind, atomic_folder, read_json, sha256, unreadable, write_json
 from compressor.gguf_cache import say
@@ -157,7 +157,7 @@ def _adapter_parameter(key: str, which: str) -> str:
 
 
 def find_base(
-    path: str | Path,
+    path: str | Path | None,
     base: Base | str | None,
     device: str | torch.device,
     dtype: str,
@@ -167,6 +167,7 @@ def find_base(
     base_mismatch: str = "refuse",
 ) -> tuple[Path, Base]:
     """A checkpoint's folder and the base it was trained on, loaded; arguments as for `Compressor.from_pretrained`."""
+    path = path or default_checkpoint()
     folder = fetch_checkpoint(str(path), revision)
     trained_on = read_settings(folder)["base"]
     if not isinstance(base, Base):

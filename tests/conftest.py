@@ -436,3 +436,9 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def small_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a test names no checkpoint it means the small one, whatever base this machine has."""
+    monkeypatch.setattr("compressor.bases.FLAGSHIP", "models/arxiv-mini/compressor")

@@ -30,15 +30,20 @@ def test_differences_are_marked_word_by_word() -> None:
     assert "\033[31m[-b-]" in mark_differences("a b", "a", colour=True)
 
 
-def test_the_demo_runs_offline_without_arguments() -> None:
+def test_the_demo_runs_offline_without_arguments(tmp_path: Path) -> None:
+    """Without the flagship's base it takes the compressor whose base ships with the project, and says so."""
     run = subprocess.run(
         [sys.executable, "demo.py"],
         cwd=ROOT,
         capture_output=True,
         text=True,
-        env={"HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin"},
+        env={"HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin", "KV_COMPRESSOR_CACHE": str(tmp_path)},
     )
     assert run.returncode == 0, run.stderr
+    assert "models/arxiv-mini/compressor is used" in run.stderr
+    assert "compressor fetch smollm2-135m" in run.stderr
+    assert "After 10 gradient steps" in run.stdout
+    assert "Question: " in run.stdout
     assert "96 tokens -> 16 memory tokens (6x)" in run.stdout
     assert "ROUGE-L" in run.stdout
     assert "Traceback" not in run.stderr

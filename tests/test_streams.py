@@ -22,6 +22,9 @@ def passage(tmp_path: Path) -> Path:
     return path
 
 
+SMALL = "--checkpoint models/arxiv-mini/compressor"
+
+
 def shell(project: Path, line: str, **environment: str) -> subprocess.CompletedProcess[Any]:
     """Run a shell line, `$P` for Python, with its outputs as bytes."""
     return subprocess.run(
@@ -34,11 +37,11 @@ def shell(project: Path, line: str, **environment: str) -> subprocess.CompletedP
 
 
 def test_letters_that_an_output_cannot_show_are_replaced(project: Path, passage: Path) -> None:
-    done = shell(project, f"$P demo.py --text {passage} --tokens 2", PYTHONIOENCODING="ascii")
+    done = shell(project, f"$P demo.py {SMALL} --text {passage} --tokens 2", PYTHONIOENCODING="ascii")
     assert done.returncode == 0, done.stderr
     assert b"Traceback" not in done.stderr
     assert b"Schr?dinger's equation, solved by the cat ? of ??d?." in done.stdout
-    done = shell(project, f"$P demo.py --text {passage} --tokens 2 --json", PYTHONIOENCODING="ascii")
+    done = shell(project, f"$P demo.py {SMALL} --text {passage} --tokens 2 --json", PYTHONIOENCODING="ascii")
     assert json.loads(done.stdout)["passage"] == PASSAGE
 
 
@@ -67,6 +70,6 @@ def test_closed_streams_do_not_hinder_a_command_that_writes_a_file(
     project: Path, passage: Path, tmp_path: Path
 ) -> None:
     target = tmp_path / "out.memory"
-    done = shell(project, f"$P -m compressor.cli compress {passage} -o {target} <&- >&- 2>&-")
+    done = shell(project, f"$P -m compressor.cli compress {passage} {SMALL} -o {target} <&- >&- 2>&-")
     assert done.returncode == 0
     assert target.exists()

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from compressor.bases import default_checkpoint
 from compressor.errors import CompressorError, require
 from compressor.files import owned
 from compressor.model_config import BaseMismatch
@@ -48,8 +49,9 @@ class CompressOptions:
     """Warn of memories from which a smaller share of the text comes back."""
     no_measure: bool = False
     """Do not regenerate from the memories to see how much comes back (which takes longer the less does)."""
-    checkpoint: str = "models/arxiv-mini/compressor"
-    """Compressor checkpoint: folder or hub id."""
+    checkpoint: str = ""
+    """Compressor checkpoint: folder or hub id; by default the bundled one of smollm2-135m where this base is at hand
+    (`compressor fetch smollm2-135m`), else that of arxiv-mini."""
     base: str | None = None
     """Frozen base: folder, hub id, GGUF file or name; by default the one the checkpoint names."""
     base_mismatch: BaseMismatch = "refuse"
@@ -79,6 +81,7 @@ class CompressOptions:
     collection; otherwise the first of them is an error."""
 
     def __post_init__(self) -> None:
+        self.checkpoint = self.checkpoint or default_checkpoint()
         for name in ("batch_size", "shard_size", "segment_tokens"):
             value = getattr(self, name)
             require(value is None or value >= 1, name, value, "at least 1")
@@ -97,8 +100,9 @@ class CalibrateOptions:
     """Calibration to write, a safetensors file."""
     data: str = "arxiv-train"
     """Passages like those to be compressed, not those to be evaluated on: a file, corpus folder or shipped name."""
-    checkpoint: str = "models/arxiv-mini/compressor"
-    """Compressor checkpoint: folder or hub id."""
+    checkpoint: str = ""
+    """Compressor checkpoint: folder or hub id; by default the bundled one of smollm2-135m where this base is at hand
+    (`compressor fetch smollm2-135m`), else that of arxiv-mini."""
     base: str | None = None
     """Frozen base; by default the one the checkpoint names."""
     base_mismatch: BaseMismatch = "refuse"
@@ -120,6 +124,7 @@ class CalibrateOptions:
     """Go on with a calibration that was interrupted, if there is one."""
 
     def __post_init__(self) -> None:
+        self.checkpoint = self.checkpoint or default_checkpoint()
         require(self.limit >= 8, "limit", self.limit, "at least 8")
         require(self.rank >= 1, "rank", self.rank, "at least 1")
         require(self.sensitivity >= 0, "sensitivity", self.sensitivity, "at least 0")

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
+from compressor.bases import default_checkpoint
 from compressor.errors import require
 from compressor.model_config import BaseMismatch
 
@@ -14,8 +15,9 @@ from compressor.model_config import BaseMismatch
 class EvaluationConfig:
     """One evaluation: a checkpoint, a task, data, and the sizes and lengths to measure at."""
 
-    checkpoint: str = "models/arxiv-mini/compressor"
-    """Compressor checkpoint: folder or hub id."""
+    checkpoint: str = ""
+    """Compressor checkpoint: folder or hub id; by default the bundled one of smollm2-135m where this base is at hand
+    (`compressor fetch smollm2-135m`), else that of arxiv-mini."""
     base: str | None = None
     """Folder, hub id, GGUF file or name of the frozen base; by default the one the checkpoint names."""
     base_mismatch: BaseMismatch = "refuse"
@@ -89,6 +91,7 @@ class EvaluationConfig:
     """Show the figures of the 500xCompressor paper (an 8B base) beside these: second table, dashed lines."""
 
     def __post_init__(self) -> None:
+        self.checkpoint = self.checkpoint or default_checkpoint()
         require(
             self.segment_tokens is None or self.segment_tokens >= 1, "segment_tokens", self.segment_tokens, "at least 1"
         )
