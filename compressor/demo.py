@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
 EXAMPLE_TOKENS = 96
 """The shipped example is cut to this length, the shortest of the published evaluation."""
-EXAMPLE_QUESTION = "Who classified the relational structures?"
-"""Of the first shipped example."""
 SHOWN_STEPS = 10
 """Gradient steps after which the shipped example is shown too."""
 
@@ -131,7 +129,7 @@ def load_model(config: DemoConfig) -> Compressor:
 
 
 def run_demo(config: DemoConfig) -> dict[str, Any]:
-    """Load the compressor, and compress and regenerate the passage or answer the question; with the example, both.
+    """Load the compressor, and compress and regenerate the passage or answer the question.
 
     Returns:
         What `demonstrate` returns, `source`, and `seconds` (in all); of the shipped example also `refined`, what comes
@@ -143,9 +141,8 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
     load = round(time.perf_counter() - started, 3)
     example = config.text is None and config.question is None
     length = config.length or (EXAMPLE_TOKENS if example else None)
-    question = EXAMPLE_QUESTION if example and config.example == 0 else config.question
     sizes = config.tokens, length, config.segment_tokens
-    made = demonstrate(model, text, *sizes, question, config.refine_steps or 0, both=example)
+    made = demonstrate(model, text, *sizes, config.question, config.refine_steps or 0)
     made["timings"] = {"load": load, **made["timings"]}
     if example and config.refine_steps is None and made["regeneration"] != made["passage"]:
         made["refined"] = demonstrate(model, text, *sizes, None, SHOWN_STEPS)

@@ -43,7 +43,6 @@ def test_the_demo_runs_offline_without_arguments(tmp_path: Path) -> None:
     assert "models/arxiv-mini/compressor is used" in run.stderr
     assert "compressor fetch smollm2-135m" in run.stderr
     assert "After 10 gradient steps" in run.stdout
-    assert "Question: " in run.stdout
     assert "96 tokens -> 16 memory tokens (6x)" in run.stdout
     assert "ROUGE-L" in run.stdout
     assert "Traceback" not in run.stderr
