@@ -9,7 +9,7 @@ cat notes.txt | python demo.py --text - --json  one JSON object
 
 import sys
 
-from compressor.demo import demo_main
+from compressor.commands.demo import demo_main
 
 if __name__ == "__main__":
     sys.exit(demo_main())

@@ -15,7 +15,7 @@ output folder: the same command with `--resume` goes on with it, to the same tab
 
 import sys
 
-from compressor.evaluation.command import evaluate_main
+from compressor.commands.evaluate import evaluate_main
 
 if __name__ == "__main__":
     sys.exit(evaluate_main())

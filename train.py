@@ -10,7 +10,7 @@ estimate of memory. A stopped run goes on with `--training.resume true`.
 
 import sys
 
-from compressor.launch import train_main
+from compressor.commands.train import train_main
 
 if __name__ == "__main__":
     sys.exit(train_main())

@@ -17,19 +17,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from compressor.codecs.calibration import Calibration
-from compressor.codecs.codec import Codec
-from compressor.codecs.command import Progress
-from compressor.codecs.inspection import byte_ledger
+from compressor.api import Compressor
+from compressor.commands.memory import Progress
 from compressor.data.records import load_texts
 from compressor.errors import CompressorError
 from compressor.evaluation.metrics import bootstrap, ratio, rouge_l
 from compressor.files import write_json
-from compressor.generation import regenerate, score
-from compressor.memory import Memory, memory_prefix
-from compressor.model import Compressor
+from compressor.model.generation import regenerate, score
+from compressor.model.memory import Memory, memory_prefix
 from compressor.parsing import parse_config
 from compressor.provenance import run_record
+from compressor.storage.calibration import Calibration
+from compressor.storage.codec import Codec
+from compressor.storage.inspection import byte_ledger
 from compressor.streams import exits_cleanly
 
 STORED = ("bf16", "int8", "int8+ans", "int4", "int4+ans", "int3", "int3+ans", "int2", "int2+ans")

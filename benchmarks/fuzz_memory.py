@@ -27,13 +27,13 @@ from typing import Any
 
 import torch
 
-from compressor.codecs.calibration import Calibration
-from compressor.codecs.codec import Codec
-from compressor.codecs.container import _BLANK, _DIGEST
-from compressor.codecs.fitting import fit_calibration
-from compressor.codecs.inspection import describe
 from compressor.errors import CompressorError
-from compressor.memory import Memory, Segment
+from compressor.model.memory import Memory, Segment
+from compressor.storage.calibration import Calibration
+from compressor.storage.codec import Codec
+from compressor.storage.container import _BLANK, _DIGEST
+from compressor.storage.fitting import fit_calibration
+from compressor.storage.inspection import describe
 
 CODECS = (
     *("float32", "bf16", "float16", "int8", "int4", "int3+ans", "int2+range", "int4+huffman"),

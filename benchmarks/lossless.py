@@ -28,14 +28,14 @@ from typing import Any
 import torch
 
 from compressor import __version__
-from compressor.base import load_base, resolve
-from compressor.codecs.exact import ExactBase
-from compressor.codecs.lossless import pack_bytes, unpack_bytes
 from compressor.data.sources import read_rows
 from compressor.data.sources import resolve as resolve_data
 from compressor.errors import CompressorError
 from compressor.files import write_json
-from compressor.model_config import BaseConfig
+from compressor.model.base import load_base, resolve
+from compressor.model.config import BaseConfig
+from compressor.packing.float64 import ExactBase
+from compressor.packing.lossless import pack_bytes, unpack_bytes
 from compressor.streams import exits_cleanly
 
 PROJECT = Path(__file__).resolve().parents[1]

@@ -12,9 +12,9 @@ import time
 
 import torch
 
+from compressor.api import Compressor
 from compressor.data.records import load_texts
 from compressor.files import write_json
-from compressor.model import Compressor
 
 
 def main() -> int:

@@ -28,13 +28,13 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from compressor.base import held_dtype, load_base
-from compressor.data.collate import padded_width, regeneration_pair, stack_pairs
+from compressor.api import Compressor
+from compressor.data.batches import padded_width, regeneration_pair, stack_pairs
 from compressor.data.passages import load_passages
 from compressor.files import write_json
-from compressor.methods.encoder import pad
-from compressor.model import Compressor
-from compressor.model_config import BaseConfig, CompressorConfig
+from compressor.model.base import held_dtype, load_base
+from compressor.model.config import BaseConfig, CompressorConfig
+from compressor.model.encoder import pad
 from compressor.processes import current_device
 from compressor.streams import exits_cleanly
 

@@ -5,6 +5,6 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 mkdir -p outputs
-python -m compressor.cli calibrate arxiv-train -o outputs/calibration.safetensors --limit 600 --overwrite
+python -m compressor calibrate arxiv-train -o outputs/calibration.safetensors --limit 600 --overwrite
 python benchmarks/codecs.py --calibration outputs/calibration.safetensors --data arxiv-test \
   --lengths 96 --tokens 16 4 --limit "${1:-60}" --output results/codecs.json

@@ -25,5 +25,5 @@ for stage in regenerate dense answer together finish; do
   cp "$output/$stage/log.jsonl" "results/$stage-log.jsonl"
   cp "$output/$stage/run.json" "results/$stage-run.json"
 done
-python -c 'import sys, torch; from compressor.model import Compressor
+python -c 'import sys, torch; from compressor import Compressor
 Compressor.from_pretrained(sys.argv[1]).save_pretrained(sys.argv[2], torch.bfloat16)' "$output/finish/final" models/arxiv-mini/compressor

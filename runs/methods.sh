@@ -26,7 +26,7 @@ answer() { # NAME, then settings of its own
   run "$name-answer" --stage answer --init "$output/$name-regenerate/final" --data.questions "[$questions]" \
     --training.steps 100 --training.decay_steps 60 --training.warmup_steps 10 --training.learning_rate 1.5e-3 \
     --objective.continuation 0.3 --training.validate_every 100 "$@"
-  python -c 'import sys, torch; from compressor.model import Compressor
+  python -c 'import sys, torch; from compressor import Compressor
 Compressor.from_pretrained(sys.argv[1]).save_pretrained(sys.argv[2], torch.bfloat16)' "$output/$name-answer/final" "models/arxiv-mini/methods/$name"
   mkdir -p results/methods
   for stage in regenerate answer; do cp "$output/$name-$stage/log.jsonl" "results/methods/$name-$stage.jsonl"; done

@@ -5,4 +5,4 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 corpus=${1:?usage: runs/rule-questions.sh CORPUS OUTPUT} output=${2:?usage: runs/rule-questions.sh CORPUS OUTPUT}
 if [ -d "$output" ]; then exit; fi
-python -m compressor.cli questions --config configs/corpora/arxivqa-rules.yaml --source "$corpus" --sample.train 25000 --output "$output"
+python -m compressor questions --config configs/corpora/arxivqa-rules.yaml --source "$corpus" --sample.train 25000 --output "$output"

@@ -11,14 +11,14 @@ squad=${2:-}
 root=$(cd "$(dirname "$0")/.." && pwd)
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-python -m compressor.cli corpus --config "$root/configs/corpora/arxiv-2026.yaml" \
+python -m compressor corpus --config "$root/configs/corpora/arxiv-2026.yaml" \
   --source "$source" --output "$work/sample" --name arxiv-sample \
   --sample.train 2000 --sample.validation 300 --sample.test 500 --sample.balance '[test]' --sample.seed 0
 for split in train validation test; do
   cp "$work/sample/$split-00000-of-00001.parquet" "$root/data/arxiv-$split.parquet"
 done
 cat "$work/sample/manifest.json"
-python -m compressor.cli questions --config "$root/configs/corpora/arxivqa-rules.yaml" \
+python -m compressor questions --config "$root/configs/corpora/arxivqa-rules.yaml" \
   --source "[$root/data/arxiv-train.parquet,$root/data/arxiv-test.parquet]" --output "$work/questions"
 for split in train test; do
   cp "$work/questions/$split.parquet" "$root/data/arxivqa-$split.parquet"

@@ -146,7 +146,7 @@ def make_family_base(tiny_base_folder: Path) -> Callable[..., Any]:
     """Builds a `Base` around a tiny random model of a family, with the tiny tokenizer."""
     from transformers import PreTrainedTokenizerFast
 
-    from compressor.base import Base
+    from compressor.model.base import Base
 
     tokenizer = PreTrainedTokenizerFast.from_pretrained(tiny_base_folder)
 
@@ -266,8 +266,8 @@ def tiny_gguf(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) 
 @pytest.fixture
 def tiny_base(tiny_base_folder: Path) -> Any:
     """The tiny base, freshly loaded: a compressor puts its adapters into it."""
-    from compressor.base import load_base
-    from compressor.model_config import BaseConfig
+    from compressor.model.base import load_base
+    from compressor.model.config import BaseConfig
 
     return load_base(BaseConfig(path=str(tiny_base_folder)))
 
@@ -280,9 +280,9 @@ def make_tiny_compressor(tiny_base_folder: Path) -> Callable[..., Any]:
     """
     import torch
 
-    from compressor.base import load_base
-    from compressor.model import Compressor
-    from compressor.model_config import BaseConfig, CompressorConfig
+    from compressor.api import Compressor
+    from compressor.model.base import load_base
+    from compressor.model.config import BaseConfig, CompressorConfig
 
     def make(stirred: bool = True, base: Any = None, seed: int = 0, **settings: Any) -> Compressor:
         settings = {
@@ -441,4 +441,4 @@ def _one_thread() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def small_default(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a test names no checkpoint it means the small one, whatever base this machine has."""
-    monkeypatch.setattr("compressor.bases.FLAGSHIP", "models/arxiv-mini/compressor")
+    monkeypatch.setattr("compressor.model.bases.FLAGSHIP", "models/arxiv-mini/compressor")

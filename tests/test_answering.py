@@ -11,16 +11,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from compressor.answering import AnswerStage
-from compressor.config import RunConfig
-from compressor.data.collate import IGNORED, answer_pair
+from compressor.api import Compressor
+from compressor.commands.train import train_main
+from compressor.data.batches import IGNORED, answer_pair
 from compressor.errors import CompressorError
-from compressor.generation import decode
-from compressor.launch import train_main
-from compressor.model import Compressor
-from compressor.objectives import answer_loss
+from compressor.model.generation import decode
 from compressor.parsing import parse_config
-from compressor.training import start_run
+from compressor.training.answer import AnswerStage
+from compressor.training.config import RunConfig
+from compressor.training.loop import start_run
+from compressor.training.objectives import answer_loss
 
 
 @pytest.fixture(scope="session")

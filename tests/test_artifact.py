@@ -15,13 +15,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from compressor.cli import main as cli
-from compressor.codecs import artifact, container
-from compressor.codecs.calibration import Calibration
-from compressor.codecs.codec import Codec
-from compressor.codecs.inspection import byte_ledger
+from compressor.commands.cli import main as cli
 from compressor.errors import CompressorError
-from compressor.memory import Memory
+from compressor.model.memory import Memory
+from compressor.storage import container
+from compressor.storage import memory_file as artifact
+from compressor.storage.calibration import Calibration
+from compressor.storage.codec import Codec
+from compressor.storage.inspection import byte_ledger
 
 
 @pytest.fixture(scope="module")

@@ -16,16 +16,11 @@ from typing import Any
 
 import pytest
 
-from compressor.cli import main
-from compressor.data.arxivqa import ArxivQAConfig, build_questions
-from compressor.data.cloze import cloze_questions
-from compressor.data.endpoint import EndpointConfig
-from compressor.data.generators import (
-    SCHEMA,
-    Pair,
-    check_pair,
-    read_pairs,
-)
+from compressor.commands.cli import main
+from compressor.data.builders.arxivqa import ArxivQAConfig, build_questions
+from compressor.data.builders.cloze import cloze_questions
+from compressor.data.builders.endpoint import EndpointConfig
+from compressor.data.builders.generators import SCHEMA, Pair, check_pair, read_pairs
 from compressor.data.questions import load_questions
 from compressor.data.sources import read_rows
 from compressor.errors import CompressorError

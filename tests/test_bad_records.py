@@ -11,14 +11,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from compressor.cli import main as cli
-from compressor.codecs.collection import Collection
+from compressor.commands.cli import main as cli
+from compressor.commands.evaluate import evaluate_main
+from compressor.commands.train import train_main
 from compressor.data.left_out import LeftOut
 from compressor.data.questions import load_questions
 from compressor.data.records import load_texts
 from compressor.errors import CompressorError
-from compressor.evaluation.command import evaluate_main
-from compressor.launch import train_main
+from compressor.storage.collection import Collection
 
 
 @pytest.fixture(autouse=True)

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from compressor.base import PROJECT, Base, load_base, resolve
 from compressor.errors import CompressorError
-from compressor.model_config import BaseConfig
+from compressor.model.base import PROJECT, Base, load_base, resolve
+from compressor.model.config import BaseConfig
 
 
 def test_shape_and_tokens_of_the_tiny_base(tiny_base: Base) -> None:
@@ -99,7 +99,7 @@ def test_an_error_without_a_message_is_told_by_its_kind(monkeypatch: pytest.Monk
     def fail(*_args: object, **_kwargs: object) -> None:
         raise RuntimeError("")
 
-    monkeypatch.setattr("compressor.base.AutoConfig.from_pretrained", fail)
+    monkeypatch.setattr("compressor.model.base.AutoConfig.from_pretrained", fail)
     with pytest.raises(CompressorError, match=r"cannot load the base 'some/base' \(RuntimeError"):
         load_base(BaseConfig(path="some/base"))
 

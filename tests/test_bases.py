@@ -18,17 +18,17 @@ from typing import Any
 import pytest
 import torch
 
-from compressor import bases, gguf_cache
-from compressor.base import Base, load_base
-from compressor.bases import NAMED, NamedBase, fetch, locate
-from compressor.cli import main
-from compressor.demo import demo_main
+from compressor.commands.cli import main
+from compressor.commands.demo import demo_main
+from compressor.commands.evaluate import evaluate_main
+from compressor.data.prompts import question_ids
 from compressor.errors import CompressorError
-from compressor.evaluation.command import evaluate_main
 from compressor.files import sha256
-from compressor.gguf_cache import CACHE, cached
-from compressor.model_config import BaseConfig
-from compressor.prompts import question_ids
+from compressor.model import bases, gguf_cache
+from compressor.model.base import Base, load_base
+from compressor.model.bases import NAMED, NamedBase, fetch, locate
+from compressor.model.config import BaseConfig
+from compressor.model.gguf_cache import CACHE, cached
 
 
 @pytest.fixture(autouse=True)

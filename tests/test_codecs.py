@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 import torch
 
-from compressor.codecs import entropy, quantise
-from compressor.codecs.calibration import Calibration, flatten_tokens, unflatten_tokens
-from compressor.codecs.codec import Codec
-from compressor.codecs.fitting import calibrate, fit_calibration
-from compressor.codecs.lowrank import fit, step_size
 from compressor.errors import CompressorError
-from compressor.generation import decode
-from compressor.memory import Memory, Segment, memory_prefix
+from compressor.model.generation import decode
+from compressor.model.memory import Memory, Segment, memory_prefix
+from compressor.storage import entropy, quantise
+from compressor.storage.calibration import Calibration, flatten_tokens, unflatten_tokens
+from compressor.storage.codec import Codec
+from compressor.storage.fitting import calibrate, fit_calibration
+from compressor.storage.lowrank import fit, step_size
 
 LAYERS, HEADS, SIZE, SLOTS, RANK = 3, 2, 8, 4, 10
 CODERS = ("ans", "range", "huffman")

@@ -16,12 +16,12 @@ from typing import Any
 import pytest
 import torch
 
-from compressor.cli import main as cli
-from compressor.codecs.codec import Codec
-from compressor.codecs.collection import Collection, CollectionWriter, missing
-from compressor.codecs.fitting import calibrate
+from compressor.commands.cli import main as cli
 from compressor.errors import CompressorError
-from compressor.memory import Memory, Segment
+from compressor.model.memory import Memory, Segment
+from compressor.storage.codec import Codec
+from compressor.storage.collection import Collection, CollectionWriter, missing
+from compressor.storage.fitting import calibrate
 
 # `compressor`, which is killed while the second shard has its temporary name.
 _DYING = """
@@ -43,9 +43,9 @@ sys.exit(main(sys.argv[1:]))
 @pytest.fixture(scope="module")
 def checkpoint(tiny_base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny compressor on disk."""
-    from compressor.base import load_base
-    from compressor.model import Compressor
-    from compressor.model_config import BaseConfig, CompressorConfig
+    from compressor.api import Compressor
+    from compressor.model.base import load_base
+    from compressor.model.config import BaseConfig, CompressorConfig
 
     base = load_base(BaseConfig(path=str(tiny_base_folder)))
     settings = CompressorConfig(memory_tokens=4, lora_rank=2, lora_alpha=4.0, max_passage_tokens=64)
@@ -119,7 +119,7 @@ def test_one_memory_is_loaded_without_reading_the_rest(tmp_path: Path, monkeypat
             read.append(count)
             return self.file.read(count)
 
-    import compressor.codecs.collection as module
+    import compressor.storage.collection as module
 
     monkeypatch.setattr(
         module,
@@ -226,7 +226,7 @@ def test_the_command_resumes_after_sigkill_and_appends(
     assert after.place("paper/0").shard.read_bytes() == kept
     assert not any(path.name.startswith(".") for path in folder.iterdir())
 
-    from compressor.model import Compressor
+    from compressor.api import Compressor
 
     model = Compressor.from_pretrained(checkpoint)
     for passage in passages[:9]:
@@ -255,8 +255,8 @@ def test_the_command_resumes_after_sigkill_and_appends(
 def test_a_calibrated_collection_carries_its_calibration(
     checkpoint: Path, passages: list[dict[str, str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from compressor.codecs.artifact import compressor_name
-    from compressor.model import Compressor
+    from compressor.api import Compressor
+    from compressor.storage.memory_file import compressor_name
 
     model = Compressor.from_pretrained(checkpoint)
     ids = model.base.tokenizer([passage["text"] for passage in passages], add_special_tokens=False)["input_ids"]
@@ -367,7 +367,7 @@ def test_two_processes_share_the_work(
         "--main_process_port",
         "0",
         "-m",
-        "compressor.cli",
+        "compressor",
         "compress",
         corpus,
     ]

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import yaml
 
-from compressor.config import LengthRange, RunConfig, TokensShare
-from compressor.data.arxivqa import ArxivQAConfig
-from compressor.data.corpora import CorpusConfig
+from compressor.data.builders.arxivqa import ArxivQAConfig
+from compressor.data.builders.corpora import CorpusConfig
 from compressor.errors import CompressorError
-from compressor.model_config import CompressorConfig
+from compressor.model.config import CompressorConfig
 from compressor.parsing import known_keys, parse_config
+from compressor.training.config import LengthRange, RunConfig, TokensShare
 
 PROJECT = Path(__file__).resolve().parents[1]
 CONFIGS = PROJECT / "configs"

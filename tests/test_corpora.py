@@ -13,11 +13,11 @@ import datasets
 import pyarrow.parquet as pq
 import pytest
 
-from compressor.cli import main
-from compressor.data.abstracts import collapse, comparable, month_of_id, withdrawn
-from compressor.data.corpora import CorpusConfig, SampleConfig, build_corpus
+from compressor.commands.cli import main
+from compressor.data.builders.abstracts import collapse, comparable, month_of_id, withdrawn
+from compressor.data.builders.corpora import CorpusConfig, SampleConfig, build_corpus
+from compressor.data.builders.shards import even_shares
 from compressor.data.records import load_texts
-from compressor.data.shards import even_shares
 from compressor.errors import CompressorError
 from compressor.files import sha256
 from compressor.parsing import parse_config
@@ -473,7 +473,7 @@ def test_unknown_keys_and_commands_name_the_nearest(tmp_path: Path, capsys: pyte
 
 def test_the_process_ends_with_status_2_and_no_traceback(tmp_path: Path) -> None:
     (tmp_path / "s.jsonl").write_bytes(b"\xfa\xfe junk")
-    command = [sys.executable, "-m", "compressor.cli", "corpus", "--source", "s.jsonl", "--output", "out"]
+    command = [sys.executable, "-m", "compressor", "corpus", "--source", "s.jsonl", "--output", "out"]
     root = Path(__file__).resolve().parents[1]
     done = subprocess.run(
         command, cwd=tmp_path, env={"PYTHONPATH": str(root), "PATH": ""}, capture_output=True, text=True

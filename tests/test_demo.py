@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from compressor.base import Base
-from compressor.cli import main as cli
-from compressor.demo import demo_main, mark_differences
-from compressor.model import Compressor
+from compressor.api import Compressor
+from compressor.commands.cli import main as cli
+from compressor.commands.demo import demo_main, mark_differences
+from compressor.model.base import Base
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from compressor.config import RunConfig
-from compressor.training import start_run
+from compressor.training.config import RunConfig
+from compressor.training.loop import start_run
 
 STEPS = 16
 SCHEDULE = [f"--training.steps={STEPS}", "--training.checkpoint_every=5", "--training.validate_every=8"]

@@ -15,8 +15,8 @@ import pytest
 import torch
 import yaml
 
+from compressor.commands.evaluate import evaluate_main
 from compressor.errors import CompressorError
-from compressor.evaluation.command import evaluate_main
 from compressor.evaluation.report import (
     load_published,
     loss_curve,
@@ -31,7 +31,7 @@ from compressor.evaluation.tasks import regeneration as tasks_module
 from compressor.evaluation.tasks.interface import make_batches
 from compressor.files import sha256
 from compressor.methods.interface import MemoryMethod
-from compressor.objectives import target_loss
+from compressor.training.objectives import target_loss
 
 FIGURES = ("bleu", "rouge_l", "exact_match", "token_accuracy", "nll_per_token", "token_ratio", "byte_ratio")
 

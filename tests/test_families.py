@@ -13,15 +13,15 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedTokenizerFast
 
-from compressor.base import Base, load_base, refuse_unsupported, window_of
-from compressor.data.collate import regeneration_pair, stack_pairs
+from compressor.api import Compressor
+from compressor.data.batches import regeneration_pair, stack_pairs
 from compressor.errors import CompressorError
-from compressor.generation import Sampling, decode, generate
-from compressor.memory import Memory, Prefix, memory_prefix
-from compressor.methods.encoder import pad
 from compressor.methods.interface import token_prefix
-from compressor.model import Compressor
-from compressor.model_config import BaseConfig, CompressorConfig
+from compressor.model.base import Base, load_base, refuse_unsupported, window_of
+from compressor.model.config import BaseConfig, CompressorConfig
+from compressor.model.encoder import pad
+from compressor.model.generation import Sampling, decode, generate
+from compressor.model.memory import Memory, Prefix, memory_prefix
 
 PASSAGES = [list(range(10, 34)), list(range(40, 51)), list(range(60, 79))]
 

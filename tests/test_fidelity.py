@@ -13,15 +13,15 @@ from typing import Any
 import pytest
 import torch
 
-import compressor.fidelity
-from compressor.cli import main as cli
-from compressor.codecs.artifact import as_stored
-from compressor.codecs.codec import Codec
+import compressor.model.fidelity
+from compressor.api import Compressor
+from compressor.commands.cli import main as cli
 from compressor.errors import CompressorError
-from compressor.fidelity import compress_to_fidelity, edits, fidelities, passage_scores, sizes_to_try
-from compressor.generation import regenerate_ids
-from compressor.memory import Memory, memory_prefix
-from compressor.model import Compressor
+from compressor.model.fidelity import compress_to_fidelity, edits, fidelities, passage_scores, sizes_to_try
+from compressor.model.generation import regenerate_ids
+from compressor.model.memory import Memory, memory_prefix
+from compressor.storage.codec import Codec
+from compressor.storage.memory_file import as_stored
 
 Make = Callable[..., Compressor]
 
@@ -82,7 +82,7 @@ def test_fidelity_is_the_share_that_comes_back_in_regeneration(bundled: Compress
 def test_a_fidelity_that_only_right_tokens_before_would_reach_is_not_accepted(
     bundled: Compressor, measured: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compressor.fidelity, "sizes_to_try", lambda *_: [16])
+    monkeypatch.setattr(compressor.model.fidelity, "sizes_to_try", lambda *_: [16])
     ids, memory, share = (column[0] for column in measured)
     with torch.no_grad(), bundled.adapters(on=False):
         scores = passage_scores(bundled.base, memory_prefix(bundled.base, [memory]), [ids])[0]
@@ -117,7 +117,7 @@ def test_a_fidelity_that_is_asked_for_is_kept_or_refused_with_a_warning(
     bundled: Compressor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On languages, code, tables and LaTeX, in what `regenerate` writes."""
-    monkeypatch.setattr(compressor.fidelity, "sizes_to_try", lambda *_: [8, 16])
+    monkeypatch.setattr(compressor.model.fidelity, "sizes_to_try", lambda *_: [8, 16])
     with pytest.warns(UserWarning, match="16 memory tokens reach a fidelity") as caught:
         memories = bundled.compress(list(KINDS.values()), target_fidelity=0.85)
     shares = {
@@ -134,7 +134,7 @@ def test_a_fidelity_that_is_asked_for_is_kept_or_refused_with_a_warning(
 def test_a_fidelity_is_that_of_what_is_stored(
     bundled: Compressor, texts: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compressor.fidelity, "sizes_to_try", lambda *_: [16])
+    monkeypatch.setattr(compressor.model.fidelity, "sizes_to_try", lambda *_: [16])
     ids, codec = _ids(bundled, texts[3])[:60], Codec.parse("int2")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -168,7 +168,7 @@ def test_the_command_says_how_much_comes_back(
 ) -> None:
     language, options, shown, warned = COMMANDS[case]
     monkeypatch.setattr(Compressor, "from_pretrained", lambda *_, **__: bundled)
-    monkeypatch.setattr(compressor.fidelity, "sizes_to_try", lambda *_: [8, 16])
+    monkeypatch.setattr(compressor.model.fidelity, "sizes_to_try", lambda *_: [8, 16])
     path, memory = tmp_path / f"{language}.txt", tmp_path / "text.memory"
     path.write_text(SENTENCES[language])
     assert cli(["compress", str(path), "-o", str(memory), *options]) == 0
@@ -184,7 +184,7 @@ def test_the_command_says_how_much_comes_back(
         assert [loaded.fidelity] == pytest.approx(expected, abs=1e-4)
         assert cli(["inspect", str(memory)]) == 0
         assert f"{loaded.fidelity:.1%} of the text" in capsys.readouterr().out
-        monkeypatch.setattr("compressor.base.load_base", lambda *_: bundled.base)
+        monkeypatch.setattr("compressor.model.base.load_base", lambda *_: bundled.base)
         assert cli(["ask", "--memory", str(memory), "--question", "What?"]) == 0
         assert ("of the text comes back from this memory" in capsys.readouterr().err) == (loaded.fidelity < 0.9)
 
@@ -220,7 +220,7 @@ def test_the_smallest_sufficient_power_of_two_is_taken(
     model = make_tiny_compressor(layout=layout)
     text = "One passage that is compressed to as few tokens as will do."
     measured = _Measured({1: 0.3, 2: 0.9, 4: 0.7, 8: 1.0})
-    monkeypatch.setattr(compressor.fidelity, "fidelities", measured)
+    monkeypatch.setattr(compressor.model.fidelity, "fidelities", measured)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for target, size in ((0.3, 1), (0.31, 2), (0.95, 8)):
@@ -239,7 +239,7 @@ def test_encodes_once_where_memories_can_be_truncated(
     calls = []
     encode = model.encode
     monkeypatch.setattr(model, "encode", lambda *arguments: calls.append(arguments) or encode(*arguments))
-    monkeypatch.setattr(compressor.fidelity, "fidelities", _Measured({1: 0.0, 2: 0.0, 4: 0.0, 8: 1.0}))
+    monkeypatch.setattr(compressor.model.fidelity, "fidelities", _Measured({1: 0.0, 2: 0.0, 4: 0.0, 8: 1.0}))
     model.compress("Some words.", target_fidelity=1.0)
     assert len(calls) == times
 

@@ -14,19 +14,19 @@ from typing import Any
 
 import pytest
 
-from compressor.cli import main as cli
-from compressor.codecs import container
-from compressor.codecs.codec import Codec
-from compressor.codecs.collection import CollectionWriter
-from compressor.codecs.pack_command import main as pack
-from compressor.data.arxivqa import ArxivQAConfig, build_questions
-from compressor.data.corpora import CorpusConfig, build_corpus
+from compressor.commands.cli import main as cli
+from compressor.commands.pack import main as pack
+from compressor.data.builders.arxivqa import ArxivQAConfig, build_questions
+from compressor.data.builders.corpora import CorpusConfig, build_corpus
 from compressor.errors import CompressorError
 from compressor.evaluation.report import loss_curve
 from compressor.evaluation.runner import output_folder
 from compressor.evaluation.settings import EvaluationConfig
 from compressor.files import atomic_file, atomic_folder, write_json
-from compressor.pretrained import CHECKPOINT
+from compressor.model.checkpoint import CHECKPOINT
+from compressor.storage import container
+from compressor.storage.codec import Codec
+from compressor.storage.collection import CollectionWriter
 
 PASSAGE = "We study the conductivity of thin films at low temperature."
 Write = Callable[[Path], None]
@@ -347,7 +347,7 @@ def test_a_run_that_cannot_write_says_what_is_kept_and_how_to_go_on(
 ) -> None:
     import resource
 
-    from compressor.launch import train_main
+    from compressor.commands.train import train_main
 
     argv = [*training_options, f"--output={tmp_path}", "--training.checkpoint_every=2"]
     assert train_main([*argv, "--training.steps=2"]) == 0

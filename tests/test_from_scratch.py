@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from compressor.base import load_base
-from compressor.launch import train_main
-from compressor.model_config import BaseConfig
+from compressor.commands.train import train_main
+from compressor.model.base import load_base
+from compressor.model.config import BaseConfig
 
 SMALL = ["--limit", "150", "--vocabulary", "400", "--hidden", "32", "--layers", "2", "--heads", "4", "--width", "64"]
 

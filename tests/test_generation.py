@@ -11,10 +11,11 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
-from compressor.base import Base
-from compressor.data.collate import IGNORED
+from compressor.api import Compressor
+from compressor.data.batches import IGNORED
 from compressor.errors import CompressorError
-from compressor.generation import (
+from compressor.model.base import Base
+from compressor.model.generation import (
     Sampling,
     decode,
     generate,
@@ -26,8 +27,7 @@ from compressor.generation import (
     score,
     stream,
 )
-from compressor.memory import Memory, Prefix, empty_prefix, memory_prefix
-from compressor.model import Compressor
+from compressor.model.memory import Memory, Prefix, empty_prefix, memory_prefix
 
 PASSAGES = [[(7 * i + j) % 400 + 5 for i in range(n)] for j, n in enumerate((30, 9, 17))]
 PROMPTS = [[1], [5, 6, 7, 8], [1, 9]]
@@ -304,7 +304,7 @@ def test_the_loss_of_labels_is_that_of_all_logits(decoder: tuple[Base, list[Memo
         return losses.sum(1)
 
     wanted = run(whole)
-    monkeypatch.setattr("compressor.generation.HEAD_ROWS", 4)
+    monkeypatch.setattr("compressor.model.generation.HEAD_ROWS", 4)
     for base.plain_head in (True, False):
         torch.testing.assert_close(run(lambda prefix: label_nats(base, prefix, ids, labels)), wanted)
     with torch.no_grad():

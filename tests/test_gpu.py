@@ -11,14 +11,14 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from compressor.base import load_base
-from compressor.fidelity import passage_scores
-from compressor.generation import decode, generate
-from compressor.launch import train_main
-from compressor.memory import memory_prefix
-from compressor.model import Compressor
-from compressor.model_config import BaseConfig
-from compressor.training import StopSignal
+from compressor.api import Compressor
+from compressor.commands.train import train_main
+from compressor.model.base import load_base
+from compressor.model.config import BaseConfig
+from compressor.model.fidelity import passage_scores
+from compressor.model.generation import decode, generate
+from compressor.model.memory import memory_prefix
+from compressor.training.loop import StopSignal
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -100,7 +100,7 @@ def test_batches_equal_singles_on_the_gpu(tiny_base_folder: Path, make_tiny_comp
 
 
 def test_refinement_on_the_gpu(tiny_base_folder: Path) -> None:
-    from compressor.model_config import CompressorConfig
+    from compressor.model.config import CompressorConfig
 
     base = load_base(BaseConfig(path=str(tiny_base_folder), dtype="bfloat16"), "cuda")
     model = Compressor(base, CompressorConfig(memory_tokens=8, lora_rank=4, max_passage_tokens=64))

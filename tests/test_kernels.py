@@ -8,7 +8,7 @@ from torch import nn
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from compressor.kernels import grouped_attention, lighten_norms
+from compressor.model.kernels import grouped_attention, lighten_norms
 
 
 @pytest.mark.parametrize("kv_heads", [6, 2, 1])

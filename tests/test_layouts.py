@@ -7,8 +7,8 @@ from typing import get_args
 import pytest
 import torch
 
-from compressor.layouts import TRUNCATABLE, decoder_start, memory_positions, tree_stretches, van_der_corput
-from compressor.model_config import Layout
+from compressor.model.config import Layout
+from compressor.model.layouts import TRUNCATABLE, decoder_start, memory_positions, tree_stretches, van_der_corput
 
 LAYOUTS = get_args(Layout)
 N, K, M = 32, 4, 8

@@ -15,22 +15,18 @@ import numpy as np
 import pytest
 import torch
 
-from compressor.cli import main
-from compressor.codecs import container
-from compressor.codecs import frequencies as fr
-from compressor.codecs.blocks import RAW, TEXT, ZSTD, Block, parse, serialise
-from compressor.codecs.collection import Collection
-from compressor.codecs.exact import ExactBase, Lockstep
-from compressor.codecs.inspection import byte_ledger
-from compressor.codecs.lossless import pack_bytes, pack_passage, split_text, unpack_bytes, unpack_passage
-from compressor.codecs.ranges import RangeDecoder, RangeEncoder
-from compressor.codecs.token_coder import (
-    Unencodable,
-    decode_lanes,
-    encode_lane,
-)
+from compressor.commands.cli import main
 from compressor.errors import CompressorError
-from compressor.memory import Memory, empty_prefix
+from compressor.model.memory import Memory, empty_prefix
+from compressor.packing import frequencies as fr
+from compressor.packing.blocks import RAW, TEXT, ZSTD, Block, parse, serialise
+from compressor.packing.float64 import ExactBase, Lockstep
+from compressor.packing.lossless import pack_bytes, pack_passage, split_text, unpack_bytes, unpack_passage
+from compressor.packing.ranges import RangeDecoder, RangeEncoder
+from compressor.packing.token_coder import Unencodable, decode_lanes, encode_lane
+from compressor.storage import container
+from compressor.storage.collection import Collection
+from compressor.storage.inspection import byte_ledger
 
 pytest.importorskip("zstandard")
 
@@ -46,8 +42,8 @@ def abstracts(texts: list[str]) -> list[str]:
 @pytest.fixture(scope="module")
 def exact(tiny_base_folder: Path, abstracts: list[str]) -> ExactBase:
     """A tiny base that has learned these texts: it packs them smaller than zstd does, and quickly."""
-    from compressor.base import load_base
-    from compressor.model_config import BaseConfig
+    from compressor.model.base import load_base
+    from compressor.model.config import BaseConfig
 
     base = load_base(BaseConfig(path=str(tiny_base_folder)))
     rows = [[base.bos, *base.tokenizer(text)["input_ids"], base.eos][:120] for text in abstracts]
@@ -301,7 +297,7 @@ def test_paragraphs_and_dos_lines_are_documents_too(exact: ExactBase, abstracts:
 def test_mixed_bytes_are_cut_into_blocks(
     exact: ExactBase, abstracts: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from compressor.codecs import lossless
+    from compressor.packing import lossless
 
     monkeypatch.setattr(lossless, "_PAGE", 64)
     data = abstracts[0].encode() + random.Random(0).randbytes(500) + b"\x80" + abstracts[1].encode()
@@ -380,8 +376,8 @@ def test_eager_attention_unpacks_too(exact: ExactBase, packed: tuple[bytes, byte
 
 
 def test_the_bundled_base_packs_an_abstract_held_in_any_type(texts: list[str]) -> None:
-    from compressor.base import load_base
-    from compressor.model_config import BaseConfig
+    from compressor.model.base import load_base
+    from compressor.model.config import BaseConfig
 
     data = min((text for text in texts if len(text) > 400), key=len).encode()
     blob = pack_bytes(data, load_base(BaseConfig(path=BUNDLED)))
@@ -451,7 +447,7 @@ def test_thousands_of_damaged_plain_files_are_refused() -> None:
     pieces = [b"a line of a log, with numbers 1234\n" * 40, random.Random(0).randbytes(300), bytes(500)]
     import bz2
 
-    from compressor.codecs.blocks import BZIP2, zstd_frame
+    from compressor.packing.blocks import BZIP2, zstd_frame
 
     blocks = [
         (Block(ZSTD, zstd_frame(pieces[0])), pieces[0]),
@@ -479,7 +475,7 @@ def test_damaged_text_is_refused(exact: ExactBase, packed: tuple[bytes, bytes], 
 
 
 def test_bombs_and_absurd_lengths_are_refused(exact: ExactBase) -> None:
-    from compressor.codecs.blocks import zstd_frame
+    from compressor.packing.blocks import zstd_frame
 
     huge = bytes((1 << 22) + 1)
     blob = serialise([(Block(ZSTD, zstd_frame(huge)), huge)], b"abc")
@@ -510,7 +506,7 @@ def test_bytes_that_end_too_early_are_noticed_at_once(exact: ExactBase, abstract
 
 
 def test_a_lane_that_never_ends_is_stopped(exact: ExactBase, monkeypatch: pytest.MonkeyPatch) -> None:
-    from compressor.codecs import token_coder
+    from compressor.packing import token_coder
 
     monkeypatch.setattr(token_coder, "LANE_SYMBOLS", 12)
     with pytest.raises(CompressorError, match="do not end"):
@@ -534,7 +530,7 @@ class Terminal(io.BytesIO):
 @pytest.fixture
 def run(exact: ExactBase, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., tuple[int, bytes]]:
     """Runs `compressor ARGUMENTS` in an empty folder; returns its status and what it wrote to standard output."""
-    from compressor.codecs import pack_command
+    from compressor.commands import pack as pack_command
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(pack_command, "_loader", lambda options: lambda: exact)

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from compressor.api import Compressor
 from compressor.errors import CompressorError
-from compressor.generation import decode
-from compressor.memory import Memory, Segment, empty_prefix, memory_prefix
-from compressor.model import Compressor
+from compressor.model.generation import decode
+from compressor.model.memory import Memory, Segment, empty_prefix, memory_prefix
 
 PASSAGE = [(7 * i) % 400 + 5 for i in range(40)]
 OTHER = [(11 * i) % 400 + 5 for i in range(23)]

@@ -14,19 +14,15 @@ import pytest
 import torch
 from torch import nn
 
-from compressor import generation
-from compressor.base import Base, load_base
-from compressor.data.collate import regeneration_pair, stack_pairs
+from compressor.api import Compressor
+from compressor.data.batches import regeneration_pair, stack_pairs
 from compressor.errors import CompressorError
-from compressor.generation import after, generate, score
-from compressor.layouts import memory_positions
-from compressor.memory import Memory, memory_prefix
-from compressor.methods import registry
-from compressor.methods.encoder import pad
+from compressor.methods import table as registry
 from compressor.methods.interface import MemoryMethod, Method, Piece, TokenMethod, token_prefix
 from compressor.methods.keywords import Keywords, with_new_words
 from compressor.methods.recite import recited_prefix
-from compressor.methods.registry import (
+from compressor.methods.summary import Summary, textrank
+from compressor.methods.table import (
     READINGS,
     TRAINED,
     TUNED,
@@ -35,10 +31,14 @@ from compressor.methods.registry import (
     memory_method,
     untrained_method,
 )
-from compressor.methods.summary import Summary, textrank
-from compressor.model import Compressor
-from compressor.model_config import METHOD_LAYOUTS, BaseConfig
-from compressor.objectives import target_loss
+from compressor.model import generation
+from compressor.model.base import Base, load_base
+from compressor.model.config import METHOD_LAYOUTS, BaseConfig
+from compressor.model.encoder import pad
+from compressor.model.generation import after, generate, score
+from compressor.model.layouts import memory_positions
+from compressor.model.memory import Memory, memory_prefix
+from compressor.training.objectives import target_loss
 
 Make = Callable[..., Compressor]
 MAKING = [name for name in TRAINED if name not in TUNED]

@@ -16,15 +16,15 @@ from peft import PeftModel
 from peft.tuners import lora
 from safetensors.torch import load_file
 
-import compressor.pretrained
-from compressor.base import Base, load_base
-from compressor.data.collate import regeneration_pair, stack_pairs
+import compressor.model.checkpoint
+from compressor.api import Compressor
+from compressor.data.batches import regeneration_pair, stack_pairs
 from compressor.errors import CompressorError
-from compressor.lora import READER, WRITER, AdaptedLinear, adapter
-from compressor.methods.encoder import encoder_attention, pad
-from compressor.model import Compressor
-from compressor.model_config import BaseConfig, CompressorConfig
-from compressor.pretrained import read_settings
+from compressor.model.base import Base, load_base
+from compressor.model.checkpoint import read_settings
+from compressor.model.config import BaseConfig, CompressorConfig
+from compressor.model.encoder import encoder_attention, pad
+from compressor.model.lora import READER, WRITER, AdaptedLinear, adapter
 
 PASSAGES = [[(7 * i + j) % 400 + 5 for i in range(n)] for j, n in enumerate((30, 9, 17))]
 Make = Callable[..., Compressor]
@@ -505,7 +505,7 @@ def test_the_base_is_loaded_as_it_was_in_training(
         asked.append(config)
         return load_base(BaseConfig(path=str(tiny_base_folder)), device)
 
-    monkeypatch.setattr(compressor.pretrained, "load_base", load)
+    monkeypatch.setattr(compressor.model.checkpoint, "load_base", load)
     settings = json.loads((saved / "compressor.json").read_text())
     plain = settings["base"]
     assert (plain["quantisation"], plain["revision"]) == ("none", None)
@@ -544,7 +544,7 @@ def test_a_failed_save_leaves_the_old_checkpoint(
     with torch.no_grad():
         tiny_compressor.encoder.memory_embeddings += 1
     with monkeypatch.context() as patch:
-        patch.setattr(compressor.pretrained, "save_file", full_disk)
+        patch.setattr(compressor.model.checkpoint, "save_file", full_disk)
         with pytest.raises(OSError, match="no space"):
             tiny_compressor.save_pretrained(saved)
     assert {path: path.read_bytes() for path in saved.rglob("*") if path.is_file()} == before

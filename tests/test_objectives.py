@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from compressor.data.collate import IGNORED, continuation_pair, regeneration_pair, stack_pairs
-from compressor.generation import score
-from compressor.memory import memory_prefix
-from compressor.methods.encoder import pad
-from compressor.model import Compressor
+from compressor.api import Compressor
+from compressor.data.batches import IGNORED, continuation_pair, regeneration_pair, stack_pairs
+from compressor.model.encoder import pad
+from compressor.model.generation import score
+from compressor.model.memory import memory_prefix
 
 PASSAGES = [[(7 * i + j) % 400 + 5 for i in range(n)] for j, n in enumerate((30, 9, 17))]
 FOLLOWING = [[31, 32, 33], [34], [35, 36]]

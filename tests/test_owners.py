@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 
-from compressor.cli import main as cli
+from compressor.commands.cli import main as cli
+from compressor.commands.evaluate import evaluate_main
+from compressor.commands.train import train_main
 from compressor.errors import CompressorError
-from compressor.evaluation.command import evaluate_main
 from compressor.files import owned
-from compressor.launch import train_main
 
 HOLDER = """
 import sys, time

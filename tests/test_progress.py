@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from compressor import progress
-from compressor.cli import COMMANDS
-from compressor.cli import main as cli
-from compressor.demo import DemoConfig
+from compressor.commands.cli import COMMANDS
+from compressor.commands.cli import main as cli
+from compressor.commands.demo import DemoConfig
 from compressor.parsing import parse_config
 from compressor.progress import Progress, counted, note, set_level
 

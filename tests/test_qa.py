@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from compressor.commands.evaluate import evaluate_main
+from compressor.data.prompts import question_ids
 from compressor.errors import CompressorError
-from compressor.evaluation.command import evaluate_main
 from compressor.evaluation.metrics import (
     answer_scores,
     difference,
@@ -23,8 +24,7 @@ from compressor.evaluation.metrics import (
     resampled_figures,
     retained,
 )
-from compressor.model_config import CompressorConfig
-from compressor.prompts import question_ids
+from compressor.model.config import CompressorConfig
 
 CASES: list[tuple[str, list[str]]] = [
     ("The cat", ["cat"]),

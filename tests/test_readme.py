@@ -71,7 +71,7 @@ def test_training_commands_are_valid(line: str) -> None:
 @pytest.mark.parametrize("line", [line for line in blocks() if line.startswith("compressor corpus")])
 def test_corpus_commands_are_valid(line: str) -> None:
     arguments = shlex.split(line)[2:]
-    printed = run(sys.executable, "-m", "compressor.cli", "corpus", *arguments, "--print_config")
+    printed = run(sys.executable, "-m", "compressor", "corpus", *arguments, "--print_config")
     assert printed.returncode == 0, printed.stderr
 
 

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from compressor.base import Base
+from compressor.api import Compressor
 from compressor.errors import CompressorError
-from compressor.fidelity import fidelities, passage_scores
-from compressor.memory import Memory, memory_prefix
-from compressor.model import Compressor
-from compressor.model_config import CompressorConfig
-from compressor.refinement import random_start
+from compressor.model.base import Base
+from compressor.model.config import CompressorConfig
+from compressor.model.fidelity import fidelities, passage_scores
+from compressor.model.memory import Memory, memory_prefix
+from compressor.model.refinement import random_start
 
 Make = Callable[..., Compressor]
 

@@ -13,7 +13,7 @@ import pytest
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
 
-from compressor.launch import train_main
+from compressor.commands.train import train_main
 
 STEPS = 24
 SCHEDULE = [

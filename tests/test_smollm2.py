@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from compressor.base import Base, load_base
-from compressor.bases import NAMED, _installed, fetch
+from compressor.data.prompts import CHAT, QUESTION, question_ids
 from compressor.data.records import load_texts
-from compressor.generation import after
-from compressor.gguf_cache import cached
-from compressor.memory import empty_prefix
-from compressor.model_config import BaseConfig
-from compressor.prompts import CHAT, QUESTION, question_ids
+from compressor.model.base import Base, load_base
+from compressor.model.bases import NAMED, _installed, fetch
+from compressor.model.config import BaseConfig
+from compressor.model.generation import after
+from compressor.model.gguf_cache import cached
+from compressor.model.memory import empty_prefix
 
 NAME = "smollm2-135m"
 KNOWN = NAMED[NAME]

@@ -48,11 +48,11 @@ def test_letters_that_an_output_cannot_show_are_replaced(project: Path, passage:
 @pytest.mark.parametrize(
     ("line", "status", "said"),
     [
-        ("$P -m compressor.cli pack -c {text} > /dev/full", 1, "standard output could not be written (No space left"),
-        ("$P -m compressor.cli pack -k -f -o /dev/full {text}", 1, "/dev/full could not be written (No space left"),
-        ("$P -m compressor.cli --help > /dev/full", 2, "standard output could not be written (No space left"),
-        ("$P -m compressor.cli pack -c {text} >&-", 1, "standard output could not be written (it is closed)"),
-        ("$P -m compressor.cli pack <&- | cat; exit ${{PIPESTATUS[0]}}", 1, "standard input is closed: name a file"),
+        ("$P -m compressor pack -c {text} > /dev/full", 1, "standard output could not be written (No space left"),
+        ("$P -m compressor pack -k -f -o /dev/full {text}", 1, "/dev/full could not be written (No space left"),
+        ("$P -m compressor --help > /dev/full", 2, "standard output could not be written (No space left"),
+        ("$P -m compressor pack -c {text} >&-", 1, "standard output could not be written (it is closed)"),
+        ("$P -m compressor pack <&- | cat; exit ${{PIPESTATUS[0]}}", 1, "standard input is closed: name a file"),
     ],
 )
 def test_a_stream_that_is_full_or_closed_is_named(
@@ -70,6 +70,6 @@ def test_closed_streams_do_not_hinder_a_command_that_writes_a_file(
     project: Path, passage: Path, tmp_path: Path
 ) -> None:
     target = tmp_path / "out.memory"
-    done = shell(project, f"$P -m compressor.cli compress {passage} {SMALL} -o {target} <&- >&- 2>&-")
+    done = shell(project, f"$P -m compressor compress {passage} {SMALL} -o {target} <&- >&- 2>&-")
     assert done.returncode == 0
     assert target.exists()

@@ -16,9 +16,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from compressor.base import load_base
+from compressor.api import Compressor
+from compressor.commands.evaluate import evaluate_main
 from compressor.errors import CompressorError
-from compressor.evaluation.command import evaluate_main
 from compressor.evaluation.flops import Setting, causal_pairs
 from compressor.evaluation.settings import EvaluationConfig
 from compressor.evaluation.studies.efficiency import (
@@ -29,12 +29,12 @@ from compressor.evaluation.studies.efficiency import (
     shape_of,
 )
 from compressor.evaluation.studies.utilisation import hidden_from, permutation_test, probe, verdict, without_token
-from compressor.generation import decode, score, stream
-from compressor.lora import WRITER
-from compressor.memory import empty_prefix
 from compressor.methods.interface import MemoryMethod, token_prefix
-from compressor.model import Compressor
-from compressor.model_config import BaseConfig
+from compressor.model.base import load_base
+from compressor.model.config import BaseConfig
+from compressor.model.generation import decode, score, stream
+from compressor.model.lora import WRITER
+from compressor.model.memory import empty_prefix
 
 PNG = b"\x89PNG"
 

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
+from compressor.commands.train import train_main
 from compressor.errors import CompressorError
-from compressor.launch import train_main
-from compressor.memory import Memory
+from compressor.model.memory import Memory
 from compressor.processes import make_accelerator
 
 
@@ -132,7 +132,7 @@ def test_the_page_asks_itself_without_the_proxy(
 ) -> None:
     import httpx2
 
-    from compressor.web import page, reach_this_machine
+    from compressor.commands.web import page, reach_this_machine
 
     for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")  # nobody listens there
@@ -159,7 +159,11 @@ def test_a_checkpoint_that_cannot_be_opened_is_not_called_damaged(
     def denied(path: Any, *arguments: Any, **options: Any) -> Any:
         raise PermissionError(13, "Permission denied", str(path))
 
-    for name in ("compressor.pretrained.sha256", "compressor.codecs.container.open", "compressor.files.Path.read_text"):
+    for name in (
+        "compressor.model.checkpoint.sha256",
+        "compressor.storage.container.open",
+        "compressor.files.Path.read_text",
+    ):
         with monkeypatch.context() as patched:
             patched.setattr(name, denied, raising=False)
             with pytest.raises(

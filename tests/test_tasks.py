@@ -13,11 +13,10 @@ import pytest
 import torch
 from rouge_score.rouge_scorer import RougeScorer
 
-from compressor.base import Base
+from compressor.commands.evaluate import evaluate_main
 from compressor.data.left_out import LeftOut
 from compressor.data.questions import Question
 from compressor.errors import CompressorError
-from compressor.evaluation.command import evaluate_main
 from compressor.evaluation.metrics import FIGURES
 from compressor.evaluation.report import text_table
 from compressor.evaluation.settings import EvaluationConfig
@@ -29,6 +28,7 @@ from compressor.evaluation.tasks.retrieve import Retrieve, reciprocal_rank
 from compressor.methods.full import Full
 from compressor.methods.interface import MemoryMethod, Method
 from compressor.methods.none import Nothing
+from compressor.model.base import Base
 
 SENTENCE = "the memory of a passage holds what it says so that a decoder can answer questions about it later on"
 

@@ -12,13 +12,13 @@ import pytest
 import torch
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from compressor.cli import main
-from compressor.codecs.pack_command import CODECS as CHOICES
-from compressor.codecs.pack_command import TEXT_MAGIC
-from compressor.codecs.text import CODECS, MAGIC, Embedding, Words, Writer, pack_text, text_codec, unpack_text
+from compressor.api import Compressor
+from compressor.commands.cli import main
+from compressor.commands.pack import CODECS as CHOICES
+from compressor.commands.pack import TEXT_MAGIC
 from compressor.errors import CompressorError
-from compressor.generation import Sampling
-from compressor.model import Compressor
+from compressor.model.generation import Sampling
+from compressor.packing.text_codecs import CODECS, MAGIC, Embedding, Words, Writer, pack_text, text_codec, unpack_text
 
 pytest.importorskip("yake")
 Load = Callable[..., Words | Embedding]

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from compressor.codecs.command import is_corpus
+from compressor.commands.demo import DemoConfig, read_passage
+from compressor.commands.memory import is_corpus
 from compressor.data.records import load_texts
 from compressor.data.sources import read_rows
 from compressor.data.text_files import read_text, text_lines
-from compressor.demo import DemoConfig, read_passage
 from compressor.errors import CompressorError
 
 

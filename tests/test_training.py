@@ -22,18 +22,18 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-import compressor.objectives
-from compressor.checkpoints import Checkpoints
-from compressor.compression import CompressionStage
-from compressor.config import RunConfig, TrainingConfig
-from compressor.data.collate import padded_width
+import compressor.training.objectives
+from compressor.api import Compressor
+from compressor.commands.train import train_main
+from compressor.data.batches import padded_width
 from compressor.errors import CompressorError
 from compressor.files import FolderKind, atomic_folder
-from compressor.launch import train_main
-from compressor.model import Compressor
-from compressor.optimizers import make_optimizer
 from compressor.parsing import parse_config
-from compressor.training import learning_rate, start_run, train
+from compressor.training.checkpoints import Checkpoints
+from compressor.training.config import RunConfig, TrainingConfig
+from compressor.training.loop import learning_rate, start_run, train
+from compressor.training.optimizers import make_optimizer
+from compressor.training.regenerate import CompressionStage
 
 
 @pytest.fixture(autouse=True)
@@ -124,8 +124,8 @@ def raise_signal(number: int = signal.SIGTERM) -> Callable[[], None]:
 
 
 def test_muon_takes_linear_layers_and_adamw_the_rest() -> None:
-    from compressor.config import TrainingConfig
-    from compressor.optimizers import Muon, MuonAdamW, make_optimizer
+    from compressor.training.config import TrainingConfig
+    from compressor.training.optimizers import Muon, MuonAdamW, make_optimizer
 
     torch.manual_seed(0)
     hidden, head = nn.Linear(4, 6), nn.Linear(4, 5, bias=False)
@@ -150,7 +150,7 @@ def test_muon_takes_linear_layers_and_adamw_the_rest() -> None:
 
 
 def test_muon_is_torchs_in_any_precision() -> None:
-    from compressor.optimizers import Muon
+    from compressor.training.optimizers import Muon
 
     torch.manual_seed(0)
     weights = [torch.randn(shape) for shape in ((6, 4), (4, 6), (6, 4), (5, 5))]
@@ -640,13 +640,13 @@ def test_a_dry_run_writes_nothing(
 def test_a_loss_of_nan_ends_the_command_with_status_2_and_record_ids(
     training_options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    honest, calls = compressor.objectives.loss, []
+    honest, calls = compressor.training.objectives.loss, []
 
     def spoiled(model: Compressor, batch: dict[str, Any]) -> Tensor:
         calls.append(1)
         return honest(model, batch) * (math.nan if len(calls) == 5 else 1.0)
 
-    monkeypatch.setattr(compressor.objectives, "loss", spoiled)
+    monkeypatch.setattr(compressor.training.objectives, "loss", spoiled)
     argv = [*training_options, f"--output={tmp_path}", "--training.steps=9", "--training.checkpoint_every=2"]
     assert train_main(argv) == 2
     error = capsys.readouterr().err

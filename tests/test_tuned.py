@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 
+from compressor.commands.evaluate import evaluate_main
+from compressor.commands.train import train_main
 from compressor.errors import CompressorError
-from compressor.evaluation.command import evaluate_main
-from compressor.generation import score
-from compressor.launch import train_main
 from compressor.methods.interface import token_prefix
-from compressor.methods.registry import memory_method
+from compressor.methods.table import memory_method
 from compressor.methods.tuned import START
+from compressor.model.generation import score
 
 NAMES = ("full-tuned", "none-tuned")
 

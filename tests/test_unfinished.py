@@ -17,17 +17,17 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from compressor.commands.evaluate import evaluate_main
 from compressor.errors import CompressorError
 from compressor.evaluation import runner
-from compressor.evaluation.command import evaluate_main
 from compressor.unfinished import Unfinished
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tiny_base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
-    from compressor.base import load_base
-    from compressor.model import Compressor
-    from compressor.model_config import BaseConfig, CompressorConfig
+    from compressor.api import Compressor
+    from compressor.model.base import load_base
+    from compressor.model.config import BaseConfig, CompressorConfig
 
     folder = tmp_path_factory.mktemp("unfinished") / "checkpoint"
     settings = CompressorConfig(memory_tokens=8, lora_rank=4, lora_alpha=8.0, max_passage_tokens=64)
@@ -233,8 +233,8 @@ def test_other_files_are_not_deleted(tmp_path: Path) -> None:
 def test_an_interrupted_calibration_goes_on_to_the_same_file(
     checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from compressor import cli
-    from compressor.codecs import fitting
+    from compressor.commands import cli
+    from compressor.storage import fitting
 
     whole, out = tmp_path / "whole.safetensors", tmp_path / "out.safetensors"
     argv = ["calibrate", "arxiv-validation", "--checkpoint", checkpoint, "--limit", "40", "--rank", "8"]

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from compressor.demo import demo_main, differences
+from compressor.api import Compressor
+from compressor.commands.demo import demo_main, differences
+from compressor.commands.web import described, page
 from compressor.errors import CompressorError
-from compressor.model import Compressor
-from compressor.web import described, page
 
 Make = Callable[..., Compressor]
 
@@ -74,6 +74,6 @@ def test_a_port_that_is_taken_is_named(monkeypatch: pytest.MonkeyPatch, capsys: 
         def launch(self, **options: Any) -> None:
             raise OSError("Cannot find empty port in range: 80-80")
 
-    monkeypatch.setattr("compressor.web.page", lambda *_: Taken())
+    monkeypatch.setattr("compressor.commands.web.page", lambda *_: Taken())
     assert demo_main(["--web", "--port", "80"]) == 2
     assert "Give another --port" in capsys.readouterr().err

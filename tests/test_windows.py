@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from compressor.base import Base
 from compressor.data.asked import ask
 from compressor.data.left_out import LeftOut
+from compressor.data.prompts import QUESTION
 from compressor.data.questions import Question, load_questions
 from compressor.data.windows import Windows, answer_spans, place_questions, whole_words
 from compressor.errors import CompressorError
-from compressor.prompts import QUESTION
+from compressor.model.base import Base
 
 
 def asked(context: str, *answers: str, question: str = "What?", spans: Any = ()) -> Question:

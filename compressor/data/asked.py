@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 from compressor.data.left_out import LeftOut
+from compressor.data.prompts import answer_ids, question_ids
 from compressor.data.questions import Question
 from compressor.data.rounds import ROUND, Rounds
 from compressor.data.windows import place_questions
 from compressor.errors import CompressorError
-from compressor.prompts import answer_ids, question_ids
 
 QUESTIONS_TOGETHER = 4
 """Most questions asked of one encoding of a passage in a micro-batch."""

@@ -63,7 +63,7 @@ class Shape:
 
     def lora_parameters(self, rank: int) -> int:
         """Parameters of LoRA on every linear layer but those of the last layer that no memory depends on
-        (`compressor/lora.py`): its queries, its output and its MLP."""
+        (`compressor/model/lora.py`): its queries, its output and its MLP."""
         key_value = 2 * (self.hidden + self.kv_size)
         rest = 2 * (self.hidden + self.query_size) + self.mlp_matrices * (self.hidden + self.intermediate)
         return rank * (self.layers * key_value + (self.layers - 1) * rest)

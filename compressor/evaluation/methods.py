@@ -12,12 +12,11 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from compressor.base import Base, load_base
-from compressor.base import resolve as resolve_path
+from compressor.api import Compressor
 from compressor.errors import CompressorError
 from compressor.evaluation.settings import EvaluationConfig
 from compressor.methods.interface import Method, check_tokens
-from compressor.methods.registry import (
+from compressor.methods.table import (
     READINGS,
     TRAINED,
     UNTRAINED,
@@ -26,9 +25,10 @@ from compressor.methods.registry import (
     split_spec,
     untrained_method,
 )
-from compressor.model import Compressor
-from compressor.model_config import BaseConfig
-from compressor.pretrained import fetch_checkpoint, find_base, read_settings
+from compressor.model.base import Base, load_base
+from compressor.model.base import resolve as resolve_path
+from compressor.model.checkpoint import fetch_checkpoint, find_base, read_settings
+from compressor.model.config import BaseConfig
 
 
 class Methods:

@@ -12,10 +12,10 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure as Canvas
 
-from compressor.base import PROJECT
 from compressor.errors import CompressorError
 from compressor.evaluation.metrics import FIGURES
 from compressor.files import atomic_file, read_json
+from compressor.model.base import PROJECT
 
 Row = Mapping[str, Any]
 

@@ -6,9 +6,9 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
-from compressor.bases import default_checkpoint
 from compressor.errors import require
-from compressor.model_config import BaseMismatch
+from compressor.model.bases import default_checkpoint
+from compressor.model.config import BaseMismatch
 
 
 @dataclass
@@ -47,7 +47,7 @@ class EvaluationConfig:
     """Compress passages in segments of at most so many tokens, each to `tokens` memory tokens; by default segments are
     as long as the compressor takes."""
     refine_steps: int = 0
-    """Gradient steps on each memory of a trained method (`compressor/refinement.py`)."""
+    """Gradient steps on each memory of a trained method (`compressor/model/refinement.py`)."""
     refine_from: Literal["encoder", "random"] = "encoder"
     """What these steps start from: the memory that the encoder makes, or random vectors, to see what that is worth."""
     question_columns: dict[str, str] = field(default_factory=dict)

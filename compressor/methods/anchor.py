@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from compressor.base import Base
-from compressor.layouts import memory_positions
-from compressor.methods.encoder import AdaptedBase, Encoder
-from compressor.model_config import CompressorConfig
+from compressor.model.base import Base
+from compressor.model.config import CompressorConfig
+from compressor.model.encoder import AdaptedBase, Encoder
+from compressor.model.layouts import memory_positions
 
 
 class AnchorEncoder(Encoder):

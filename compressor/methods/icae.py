@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from compressor.base import Base
-from compressor.layouts import TRUNCATABLE
-from compressor.methods.encoder import AdaptedBase, Encoder, initial_memory, memory_pass, prefill
-from compressor.model_config import CompressorConfig, Layout
+from compressor.model.base import Base
+from compressor.model.config import CompressorConfig, Layout
+from compressor.model.encoder import AdaptedBase, Encoder, initial_memory, memory_pass, prefill
+from compressor.model.layouts import TRUNCATABLE
 
 
 class ICAEEncoder(Encoder):

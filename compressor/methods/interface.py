@@ -1,6 +1,6 @@
 """What every method of compression is to an evaluation, trained or not: `Method`, from passages to decoder prefixes.
 
-Tasks see `Method` alone, so that every method is measured by the same code and decoded by `compressor/generation.py`.
+Tasks see `Method` alone, so that every method is measured by the same code and decoded by `model/generation.py`.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from typing import Any, Protocol
 
 import torch
 
-from compressor.base import Base
+from compressor.api import Compressor
 from compressor.errors import CompressorError
-from compressor.memory import Memory, Prefix, empty_prefix, memory_prefix
-from compressor.methods.encoder import encoder_attention, pad
-from compressor.methods.registry import MethodSettings
-from compressor.model import Compressor
-from compressor.refinement import random_start
+from compressor.methods.table import MethodSettings
+from compressor.model.base import Base
+from compressor.model.encoder import encoder_attention, pad
+from compressor.model.memory import Memory, Prefix, empty_prefix, memory_prefix
+from compressor.model.refinement import random_start
 
 BF16 = 2
 """Bytes of one bfloat16 value."""
@@ -75,7 +75,7 @@ class MemoryMethod:
         compressor: in evaluation mode.
         batch_size: segments encoded together.
         segment_tokens: most tokens of a segment; by default the compressor's own.
-        refine_steps: gradient steps on each memory (`compressor/refinement.py`).
+        refine_steps: gradient steps on each memory (`compressor/model/refinement.py`).
         refine_from: `random` starts them from random vectors instead of the encoder's memory.
     """
 

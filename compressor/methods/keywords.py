@@ -6,10 +6,10 @@ from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from compressor.base import Base
 from compressor.errors import CompressorError
 from compressor.methods.interface import TextMethod
-from compressor.methods.registry import MethodSettings
+from compressor.methods.table import MethodSettings
+from compressor.model.base import Base
 
 CANDIDATES = 4
 """Keywords asked for with every token of the prompt: many repeat words of earlier ones."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any
 
-from compressor.base import Base
 from compressor.errors import CompressorError
 from compressor.methods.interface import TokenMethod
-from compressor.methods.registry import MethodSettings
+from compressor.methods.table import MethodSettings
+from compressor.model.base import Base
 
 
 class LLMLingua2(TokenMethod):

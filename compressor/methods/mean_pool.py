@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from compressor.base import Base
-from compressor.methods.encoder import AdaptedBase, Encoder, encoder_attention, prefill
-from compressor.model_config import CompressorConfig, Layout
+from compressor.model.base import Base
+from compressor.model.config import CompressorConfig, Layout
+from compressor.model.encoder import AdaptedBase, Encoder, encoder_attention, prefill
 
 
 class MeanPoolEncoder(Encoder):

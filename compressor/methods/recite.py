@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from compressor.base import Base
-from compressor.generation import regenerate
-from compressor.memory import Memory, Prefix
 from compressor.methods.interface import MemoryMethod, Piece, token_prefix, token_reach
+from compressor.model.base import Base
+from compressor.model.generation import regenerate
+from compressor.model.memory import Memory, Prefix
 
 
 class Recite(MemoryMethod):

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from compressor.base import Base
 from compressor.errors import CompressorError
-from compressor.layouts import PUBLISHED_LENGTH
-from compressor.methods.encoder import AdaptedBase
 from compressor.methods.kv import KVEncoder
-from compressor.model_config import CompressorConfig
+from compressor.model.base import Base
+from compressor.model.config import CompressorConfig
+from compressor.model.encoder import AdaptedBase
+from compressor.model.layouts import PUBLISHED_LENGTH
 
 
 class Reference500xEncoder(KVEncoder):

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compressor.base import Base, fingerprint
 from compressor.errors import CompressorError
-from compressor.methods.encoder import AdaptedBase, Encoder, encoder_attention, prefill
-from compressor.model_config import CompressorConfig, Layout
+from compressor.model.base import Base, fingerprint
+from compressor.model.config import CompressorConfig, Layout
+from compressor.model.encoder import AdaptedBase, Encoder, encoder_attention, prefill
 
 
 class SentenceEmbeddingEncoder(Encoder):

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from compressor.base import Base
-from compressor.data.cloze import split_sentences
+from compressor.data.builders.cloze import split_sentences
 from compressor.errors import CompressorError
 from compressor.methods.interface import TextMethod
-from compressor.methods.registry import MethodSettings
+from compressor.methods.table import MethodSettings
+from compressor.model.base import Base
 
 DAMPING = 0.85
 

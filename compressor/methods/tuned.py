@@ -15,11 +15,11 @@ from peft import CartridgeConfig, CartridgeEncoder
 from torch import Tensor
 from transformers import DynamicCache
 
-from compressor.base import Base
-from compressor.memory import Prefix
-from compressor.methods.encoder import AdaptedBase, Encoder, pad
 from compressor.methods.interface import BF16, MemoryMethod, Piece
-from compressor.model_config import CompressorConfig
+from compressor.model.base import Base
+from compressor.model.config import CompressorConfig
+from compressor.model.encoder import AdaptedBase, Encoder, pad
+from compressor.model.memory import Prefix
 
 START = "Read the passage and answer the question about it with a few words of it. "
 """What a cartridge starts as: keys and values of this text, as often as it takes."""

@@ -20,17 +20,17 @@ import torch
 from accelerate import Accelerator
 from transformers import LlamaConfig
 
+from compressor.api import Compressor
 from compressor.errors import CompressorError
 from compressor.evaluation.flops import Cost, Setting, Shape
 from compressor.evaluation.methods import checkpoint_fingerprint
 from compressor.evaluation.report import figure
 from compressor.evaluation.settings import EvaluationConfig
 from compressor.evaluation.studies import Findings
-from compressor.generation import stream
-from compressor.lora import READER, WRITER
-from compressor.memory import memory_prefix
 from compressor.methods.interface import check_tokens, token_prefix
-from compressor.model import Compressor
+from compressor.model.generation import stream
+from compressor.model.lora import READER, WRITER
+from compressor.model.memory import memory_prefix
 from compressor.progress import Progress
 from compressor.unfinished import Unfinished
 

@@ -18,7 +18,8 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from compressor.base import Base
+from compressor.api import Compressor
+from compressor.data.prompts import QUESTION, answer_text
 from compressor.errors import CompressorError
 from compressor.evaluation.methods import checkpoint_fingerprint
 from compressor.evaluation.metrics import LEVEL, bootstrap, ratio
@@ -28,11 +29,10 @@ from compressor.evaluation.settings import EvaluationConfig
 from compressor.evaluation.studies import Findings
 from compressor.evaluation.tasks import Item, QuestionAnswering, Regeneration, Result, Task
 from compressor.evaluation.tasks.interface import LEFT_OUT
-from compressor.generation import score
-from compressor.memory import Prefix
 from compressor.methods.interface import MemoryMethod, Method, Piece, check_tokens
-from compressor.model import Compressor
-from compressor.prompts import QUESTION, answer_text
+from compressor.model.base import Base
+from compressor.model.generation import score
+from compressor.model.memory import Prefix
 from compressor.unfinished import Unfinished
 
 DEFAULT_DATA = ("arxiv-test", "squad-dev", "arxivqa-test")

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
+from compressor.data.prompts import answer_text
 from compressor.evaluation.metrics import FigureOf, difference, ratio
 from compressor.evaluation.tasks.interface import Item, Result
-from compressor.generation import after, score
 from compressor.methods.interface import Method, Piece
-from compressor.prompts import answer_text
+from compressor.model.generation import after, score
 
 ACCURACY: Mapping[str, FigureOf] = {
     "accuracy": ratio("right", "items", 100),

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from compressor.data.bad_records import BadRecord
+from compressor.data.prompts import QUESTION, question_ids
 from compressor.data.records import record_id, string_value, text_value
 from compressor.data.sources import Row
 from compressor.errors import CompressorError
@@ -22,7 +23,6 @@ from compressor.evaluation.tasks.choices import (
 from compressor.evaluation.tasks.interface import Item, Result, Task, tokenised
 from compressor.evaluation.tasks.records import field_of, task_records, texts_of
 from compressor.methods.interface import Method, Piece
-from compressor.prompts import QUESTION, question_ids
 
 if TYPE_CHECKING:
     from compressor.evaluation.settings import EvaluationConfig

@@ -10,8 +10,8 @@ import numpy as np
 from compressor.evaluation.metrics import FigureOf, ratio, retained
 from compressor.evaluation.tasks.interface import Item, Result, Task, tokenised
 from compressor.evaluation.tasks.regeneration import Regeneration, part_of
-from compressor.generation import after, score
 from compressor.methods.interface import Method, Piece
+from compressor.model.generation import after, score
 
 if TYPE_CHECKING:
     from compressor.evaluation.settings import EvaluationConfig

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from compressor.data.bad_records import BadRecord
+from compressor.data.prompts import QUESTION, question_ids
 from compressor.data.records import record_id, text_value
 from compressor.data.sources import Row
 from compressor.evaluation.metrics import FigureOf, Sums
@@ -23,7 +24,6 @@ from compressor.evaluation.tasks.choices import (
 from compressor.evaluation.tasks.interface import Item, Result, Task, tokenised
 from compressor.evaluation.tasks.records import field_of, task_records
 from compressor.methods.interface import Method, Piece
-from compressor.prompts import QUESTION, question_ids
 
 if TYPE_CHECKING:
     from compressor.evaluation.settings import EvaluationConfig

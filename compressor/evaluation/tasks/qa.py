@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from compressor.data.prompts import QUESTION, answer_ids, question_ids
 from compressor.data.questions import Question, load_questions
 from compressor.data.windows import place_questions
 from compressor.evaluation.metrics import FigureOf, answer_scores, difference, ratio, retained
 from compressor.evaluation.tasks.interface import Item, Result, Task
 from compressor.evaluation.tasks.quality import passage_nats
 from compressor.evaluation.words import answer_words
-from compressor.generation import ANSWER_TOKENS, after, generate, score
 from compressor.methods.interface import Method, Piece
-from compressor.prompts import QUESTION, answer_ids, question_ids
+from compressor.model.generation import ANSWER_TOKENS, after, generate, score
 
 if TYPE_CHECKING:
     from compressor.evaluation.settings import EvaluationConfig

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from compressor.fidelity import passage_scores
 from compressor.methods.interface import Method, Piece
+from compressor.model.fidelity import passage_scores
 
 
 def passage_nats(method: Method, contexts: Sequence[Sequence[Piece]]) -> list[float | None]:

@@ -24,8 +24,8 @@ from compressor.evaluation.metrics import (
 )
 from compressor.evaluation.tasks.interface import Item, Result, Task, tokenised
 from compressor.evaluation.words import unspaced, words
-from compressor.generation import after, generate, regeneration_limit, score
 from compressor.methods.interface import Method, Piece
+from compressor.model.generation import after, generate, regeneration_limit, score
 
 if TYPE_CHECKING:
     from compressor.evaluation.settings import EvaluationConfig

@@ -17,8 +17,8 @@ from compressor.data.sources import Hub, Row, read_rows, resolve
 from compressor.errors import CompressorError
 from compressor.evaluation.metrics import FigureOf, ratio
 from compressor.evaluation.tasks.interface import Item, Result, Task, tokenised
-from compressor.generation import after, score
 from compressor.methods.interface import Method, Piece
+from compressor.model.generation import after, score
 
 if TYPE_CHECKING:
     from compressor.evaluation.settings import EvaluationConfig

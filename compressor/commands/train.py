@@ -1,0 +1,159 @@
+"""What `train.py` does: parse, check, build the stage, train."""
+
+from __future__ import annotations
+
+import math
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from compressor.files import atomic_file, make_folder, owned, read_json, write_json
+from compressor.parsing import parse_config, read_yaml
+from compressor.progress import note
+from compressor.provenance import run_record
+from compressor.streams import exits_cleanly
+from compressor.training.config import RunConfig
+
+FREE_TO_CHANGE = {
+    "training.resume",
+    "training.accumulation",  # `Checkpoints.keep_batch` sees to it
+    "training.log_every",
+    "training.checkpoint_every",
+    "training.threads",
+    "data.workers",
+}
+"""Settings that a resumed run may change without a word: the loss does not depend on them."""
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from compressor.training.stage import Stage
+
+
+@exits_cleanly
+def train_main(argv: list[str] | None = None) -> int:
+    """Entry point of `train.py`; returns the exit status: 0 when finished or stopped by a signal after saving."""
+    config, flags = parse_config(
+        RunConfig,
+        argv,
+        "Train a compressor: stage regenerate, then answer.",
+        {"dry_run": "show settings, batch arithmetic, parameter counts and memory, then stop"},
+    )
+    # Imported after the settings are known to be good: torch and transformers take seconds.
+    from accelerate.utils import set_seed
+
+    from compressor.training.checkpoints import Checkpoints
+    from compressor.training.loop import start_run, train
+
+    accelerator = start_run(config)
+    set_seed(config.seed)
+    if flags.dry_run:
+        stage = make_stage(config, accelerator)
+        if accelerator.is_main_process:
+            print(yaml.safe_dump(asdict(config), sort_keys=False) + "\n" + describe(stage, config, accelerator))
+        return 0
+    with owned(config.output) if accelerator.is_main_process else nullcontext():
+        checkpoints = Checkpoints(Path(config.output), config.training.keep_last, accelerator)
+        # Before minutes of tokenising, and before anything of the earlier run is touched.
+        checkpoints.refuse_existing(config.training.resume)
+        config = checkpoints.keep_batch(config)
+        make_folder(config.output)
+        stage = make_stage(config, accelerator)
+        if accelerator.is_main_process:
+            print(describe(stage, config, accelerator), flush=True)
+        processes = accelerator.num_processes
+        train(stage, config, accelerator, on_start=lambda step: record_start(config, step, processes, stage))
+    return 0
+
+
+def record_start(config: RunConfig, step: int, processes: int, stage: Stage) -> None:
+    """Write `config.yaml` and add this start to `run.json`; say which settings a resumed run changes."""
+    output, settings = Path(config.output), asdict(config)
+    stored = output / "config.yaml"
+    if step and stored.exists():
+        before, now = _flat(read_yaml(stored)), _flat(settings)
+        for key in sorted(key for key in now if before.get(key) != now[key] and key not in FREE_TO_CHANGE):
+            note(f"note: {key} was {before.get(key)!r} before step {step} and is {now[key]!r} from here on")
+    starts = read_json(output / "run.json") if step and (output / "run.json").exists() else []
+    left_out = {use: one.record() for use, one in getattr(stage, "left_out", {}).items() if one.total}
+    record = {**run_record(step), "processes": processes, "left_out": left_out}
+    write_json(output / "run.json", [*starts, record])
+    with atomic_file(stored) as path:
+        path.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def make_stage(config: RunConfig, accelerator: Accelerator) -> Stage:
+    """The stage that `config.stage` names."""
+    if config.stage == "answer":
+        from compressor.training.answer import AnswerStage
+
+        return AnswerStage(config, accelerator)
+    from compressor.training.regenerate import CompressionStage
+
+    return CompressionStage(config, accelerator)
+
+
+def describe(stage: Stage, config: RunConfig, accelerator: Accelerator) -> str:
+    """Batch arithmetic, parameter counts and an estimate of memory, as lines of text."""
+    settings, devices = config.training, accelerator.num_processes
+    batch = stage.micro_batch(0)
+    trainable = sum(p.numel() for p in stage.module.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in stage.module.parameters() if not p.requires_grad)
+    dead = dead_parameters(stage)
+    lines = [
+        f"stage {config.stage}, {settings.steps} steps, output {config.output}",
+        f"batch: up to {settings.batch_tokens} passage tokens and {settings.batch_passages} passages per device x "
+        f"{devices} device{'s' * (devices > 1)} x {settings.accumulation} accumulated = up to "
+        f"{settings.batch_tokens * devices * settings.accumulation} tokens a step "
+        f"(the first micro-batch has {batch['passages']} passages, {batch['targets']} targets)",
+        f"parameters: {trainable:,} trainable ({100 * trainable / (trainable + frozen):.1f}%), {frozen:,} frozen, "
+        f"{sum(dead.values()):,} dead (trainable, but no gradient reaches them)",
+        *(f"  dead: {name} ({count:,})" for name, count in list(dead.items())[:10]),
+        f"passes in {'bfloat16' if accelerator.mixed_precision == 'bf16' else 'the types of the weights'} on "
+        f"{accelerator.device.type} (training.mixed_precision: {settings.mixed_precision})",
+        f"memory for each device, estimated: {memory_estimate(stage, config) / 2**30:.1f} GiB",
+    ]
+    return "\n".join(lines)
+
+
+def dead_parameters(stage: Stage) -> dict[str, int]:
+    """Trainable parameters that get no gradient in one real backward pass, with their sizes.
+
+    Leaves no gradients and no training state behind.
+    """
+    batch = stage.probe_batch()
+    device = next(stage.module.parameters()).device
+    loss = stage.module({k: v.to(device) if hasattr(v, "to") else v for k, v in batch.items()})
+    loss.backward()
+    dead = {n: p.numel() for n, p in stage.module.named_parameters() if p.requires_grad and p.grad is None}
+    stage.module.zero_grad(set_to_none=True)
+    return dead
+
+
+def memory_estimate(stage: Stage, config: RunConfig) -> int:
+    """Bytes: weights, gradients and AdamW's two moments, and the activations of one micro-batch.
+
+    Activations are counted as 34 values of 2 bytes a token, layer and hidden unit (Korthikanti et al. 2022,
+    arXiv 2205.05198, equation 2 without the attention matrices, which fused attention does not keep), or one with
+    activation checkpointing, and three float32 copies of the logits.
+    """
+    parameters = list(stage.module.parameters())
+    held = sum(p.numel() * p.element_size() for p in parameters)
+    training = sum(p.numel() * 12 for p in parameters if p.requires_grad)
+    holder: Any = getattr(stage.module, "base", stage.module)
+    model = holder.model.config
+    tokens = config.training.batch_tokens * 2
+    values = 2 if config.training.activation_checkpointing else 34
+    activations = tokens * model.num_hidden_layers * model.hidden_size * values * 2
+    logits = config.training.batch_tokens * model.vocab_size * 4 * 3
+    return math.ceil(held + training + activations + logits)

@@ -1,0 +1,95 @@
+"""Every method of compression by its name.
+
+A new method is a file in this folder and a line here.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from compressor.errors import CompressorError
+from compressor.model.encoder import Encoder
+
+if TYPE_CHECKING:
+    from compressor.methods.interface import MemoryMethod, Method
+    from compressor.model.base import Base
+
+TRAINED: dict[str, str] = {
+    "kv": "kv:KVEncoder",
+    "reference-500x": "reference_500x:Reference500xEncoder",
+    "icae": "icae:ICAEEncoder",
+    "mean-pool": "mean_pool:MeanPoolEncoder",
+    "anchor": "anchor:AnchorEncoder",
+    "sentence-embedding": "sentence_embedding:SentenceEmbeddingEncoder",
+    "full-tuned": "tuned:FullTunedEncoder",
+    "none-tuned": "tuned:NoneTunedEncoder",
+}
+"""Methods that `train.py` trains: where their `Encoder` is."""
+UNTRAINED: dict[str, str] = {
+    "full": "full:Full",
+    "none": "none:Nothing",
+    "truncate": "truncate:Truncate",
+    "keywords": "keywords:Keywords",
+    "summary": "summary:Summary",
+    "llmlingua2": "llmlingua2:LLMLingua2",
+}
+"""Methods that work with any base as it is: where their `Method` is, built by `from_settings(base, settings)`."""
+
+TUNED: dict[str, str] = dict.fromkeys(("full-tuned", "none-tuned"), "tuned:Tuned")
+"""Trained bounds, which make no memories: where their `MemoryMethod` is."""
+READINGS: dict[str, str] = {"recite": "recite:Recite"}
+"""Other ways for the decoder to read the memories of a trained method: where their `MemoryMethod` is."""
+
+
+@dataclass(frozen=True)
+class MethodSettings:
+    """What methods without a checkpoint can be told."""
+
+    summariser: str | None = None
+    """Folder or hub id of a seq2seq summariser; by default sentences are extracted."""
+    keyword_language: str = "en"
+    llmlingua: str = "microsoft/llmlingua-2-bert-base-multilingual-cased-meetingbank"
+    """Folder or hub id of LLMLingua-2's token classifier."""
+
+
+def encoder_class(name: str) -> type[Encoder]:
+    """The encoder of a trained method."""
+    return _load(TRAINED[check_name(name, TRAINED)])
+
+
+def split_spec(spec: str) -> tuple[str, str | None]:
+    """Name and checkpoint of a method written `name` or `name=checkpoint`."""
+    name, _, checkpoint = spec.partition("=")
+    return check_name(name, [*TRAINED, *READINGS, *UNTRAINED]), checkpoint or None
+
+
+def memory_method(name: str) -> type[MemoryMethod]:
+    """How the memories of a checkpoint are read under this name: as they are, or as one of `READINGS`."""
+    from compressor.methods.interface import MemoryMethod
+
+    others = READINGS | TUNED
+    return _load(others[name]) if name in others else MemoryMethod
+
+
+def untrained_method(name: str, base: Base, settings: MethodSettings) -> Method:
+    """A method that needs no checkpoint, over a base without adapters."""
+    return _load(UNTRAINED[check_name(name, UNTRAINED)]).from_settings(base, settings)
+
+
+def _load(place: str) -> Any:
+    module, _, attribute = place.partition(":")
+    return getattr(import_module(f"compressor.methods.{module}"), attribute)
+
+
+def check_name(name: str, known: Iterable[str]) -> str:
+    """`name`, if it is known; else a `CompressorError` that names the nearest."""
+    known = list(known)
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise CompressorError(f"there is no method {name!r}; {hint}There are: {', '.join(known)}")
+    return name

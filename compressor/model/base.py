@@ -1,0 +1,505 @@
+"""The frozen base: loads it, measures what the compressor relies on, refuses what cannot work."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from pathlib import Path
+from typing import Any, cast, get_args, get_type_hints
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
+
+from compressor.errors import CompressorError, require
+from compressor.model.bases import locate, remedy
+from compressor.model.config import BaseConfig
+from compressor.model.kernels import GROUPED, lighten_norms
+from compressor.processes import bars_on_terminals, fast_bfloat16
+
+PROJECT = Path(__file__).resolve().parents[2]
+FULL_HASH_VALUES = 65_536
+UNSUPPORTED_ROPE = {
+    "dynamic": "its frequencies change with the length of the input, so keys cannot be moved",
+    "longrope": "its frequencies change with the length of the input, so keys cannot be moved",
+}
+NO_ROPE = (
+    "it has no rotary position embedding, so memory keys cannot be moved; use a base with RoPE (Llama, Qwen2/2.5/3, "
+    "Mistral, SmolLM2/3, OLMo2/3, Gemma 1 to 3, Phi-3, GPT-NeoX, Granite, GLM)"
+)
+ATTENTION = {"full_attention", "sliding_attention"}
+"""Kinds of layers that keep plain keys and values of every position; sliding ones must not have to forget any."""
+
+
+class Base(nn.Module):
+    """A causal LM whose memory keys can be taken, moved and put back.
+
+    Attributes:
+        model: the transformers model.
+        tokenizer: its tokenizer.
+        name: the path or hub id it was loaded from.
+        quantisation, revision: how it was loaded, as in `BaseConfig`.
+        layers, kv_heads, head_size, hidden: shape of the keys and of the embeddings.
+        window: positions that layers with a sliding window attend over, None without such layers. What is read
+            together must fit into it (`check_window`): then these layers do as layers with full attention do.
+        rotated: for each layer, whether its keys carry RoPE (SmolLM3 leaves it out in some).
+        interleaved: whether RoPE turns neighbouring dimensions (Cohere, GLM) rather than the two halves of a key.
+        doubled: whether the model lists each angle twice in a row rather than all of them twice.
+        fingerprint: hash of the weights as they are stored (`fingerprint`).
+        plain_head: whether `logits` gives what the model makes of its last hidden states.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: Any,
+        name: str,
+        quantisation: str = "none",
+        revision: str | None = None,
+        stored: str | None = None,
+    ):
+        """`stored` is the fingerprint of the weights before they were given the model's type."""
+        super().__init__()
+        refuse_unsupported(model.config, name)
+        self.model, self.tokenizer, self.name = model, tokenizer, name
+        self.quantisation, self.revision = quantisation, revision
+        self.window = window_of(model.config)
+        self.model.requires_grad_(False)
+        self.model.eval()
+        if tokenizer.eos_token_id is None:
+            raise CompressorError(f"the tokenizer of {name} has no end-of-text token (eos_token), which ends a passage")
+        # Text that spells a special token is text: "</s>" in a passage must not end it.
+        self.tokenizer.split_special_tokens = True
+        fit_tokenizer(tokenizer, self.embeddings.weight.shape[0], name)
+        if getattr(model.get_decoder(), "rotary_emb", None) is None:
+            raise CompressorError(f"{name} ({model.config.model_type}) is not supported: {NO_ROPE}")
+        try:
+            self.layers, self.kv_heads, self.head_size, self.rotated = self._probe()
+        except (CompressorError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # a family whose model takes or gives something else
+            raise CompressorError(
+                f"{name} ({model.config.model_type}) cannot be read as a base ({type(error).__name__}: "
+                f"{first_line(error)}): use one of another family"
+            ) from None
+        self.hidden = self.embeddings.weight.shape[1]
+        self.fingerprint = fingerprint(model) if stored is None else stored
+        settings = model.config.get_text_config()
+        # Cohere multiplies, Granite divides.
+        self._logit_factor: float = getattr(settings, "logit_scale", None) or 1 / (
+            getattr(settings, "logits_scaling", None) or 1.0
+        )
+        self._logit_cap: float | None = getattr(settings, "final_logit_softcapping", None)
+        self.plain_head = self._probe_head()
+
+    @property
+    def embeddings(self) -> nn.Embedding:
+        """The input embeddings, weight `[vocabulary, hidden]`."""
+        return cast(nn.Embedding, self.model.get_input_embeddings())
+
+    @property
+    def device(self) -> torch.device:
+        return self.embeddings.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype
+
+    @property
+    def positions(self) -> int | None:
+        """Positions that the base was made for, beyond which it writes noise, or those of its sliding window if these
+        are fewer; None where its configuration has neither."""
+        limits = (getattr(self.model.config.get_text_config(), "max_position_embeddings", None), self.window)
+        return min((limit for limit in limits if limit is not None), default=None)
+
+    @property
+    def bos(self) -> int:
+        """Token that starts a regeneration; bases without BOS (Qwen) use their end-of-text token."""
+        return start_token(self.tokenizer)
+
+    @property
+    def eos(self) -> int:
+        return self.tokenizer.eos_token_id
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """Tokens that end what is written: EOS, and those that the base's generation settings list, as Llama 3's do."""
+        listed = getattr(getattr(self.model, "generation_config", None), "eos_token_id", None)
+        others = listed if isinstance(listed, list | tuple) else [listed]
+        return tuple(dict.fromkeys([self.eos, *(one for one in others if isinstance(one, int))]))
+
+    def rotate(self, keys: Tensor, positions: Tensor, inverse: bool = False) -> Tensor:
+        """Turn keys by RoPE to `positions` (or, inverse, back to position 0).
+
+        Args:
+            keys: `[layers, batch, heads, k, head_size]`.
+            positions: int64 `[batch, k]`.
+
+        Returns:
+            Keys of the same shape and type. Layers without RoPE are left as they are. The attention scaling that
+            YaRN-type embeddings multiply into cos and sin is applied and taken out with the rotation.
+        """
+        with torch.autocast(keys.device.type, enabled=False):
+            cos, sin = self._angles(positions)
+            if inverse:
+                scale = cos**2 + sin**2
+                cos, sin = cos / scale, -sin / scale
+            width = 2 * cos.shape[-1]
+            turned, rest = keys[..., :width].float(), keys[..., width:]
+            if self.interleaved:
+                first, second = turned[..., ::2], turned[..., 1::2]
+            else:
+                first, second = turned.chunk(2, dim=-1)
+            halves = [first * cos - second * sin, second * cos + first * sin]
+            turned = torch.stack(halves, dim=-1).flatten(-2) if self.interleaved else torch.cat(halves, dim=-1)
+            moved = torch.cat([turned.to(keys.dtype), rest], dim=-1)
+        if all(self.rotated):
+            return moved
+        chosen = torch.tensor(self.rotated, device=keys.device)[:, None, None, None, None]
+        return torch.where(chosen, moved, keys)
+
+    def _angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosine and sine of each pair's angle, float32 `[layers or 1, batch, 1, k, pairs]`.
+
+        Models give each of them twice, some for each kind of layer.
+        """
+        rotary = self.model.get_decoder().rotary_emb
+        nothing = torch.empty(0, device=positions.device, dtype=torch.float32)
+        if getattr(rotary, "layer_types", None):
+            kinds = self.model.config.get_text_config().layer_types
+            of_kind = {kind: torch.stack(rotary(nothing, positions, kind)) for kind in set(kinds)}
+            twice = torch.stack([of_kind[kind] for kind in kinds], dim=1)
+        else:
+            twice = torch.stack(rotary(nothing, positions))[:, None]
+        once = twice[..., ::2] if self.doubled else twice[..., : twice.shape[-1] // 2]
+        cos, sin = once.float()[:, :, :, None]
+        return cos, sin
+
+    def check_window(self, first: int | Tensor, last: int | Tensor) -> None:
+        """Raise a `CompressorError` if positions from `first` to `last` do not fit into the sliding window."""
+        if self.window is None:
+            return
+        span = int((torch.as_tensor(last) - torch.as_tensor(first)).max()) + 1
+        if span > self.window:
+            raise CompressorError(
+                f"passage, memory and prompt take {span:,} positions, and {self.name} has layers that attend over "
+                f"{self.window:,} alone: compress fewer tokens at a time, or use a base without a sliding window"
+            )
+
+    def attention_mask(self, allowed: Tensor) -> Tensor:
+        """A mask the attention implementation takes, from bool `[batch, queries, keys]` (True = may attend)."""
+        if self.model.config._attn_implementation in ("sdpa", GROUPED):
+            return allowed[:, None]
+        mask = torch.zeros_like(allowed, dtype=self.dtype)
+        return mask.masked_fill(~allowed, torch.finfo(self.dtype).min)[:, None]
+
+    def hidden_states(
+        self, embedded: Tensor, positions: Tensor, allowed: Tensor, cache: DynamicCache | None = None
+    ) -> Tensor:
+        """Last hidden states (after the final norm), `[batch, width, hidden]`; arguments as for `keys_and_values`."""
+        # What was read before begins at position 0.
+        self.check_window(0 if cache is not None and cache.get_seq_length() else positions.amin(1), positions.amax(1))
+        output = self.model.get_decoder()(
+            inputs_embeds=embedded,
+            position_ids=positions,
+            attention_mask=self.attention_mask(allowed),
+            past_key_values=DynamicCache() if cache is None else cache,
+            use_cache=True,
+        )
+        return output.last_hidden_state
+
+    def read(self, embedded: Tensor, positions: Tensor, allowed: Tensor) -> DynamicCache:
+        """A cache of what the decoder layers keep of these embeddings; arguments as for `keys_and_values`."""
+        cache = DynamicCache()
+        self.hidden_states(embedded, positions, allowed, cache)
+        return cache
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Next-token logits `[..., vocabulary]` of last hidden states `[..., hidden]`; see `plain_head`."""
+        logits = self.model.get_output_embeddings()(hidden) * self._logit_factor
+        cap = self._logit_cap
+        return logits if cap is None else cap * (logits / cap).tanh()
+
+    def keys_and_values(
+        self,
+        embedded: Tensor,
+        positions: Tensor,
+        allowed: Tensor,
+        last: int | None = None,
+        cache: DynamicCache | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Run the decoder layers and take what they cache; differentiable.
+
+        Args:
+            embedded: input embeddings, `[batch, width, hidden]`.
+            positions: int64 `[batch, width]`.
+            allowed: bool `[batch, width, cached + width]`, True where a row may attend to a column.
+            last: take only so many positions from the end.
+            cache: what was read before (`read`); these embeddings are added to it.
+
+        Returns:
+            Rotated keys and values, each `[layers, batch, kv_heads, last or cached + width, head_size]`.
+
+        Raises:
+            CompressorError: the layers do not keep one key tensor of one shape each, or have a window that the
+                positions do not fit into.
+        """
+        cache = DynamicCache() if cache is None else cache
+        self.hidden_states(embedded, positions, allowed, cache)
+        first = 0 if last is None else allowed.shape[2] - last
+        keys, values = (list[Any](getattr(layer, name, None) for layer in cache.layers) for name in ("keys", "values"))
+        if not (_alike(keys) and _alike(values)):
+            raise CompressorError(
+                f"{self.name} ({self.model.config.model_type}) does not keep one key tensor of one shape for each "
+                "layer, so a memory cannot be taken from it: use a base with full attention in every layer"
+            )
+        stacked = [torch.stack([layer[:, :, first:] for layer in kind]) for kind in (keys, values)]
+        return stacked[0], stacked[1]
+
+    def probe_inputs(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Embeddings, positions and causal mask of four tokens, to try the model with."""
+        table = self.embeddings
+        embedded = table(torch.arange(4, device=self.device)[None] % len(table.weight))
+        allowed = torch.ones(1, 4, 4, dtype=torch.bool, device=self.device).tril()
+        return embedded, torch.arange(4, device=self.device)[None], allowed
+
+    @torch.no_grad()
+    def _probe(self) -> tuple[int, int, int, list[bool]]:
+        """Run four tokens at two places and see whether `rotate` explains the difference between their keys."""
+        embedded, before, allowed = self.probe_inputs()
+        shift = 101
+        here, there = (self.keys_and_values(embedded, before + moved, allowed)[0] for moved in (0, shift))
+        layers, _, heads, _, size = here.shape
+        tolerance = 1e-3 if here.dtype == torch.float32 else 0.05
+
+        def errors(found: Tensor) -> Tensor:
+            size_of = there.float().flatten(1).norm(dim=1)
+            return (found - there).float().flatten(1).norm(dim=1) / size_of.clamp(min=1e-30)
+
+        unmoved = errors(here)
+        for self.interleaved, self.doubled in ((False, False), (True, True), (True, False), (False, True)):
+            self.rotated = [True] * layers
+            moved = errors(self.rotate(self.rotate(here, before, inverse=True), before + shift))
+            if bool((torch.minimum(unmoved, moved) <= tolerance).all()):
+                # The better explanation, not the first that will do: slow RoPE dimensions hardly move a key.
+                return layers, heads, size, (moved <= unmoved).tolist()
+        layer = int((torch.minimum(unmoved, moved) > tolerance).nonzero()[0])
+        raise CompressorError(
+            f"{self.name} ({self.model.config.model_type}) encodes positions in a way that is not plain RoPE "
+            f"(layer {layer}: moved keys differ), so memory keys cannot be moved: use another base"
+        )
+
+    @torch.no_grad()
+    def _probe_head(self) -> bool:
+        embedded, positions, allowed = self.probe_inputs()
+        mask = self.attention_mask(allowed)
+        found = self.logits(self.hidden_states(embedded, positions, allowed))
+        wanted = self.model(
+            inputs_embeds=embedded, position_ids=positions, attention_mask=mask, past_key_values=DynamicCache()
+        ).logits
+        return found.shape == wanted.shape and torch.allclose(found.float(), wanted.float(), rtol=0.02, atol=0.02)
+
+
+def _alike(tensors: list[Any]) -> bool:
+    """Whether these are tensors `[batch, heads, width, size]` of one shape, and at least one."""
+    if not tensors or not all(isinstance(tensor, Tensor) and tensor.dim() == 4 for tensor in tensors):
+        return False
+    return all(tensor.shape == tensors[0].shape for tensor in tensors)
+
+
+def start_token(tokenizer: Any) -> int:
+    """BOS or, where there is none, the end-of-text token."""
+    return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+
+
+def fit_tokenizer(tokenizer: Any, rows: int, name: str) -> None:
+    """See to it that no text becomes a token without one of the base's `rows` embeddings; warns of what is left out.
+
+    Tokens that were added to a tokenizer, but not to the base, are read as the text that spells them.
+
+    Raises:
+        CompressorError: tokens of the vocabulary itself, or BOS or EOS, have no embedding.
+    """
+    # By number: the vocabulary comes in another order in every process.
+    ordered = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    beyond = {token: number for token, number in ordered if number >= rows}
+    if not beyond:
+        return
+    added = tokenizer.added_tokens_decoder
+    needed = [token for token in (tokenizer.bos_token, tokenizer.eos_token) if token in beyond]
+    own = [token for token, number in beyond.items() if number not in added]
+    if needed or own or getattr(tokenizer, "backend_tokenizer", None) is None:
+        some = ", ".join(list(dict.fromkeys([*needed, *own, *beyond]))[:3])
+        raise CompressorError(
+            f"the tokenizer of {name} has {len(beyond):,} tokens ({some}, ...) for which the base has no embedding (it "
+            f"has {rows:,}): give the tokenizer that belongs to it, or add the embeddings to the base "
+            "(model.resize_token_embeddings)"
+        )
+    plain = [token for token, number in beyond.items() if not added[number].special]
+    if plain:
+        settings = json.loads(tokenizer.backend_tokenizer.to_str())
+        settings["added_tokens"] = [one for one in settings["added_tokens"] if one["id"] < rows]
+        tokenizer._tokenizer = Tokenizer.from_str(json.dumps(settings))
+        warnings.warn(
+            f"the tokenizer of {name} has {len(beyond):,} added tokens ({', '.join(plain[:3])}, ...) for which the "
+            "base has no embedding: they are left out, and read as the text that spells them",
+            stacklevel=3,
+        )
+    template = getattr(tokenizer, "chat_template", None)
+    if template and any(token in str(template) for token in beyond):
+        tokenizer.chat_template = None
+        warnings.warn(
+            f"the chat template of {name} uses tokens for which the base has no embedding: it is left out", stacklevel=3
+        )
+
+
+def refuse_unsupported(config: Any, name: str) -> None:
+    """Raise a `CompressorError` with the reason if a base of this configuration cannot work."""
+    kind = getattr(config, "model_type", "unknown")
+    reason = ""
+    encoder_decoder = getattr(config, "is_encoder_decoder", False)
+    # What surrounds a text model (images, sound) keeps the text model's settings inside.
+    config = config if encoder_decoder else config.get_text_config()
+    layer_types = set(getattr(config, "layer_types", None) or [])
+    if encoder_decoder:
+        reason = "it is an encoder-decoder; a causal LM is needed"
+    elif layer_types - ATTENTION:
+        others = ", ".join(sorted(layer_types - ATTENTION))
+        reason = f"it has layers of type {others}; every layer must keep keys and values of all positions"
+    elif getattr(config, "num_kv_shared_layers", None):
+        reason = f"its last {config.num_kv_shared_layers} layers have no keys and values of their own"
+    elif getattr(config, "kv_lora_rank", None):
+        reason = "multi-head latent attention keeps no plain keys and values"
+    elif not hasattr(config, "rope_parameters"):
+        reason = NO_ROPE
+    rope = getattr(config, "rope_parameters", None) or {}
+    # Either one set of settings or, where kinds of layers differ, one for each kind.
+    sets = [rope, *rope.values()] if isinstance(rope, dict) else []
+    for rope_type in [one.get("rope_type") for one in sets if isinstance(one, dict)]:
+        if not reason and rope_type in UNSUPPORTED_ROPE:
+            reason = f"RoPE type {rope_type}: {UNSUPPORTED_ROPE[rope_type]}"
+    if reason:
+        raise CompressorError(f"{name} ({kind}) is not supported: {reason}")
+
+
+def window_of(config: Any) -> int | None:
+    """Positions that the layers with a sliding window of a base of this configuration attend over, if it has any."""
+    config = config.get_text_config()
+    size, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
+    windowed = "sliding_attention" in kinds if kinds else getattr(config, "use_sliding_window", True)
+    return size if windowed else None
+
+
+@torch.no_grad()
+def fingerprint(model: nn.Module) -> str:
+    """Hash that tells bases apart: SHA-256 over names, shapes and evenly spaced bfloat16 values of the weights.
+
+    Held in float32 or bfloat16, the same weights give the same hash. Of a large tensor 65,536 values or up to twice as
+    many are read.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        flat = tensor.flatten()
+        stride = max(1, flat.numel() // FULL_HASH_VALUES)
+        digest.update(flat[::stride].to(torch.bfloat16).contiguous().cpu().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def resolve(path: str) -> str:
+    """A bundled model's path relative to the project, wherever the command runs; else `path` as it is."""
+    if not Path(path).exists() and (PROJECT / path).exists():
+        return str(PROJECT / path)
+    return path
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's message, or its kind if it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def check_device(device: str | torch.device) -> None:
+    """Raise a `CompressorError` if nothing can be put on this device."""
+    try:
+        torch.zeros(1, device=device)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise CompressorError(
+            f"device {str(device)!r} cannot be used here ({first_line(error)}): give cpu, or the name of a device that "
+            "this machine and this build of torch have (cuda, cuda:0, mps)"
+        ) from None
+
+
+def held_dtype(dtype: str, device: torch.device) -> str:
+    """The type a base's weights are held in on a device, where `auto` leaves the choice (`BaseConfig.dtype`)."""
+    if dtype == "auto":
+        return "bfloat16" if fast_bfloat16(device) else "float32"
+    return dtype
+
+
+def load_base(config: BaseConfig, device: str | torch.device = "cpu") -> Base:
+    """Load the base from a folder, the hub or a GGUF file, or by name (`compressor/model/bases.py`).
+
+    Raises:
+        CompressorError: it is not there, is damaged, or is of a kind that cannot work; or there is no such device.
+    """
+    check_device(device)
+    # The command line checks these; the Python API comes straight here.
+    hints = get_type_hints(BaseConfig)
+    for name in ("dtype", "attention", "quantisation"):
+        known, value = get_args(hints[name]), getattr(config, name)
+        require(value in known, f"base.{name}", value, f"one of {', '.join(known)}")
+    path = locate(config.path, config.revision)
+    attention: str = config.attention
+    dtype = getattr(torch, held_dtype(config.dtype, torch.device(device)))
+    if attention == "auto":
+        attention = GROUPED if torch.device(device).type == "cpu" else "sdpa"
+    extra: dict[str, Any] = {}
+    if config.quantisation != "none":
+        try:
+            import bitsandbytes  # noqa: F401
+            from transformers import BitsAndBytesConfig
+        except ImportError:
+            raise CompressorError(
+                f"base.quantisation = {config.quantisation} needs bitsandbytes: pip install -e '.[quantised-base]'"
+            ) from None
+        extra["quantization_config"] = BitsAndBytesConfig(
+            load_in_8bit=config.quantisation == "int8",
+            load_in_4bit=config.quantisation == "int4",
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=dtype,
+        )
+        extra["device_map"] = {"": device}
+    try:
+        settings = AutoConfig.from_pretrained(path, revision=config.revision)
+        refuse_unsupported(settings, config.path)
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=config.revision)
+        with bars_on_terminals():
+            model = AutoModelForCausalLM.from_pretrained(
+                path,
+                revision=config.revision,
+                dtype=dtype if extra else "auto",
+                # By default transformers takes what the base has: Gemma 2 has eager attention alone.
+                attn_implementation=None if attention == "sdpa" else attention,
+                **extra,
+            )
+    except CompressorError:
+        raise
+    except Exception as error:  # transformers, the hub and safetensors raise many kinds
+        raise CompressorError(
+            f"cannot load the base {config.path!r} ({type(error).__name__}: {first_line(error)}): {remedy(config.path)}"
+        ) from None
+    # Rounded to another type first, the same stored weights would be taken for others.
+    stored = fingerprint(model)
+    if not extra:
+        # Weights alone: rotary frequencies stay in float32, as transformers has them.
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype)
+        model = model.to(device)  # type: ignore[arg-type]
+    base = Base(model, tokenizer, config.path, config.quantisation, config.revision, stored)
+    if attention == GROUPED:
+        lighten_norms(model)
+    return base

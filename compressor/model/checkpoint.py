@@ -1,0 +1,266 @@
+"""Checkpoints of a compressor: a folder of settings, PEFT adapter, encoder weights and a card; never base weights."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from compressor import __version__
+from compressor.errors import CompressorError, require
+from compressor.files import FolderKind, atomic_folder, read_json, sha256, unreadable, write_json
+from compressor.model.base import Base, load_base, resolve
+from compressor.model.bases import NAMED, default_checkpoint
+from compressor.model.config import BaseConfig, BaseMismatch, CompressorConfig
+from compressor.model.gguf_cache import say
+from compressor.model.lora import READER
+
+if TYPE_CHECKING:
+    from compressor.api import Compressor
+
+FORMAT = 1
+NEEDED_SETTINGS = ("memory_tokens", "layout", "passage_attention", "lora_rank", "lora_alpha")
+"""Settings without which a checkpoint would be read as another compressor."""
+ADDED_SETTINGS = {"memory_attention": "passage", "writer_rank": 0}
+"""What checkpoints from before there were such settings are."""
+TEXT_ENCODER = "text_encoder"
+"""Setting with the fingerprint of a frozen text encoder."""
+ADAPTER, ENCODER = "adapter_model.safetensors", "memory_tokens.safetensors"
+CHECKPOINT = FolderKind(
+    "a compressor checkpoint",
+    (
+        "compressor.json",
+        ENCODER,
+        *(f"{part}{name}" for part in ("", "writer/") for name in ("adapter_config.json", ADAPTER, "README.md")),
+    ),
+)
+
+
+def save_checkpoint(model: Compressor, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+    """Write a checkpoint folder, atomically; see `Compressor.save_pretrained`."""
+    with atomic_folder(folder, CHECKPOINT) as path:
+        files = [ENCODER]
+        if model.peft is not None:
+            # "auto" would ask the hub whether the base's vocabulary changed, at every checkpoint.
+            model.peft.save_pretrained(str(path), save_embedding_layers=False)
+            for name in model.peft.peft_config:
+                part = path if name == READER else path / name  # as PEFT has it
+                # PEFT lists the layers in the order of a set: sorted, the same training gives the same files.
+                adapter = read_json(part / "adapter_config.json")
+                adapter["target_modules"] = sorted(adapter["target_modules"])
+                adapter["base_model_name_or_path"] = _public_name(model.base)
+                write_json(part / "adapter_config.json", adapter)
+                if dtype is not None:
+                    weights = load_file(part / ADAPTER)
+                    rounded = {name: weight.to(dtype) for name, weight in weights.items()}
+                    save_file(rounded, part / ADAPTER, metadata={"format": "pt"})
+                files.append((part / ADAPTER).relative_to(path).as_posix())
+        state = {name: value.to(dtype=dtype).contiguous() for name, value in model.encoder.state_dict().items()}
+        save_file(state, path / ENCODER)
+        (path / "README.md").write_text(_card(model), encoding="utf-8")
+        write_json(
+            path / "compressor.json",
+            {
+                "format": FORMAT,
+                "version": __version__,
+                "base": _base_record(model.base),
+                "config": asdict(model.config),
+                "files": {name: sha256(path / name) for name in files},
+                **(
+                    {} if model.encoder.frozen_fingerprint is None else {TEXT_ENCODER: model.encoder.frozen_fingerprint}
+                ),
+            },
+        )
+
+
+def _public_name(base: Base) -> str:
+    """The base's path or hub id; of an absolute path, which names folders of this machine, the last part."""
+    return Path(base.name).name if Path(base.name).is_absolute() else base.name
+
+
+def _base_record(base: Base) -> dict[str, Any]:
+    """What finds and loads the base again with the same weights."""
+    record = {
+        "path": base.name,
+        "fingerprint": base.fingerprint,
+        "quantisation": base.quantisation,
+        "revision": base.revision,
+    }
+    if base.quantisation != "none":
+        # The type weights had when they were quantised is part of what is kept of them.
+        record["dtype"] = str(base.dtype).removeprefix("torch.")
+    return record
+
+
+def _card(model: Compressor) -> str:
+    config = model.config
+    trainable = sum(p.numel() for p in model.trainable_state().values())
+    base_parameters = sum(p.numel() for p in model.parameters()) - trainable
+    return (
+        "---\nlibrary_name: peft\ntags: [prompt-compression]\n---\n# Prompt compressor\n\n"
+        f"Method `{config.method}`: {config.memory_tokens} memory tokens, layout `{config.layout}`, "
+        f"{config.passage_attention} passage attention, LoRA rank {config.lora_rank if model.peft else 0}"
+        + (f" and {config.writer_rank} for memory tokens" if model.has_writer else "")
+        + f"; {trainable:,} trained parameters, {trainable / base_parameters:.1%} of the base's.\n\n"
+        f"Base: `{_public_name(model.base)}` (weights {model.base.fingerprint[:12]}).\n"
+    )
+
+
+def load_weights(model: Compressor, folder: Path) -> None:
+    """Read adapter and encoder that `save_checkpoint` wrote into `model`, exactly.
+
+    Raises:
+        CompressorError: a missing or damaged file, or one that does not fit the model.
+    """
+    settings = read_settings(folder)
+    if (trained := settings.get(TEXT_ENCODER)) and trained != model.encoder.frozen_fingerprint:
+        raise CompressorError(
+            f"checkpoint {folder} was trained with another text encoder (weights {str(trained)[:12]}) than "
+            f"{model.config.text_encoder} now holds (weights {str(model.encoder.frozen_fingerprint)[:12]}): put the "
+            "one it was trained with there"
+        )
+    found: dict[str, Tensor] = {}
+    for name, digest in settings["files"].items():
+        try:
+            if sha256(folder / name) != digest:
+                raise CompressorError(f"{folder / name} is damaged: its checksum differs from compressor.json's")
+            state = load_file(folder / name)
+        except PermissionError as error:
+            raise unreadable(folder / name, error) from None
+        except (OSError, SafetensorError) as error:
+            raise CompressorError(f"{folder / name} is missing or damaged: {error}") from None
+        if Path(name).name == ADAPTER:
+            which = READER if name == ADAPTER else Path(name).parent.name
+            found.update({_adapter_parameter(key, which): value for key, value in state.items()})
+        else:
+            found.update({f"encoder.{key}": value for key, value in state.items()})
+    wanted = model.trainable_state()
+    if set(found) != set(wanted) or any(found[name].shape != wanted[name].shape for name in wanted):
+        odd = sorted(set(found) ^ set(wanted))[:3] or "shapes"
+        raise CompressorError(f"checkpoint {folder} does not fit its own settings and base (differs in: {odd})")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name in found:
+                parameter.copy_(found[name])
+
+
+def _adapter_parameter(key: str, which: str) -> str:
+    """Name of a parameter of `Compressor` from its name in the PEFT file of an adapter."""
+    # The base is registered before PEFT's wrapper, so that the layers they share go by its names.
+    return "base." + re.sub(r"\.(lora_[AB])\.weight$", rf".\1.{which}.weight", key.removeprefix("base_model."))
+
+
+def find_base(
+    path: str | Path | None,
+    base: Base | str | None,
+    device: str | torch.device,
+    dtype: str,
+    revision: str | None = None,
+    attention: str = "sdpa",
+    quantisation: str | None = None,
+    base_mismatch: str = "refuse",
+) -> tuple[Path, Base]:
+    """A checkpoint's folder and the base it was trained on, loaded; arguments as for `Compressor.from_pretrained`."""
+    path = path or default_checkpoint()
+    folder = fetch_checkpoint(str(path), revision)
+    trained_on = read_settings(folder)["base"]
+    if not isinstance(base, Base):
+        name = base or trained_on["path"]
+        known = name in NAMED or Path(resolve(name)).exists()
+        if base is None and not known and (folder.parent / "base").exists():
+            name = str(folder.parent / "base")
+        if quantisation is None:
+            quantisation = trained_on.get("quantisation", "none")
+            dtype = trained_on.get("dtype", dtype)
+        chosen = BaseConfig(
+            path=name,
+            revision=trained_on.get("revision") if name == trained_on["path"] else None,
+            dtype=dtype,  # type: ignore[arg-type]
+            attention=attention,  # type: ignore[arg-type]
+            quantisation=quantisation,  # type: ignore[arg-type]
+        )
+        base = load_base(chosen, device)
+    check_fingerprint(path, trained_on, base, base_mismatch)
+    return folder, base
+
+
+def check_fingerprint(checkpoint: str | Path, trained_on: dict[str, Any], base: Base, mismatch: str) -> None:
+    """See to it that a base has the weights that a checkpoint was trained on, by the checkpoint's record of them.
+
+    Args:
+        mismatch: `refuse` or `allow`, which warns: weights that are nearly the same (a base before it was quantised, a
+            later version of it) read and write memories nearly as well.
+
+    Raises:
+        CompressorError: other weights, unless they are allowed.
+    """
+    require(mismatch in get_args(BaseMismatch), "base_mismatch", mismatch, " or ".join(get_args(BaseMismatch)))
+    if base.fingerprint == trained_on["fingerprint"]:
+        return
+    found = (
+        f"checkpoint {checkpoint} was trained on the base {trained_on['path']} "
+        f"(weights {trained_on['fingerprint'][:12]}, quantisation {trained_on.get('quantisation', 'none')}) "
+        f"but {base.name} has weights {base.fingerprint[:12]} (quantisation {base.quantisation})"
+    )
+    if mismatch == "allow":
+        say(f"warning: {found}: what comes back may be worse")
+        return
+    name = trained_on["path"]
+    get = f" (`compressor fetch {name}` gets it)" if name in NAMED else ""
+    raise CompressorError(
+        f"{found}: give the base that it was trained on{get}, or take this one all the same with --base-mismatch allow"
+    )
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """`compressor.json` of a checkpoint, checked."""
+    path = folder / "compressor.json"
+    if not path.exists():
+        raise CompressorError(f"{folder} is not a compressor checkpoint: it has no compressor.json")
+    settings = read_json(path)
+    kinds = {"format": int, "base": dict, "config": dict, "files": dict}
+    wrong = [
+        key for key, kind in kinds.items() if not isinstance(settings, dict) or not isinstance(settings.get(key), kind)
+    ]
+    if wrong or not {"path", "fingerprint"} <= set(settings["base"]):
+        raise CompressorError(f"{path} lacks a proper {', '.join(wrong) or 'base'}; it may be damaged")
+    if settings["format"] > FORMAT:
+        raise CompressorError(
+            f"{path} has format {settings['format']}, this version reads up to {FORMAT}: update the package"
+        )
+    missing = [name for name in NEEDED_SETTINGS if name not in settings["config"]]
+    if missing:
+        raise CompressorError(
+            f"{path} has no {', '.join(missing)} in its config; it may be damaged: take the checkpoint from its source"
+        )
+    for name, before in ADDED_SETTINGS.items():
+        settings["config"].setdefault(name, before)
+    try:
+        CompressorConfig(**settings["config"])
+    except (TypeError, CompressorError) as error:
+        raise CompressorError(
+            f"{path} has settings this version does not know ({error}): update the package, or take the checkpoint "
+            "from its source"
+        ) from None
+    return settings
+
+
+def fetch_checkpoint(path: str, revision: str | None = None) -> Path:
+    """The folder of a checkpoint, downloaded if `path` is a hub id."""
+    if Path(resolve(path)).is_dir():
+        return Path(resolve(path))
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(path, revision=revision))
+    except Exception as error:  # the hub client raises many kinds, offline ones among them
+        raise CompressorError(
+            f"no compressor checkpoint at {path!r}: it is neither a folder nor a hub repository that can be reached "
+            f"({type(error).__name__})"
+        ) from None

@@ -1,0 +1,127 @@
+"""What a model is: the frozen base, and the compressor on top."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from compressor.data.prompts import CHAT, QUESTION, chat_arguments
+from compressor.errors import require
+
+Layout = Literal["restart", "published", "after", "front", "spread", "overlay", "nested"]
+TrainedMethod = Literal[
+    "kv", "reference-500x", "icae", "mean-pool", "anchor", "sentence-embedding", "full-tuned", "none-tuned"
+]
+MEMORY_TOKEN_LAYOUTS: tuple[Layout, ...] = ("restart", "after", "front", "spread", "overlay", "nested")
+METHOD_LAYOUTS: dict[TrainedMethod, tuple[Layout, ...]] = {
+    "kv": MEMORY_TOKEN_LAYOUTS,
+    "reference-500x": ("published",),
+    "icae": ("restart", "after", "front", "nested"),
+    "mean-pool": ("spread",),
+    "anchor": ("spread", "overlay"),
+    "sentence-embedding": ("front",),
+    "full-tuned": ("nested", "after"),
+    "none-tuned": ("nested", "after"),
+}
+"""Layouts that a method can work with; those of icae let its memories, which stand in `front`, be truncated.
+The tuned bounds read none."""
+BaseMismatch = Literal["refuse", "allow"]
+"""What is done about a base with other weights than a checkpoint was trained on."""
+PassageAttention = Literal["causal", "bidirectional"]
+MemoryAttention = Literal["passage", "tree"]
+
+
+@dataclass
+class BaseConfig:
+    """The frozen base language model."""
+
+    path: str = "models/arxiv-mini/base"
+    """Folder or hub id of a causal LM that transformers loads, a GGUF file, `REPO_ID:FILE.gguf` of the hub, or a name
+    (`smollm2-135m`)."""
+    revision: str | None = None
+    """Hub revision (branch, tag or commit)."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
+    """Data type the weights are held in; `auto` is bfloat16 where the device is fast at it, else float32."""
+    attention: Literal["auto", "sdpa", "eager"] = "sdpa"
+    """Attention implementation; `sdpa` is eager for bases that have no other (Gemma 2), `auto`, in training, is torch's
+    on an accelerator, and on a CPU one whose backward pass is several times as fast (`compressor/model/kernels.py`)."""
+    quantisation: Literal["none", "int8", "int4"] = "none"
+    """Load the frozen weights in 8 or 4 bits (needs the `quantised-base` extra and a GPU)."""
+
+
+@dataclass
+class CompressorConfig:
+    """LoRA encoder and memory tokens. Stored in every checkpoint as `compressor.json`."""
+
+    method: TrainedMethod = "kv"
+    """How a passage becomes a memory (`compressor/methods/`)."""
+    memory_tokens: int = 16
+    """Largest number of memory tokens k."""
+    layout: Layout = "nested"
+    """Where memory tokens sit while encoding and where the decoder starts (`compressor/model/layouts.py`)."""
+    passage_attention: PassageAttention = "bidirectional"
+    """Attention among passage tokens in the encoder."""
+    memory_attention: MemoryAttention = "tree"
+    """What memory tokens see of the passage: all of it (`passage`), or in the layout `nested` a stretch that is the
+    shorter the later the token comes in its order (`tree`, `layouts.tree_stretches`)."""
+    lora_rank: int = 64
+    """Rank of the LoRA matrices."""
+    writer_rank: int = 64
+    """Rank of the LoRA that memory tokens have for themselves, in methods with memory tokens; 0 for none: they share
+    the passage's."""
+    lora_alpha: float = 64.0
+    """Scale of LoRA's output, times 1 / lora_rank."""
+    lora_dropout: float = 0.0
+    """Dropout before LoRA's matrices."""
+    lora_targets: Literal["all-linear"] | list[str] = "all-linear"
+    """Linear layers that get LoRA: all of the base's, or those with these names, which the base must have. Layers that
+    no memory depends on (the last one's queries, output and MLP) are always left out."""
+    initialisation: Literal["vocabulary", "normal"] = "vocabulary"
+    """Memory tokens start as the embeddings' mean plus noise of their spread, or as standard normal noise."""
+    max_passage_tokens: int = 500
+    """Longer passages are split into segments of at most this many tokens."""
+    question_template: str = QUESTION
+    """Prompt of a question after a memory, with `{question}` in it; `chat` for the base's chat template, with arguments
+    of it as in `chat {"enable_thinking": false}`."""
+    text_encoder: str | None = None
+    """Folder or hub id of the frozen text encoder of the method sentence-embedding; by default the base itself."""
+
+    def __post_init__(self) -> None:
+        if self.lora_targets == ["all-linear"]:
+            self.lora_targets = "all-linear"
+        # The command line checks these; a checkpoint's settings come straight here.
+        literals = {"method": TrainedMethod, "layout": Layout, "passage_attention": PassageAttention}
+        for name, known in [*literals.items(), ("memory_attention", MemoryAttention)]:
+            value = getattr(self, name)
+            require(value in get_args(known), f"compressor.{name}", value, f"one of {', '.join(get_args(known))}")
+        layouts = METHOD_LAYOUTS[self.method]
+        require(
+            self.layout in layouts,
+            "compressor.layout",
+            self.layout,
+            f"{' or '.join(layouts)} with the method {self.method}",
+        )
+        require(1 <= self.memory_tokens <= 512, "compressor.memory_tokens", self.memory_tokens, "1 to 512")
+        require(self.lora_rank >= 1, "compressor.lora_rank", self.lora_rank, "at least 1")
+        require(self.writer_rank >= 0, "compressor.writer_rank", self.writer_rank, "at least 0")
+        require(self.lora_alpha > 0, "compressor.lora_alpha", self.lora_alpha, "positive")
+        require(0 <= self.lora_dropout < 1, "compressor.lora_dropout", self.lora_dropout, "in [0, 1)")
+        require(bool(self.lora_targets), "compressor.lora_targets", self.lora_targets, "a non-empty list")
+        require(
+            self.max_passage_tokens >= 1,
+            "compressor.max_passage_tokens",
+            self.max_passage_tokens,
+            "at least 1",
+        )
+        require(
+            "{question}" in self.question_template or chat_arguments(self.question_template) is not None,
+            "compressor.question_template",
+            self.question_template,
+            f"a text with {{question}} in it, or {CHAT}",
+        )
+        require(
+            self.layout != "nested" or self.memory_tokens & (self.memory_tokens - 1) == 0,
+            "compressor.memory_tokens",
+            self.memory_tokens,
+            "a power of two with the nested layout",
+        )

@@ -1,0 +1,226 @@
+"""What a trained method of compression is: an `Encoder` from a batch of passages to the slots of a memory.
+
+Whatever a method passes on (keys and values, or input embeddings), the decoder finally sees keys and values of k slots
+in every layer of the base. Every encoder returns these, so that memories, files, training, decoding and evaluation are
+the same for all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from itertools import pairwise
+from typing import ClassVar, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from compressor.model.base import Base
+from compressor.model.config import CompressorConfig, Layout
+from compressor.model.layouts import decoder_start, memory_positions, tree_stretches
+from compressor.model.lora import READER, WRITER, adapter
+
+
+class AdaptedBase(Protocol):
+    """What an encoder runs: a base, with adapters that can be switched."""
+
+    base: Base
+    config: CompressorConfig
+
+    has_writer: bool
+    """Whether memory tokens have an adapter of their own."""
+
+    def adapters(self, on: bool) -> AbstractContextManager[None]: ...
+
+
+class Encoder(nn.Module):
+    """A trained method. Its parameters are what it trains besides the base's adapters.
+
+    A new method is a subclass in a file of its own and a line in `compressor/methods/table.py`.
+    """
+
+    adapted: ClassVar[bool] = True
+    """Whether the base carries LoRA adapters."""
+    writes: ClassVar[bool] = False
+    """Whether memory tokens can have an adapter of their own (`CompressorConfig.writer_rank`)."""
+    reads_hidden_states: ClassVar[bool] = False
+    """Whether it reads the base's last hidden states, not its keys and values."""
+    makes_memories: ClassVar[bool] = True
+    """Whether its slots are a memory of a size that does not depend on the passage."""
+    padded_to: ClassVar[int | None] = None
+    """Tokens that every passage is extended to with EOS, in training targets too."""
+
+    def __init__(self, base: Base, config: CompressorConfig):
+        super().__init__()
+        self.config = config
+
+    @property
+    def truncatable(self) -> bool:
+        """Whether the first j of k slots are what encoding to j slots gives."""
+        raise NotImplementedError
+
+    @property
+    def frozen_fingerprint(self) -> str | None:
+        """Hash of frozen weights that it reads besides the base's, which a checkpoint does not hold."""
+        return None
+
+    def trained_for(self, tokens: int) -> bool:
+        """Whether it is meant to compress to so many slots."""
+        return tokens <= self.config.memory_tokens
+
+    def values_per_token(self, base: Base) -> int:
+        """Numbers that hold one slot: keys and values of every layer, or an input embedding they are computed from."""
+        return 2 * base.layers * base.kv_heads * base.head_size
+
+    @property
+    def memory_layout(self) -> Layout:
+        """Where the slots stand in the decoder's context."""
+        return self.config.layout
+
+    def places(self, lengths: Tensor, slots: int, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Where the slots that `encode` returned stand in the decoder's context.
+
+        Args:
+            lengths: passage tokens, int64 `[batch]`.
+            slots: slots of each row.
+            tokens: slots that each row may use, int64 `[batch]`.
+
+        Returns:
+            Positions, int64 `[batch, slots]`; which may be used, bool `[batch, slots]`; where the decoder starts, int64
+            `[batch]`.
+        """
+        layout = self.memory_layout
+        positions = memory_positions(layout, lengths, slots, self.config.memory_tokens)
+        used = torch.arange(slots, device=lengths.device)[None] < tokens[:, None]
+        return positions, used, decoder_start(layout, lengths, tokens)
+
+    def encode(self, model: AdaptedBase, passages: Tensor, lengths: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+        """Compress a batch of passages; differentiable.
+
+        Args:
+            passages: token ids, int64 `[batch, width]`, padded on the right with any valid id.
+            lengths: passage tokens, int64 `[batch]`.
+            tokens: slots k.
+
+        Returns:
+            Position-free keys and values, each `[layers, batch, kv_heads, k, head_size]`.
+        """
+        raise NotImplementedError
+
+
+def prefill(model: AdaptedBase, embedded: Tensor, lengths: Tensor, layout: Layout, most: int) -> tuple[Tensor, Tensor]:
+    """Position-free keys and values of input embeddings that the base, adapters off, reads instead of a passage.
+
+    Args:
+        embedded: `[batch, k, hidden]`.
+        lengths: passage tokens, int64 `[batch]`.
+        layout: where the embeddings stand.
+        most: slots of the compressor.
+
+    Returns:
+        Keys and values, each `[layers, batch, kv_heads, k, head_size]`.
+    """
+    batch, slots = embedded.shape[:2]
+    positions = memory_positions(layout, lengths, slots, most)
+    causal = torch.ones(slots, slots, dtype=torch.bool, device=embedded.device).tril().expand(batch, -1, -1)
+    with model.adapters(on=False):
+        keys, values = model.base.keys_and_values(embedded.to(model.base.dtype), positions, causal)
+    return model.base.rotate(keys, positions, inverse=True), values
+
+
+class Reading(NamedTuple):
+    """What the memory tokens' pass of the encoder takes; the arguments of `Base.keys_and_values`."""
+
+    embedded: Tensor
+    """`[batch, width, hidden]`; the memory tokens are the last."""
+    positions: Tensor
+    """int64 `[batch, width]`"""
+    allowed: Tensor
+    """bool `[batch, width, cached + width]`"""
+    cache: DynamicCache | None
+    """The passage, where it has been read already."""
+
+
+@contextmanager
+def memory_pass(model: AdaptedBase, memory: Tensor, passages: Tensor, lengths: Tensor) -> Iterator[Reading]:
+    """The inputs of memory tokens that read a passage, with the adapter on under which they do.
+
+    With a writer there are two passes: the passage under the reader's adapter into a cache, then the memory tokens
+    under the writer's on that cache. This is exact, since no passage token sees a memory token. Without, both are read
+    in one pass, under the one adapter there is.
+
+    Args:
+        memory: memory tokens, `[k, hidden]`.
+        passages: token ids, int64 `[batch, width]`.
+        lengths: passage tokens, int64 `[batch]`.
+    """
+    batch, width = passages.shape
+    config, tokens = model.config, len(memory)
+    embedded = model.base.embeddings(passages)
+    # The base may be in bfloat16 while memory tokens train in float32; `cat` would promote.
+    appended = memory.to(embedded.dtype).expand(batch, -1, -1)
+    columns = torch.arange(width, device=passages.device).expand(batch, -1)
+    placed = memory_positions(config.layout, lengths, tokens, config.memory_tokens)
+    allowed = encoder_attention(lengths, width, tokens, config.passage_attention == "bidirectional")
+    if config.memory_attention == "tree" and config.layout == "nested":
+        first, end = tree_stretches(lengths, tokens, config.memory_tokens)
+        allowed[:, width:, :width] &= (columns[:, None] >= first[..., None]) & (columns[:, None] < end[..., None])
+    if model.has_writer:
+        with adapter(READER):
+            cache = model.base.read(embedded, columns, allowed[:, :width, :width])
+        with adapter(WRITER):
+            yield Reading(appended, placed, allowed[:, width:], cache)
+    else:
+        whole = torch.cat([embedded, appended], dim=1), torch.cat([columns, placed], dim=1)
+        with adapter(READER):
+            yield Reading(*whole, allowed, None)
+
+
+def encoder_attention(lengths: Tensor, width: int, tokens: int, bidirectional: bool) -> Tensor:
+    """Who may attend to whom in `passage ; memory tokens`.
+
+    Passage tokens see the passage (causally or both ways); memory tokens see the passage and, causally, each other, so
+    that the first j of k do not depend on the rest. Padding sees only itself, to keep its softmax finite.
+
+    Returns:
+        bool `[batch, width + tokens, width + tokens]`.
+    """
+    total = width + tokens
+    index = torch.arange(total, device=lengths.device)
+    real = (index[None] < lengths[:, None]) | (index[None] >= width)
+    allowed = index[:, None] >= index[None, :]
+    if bidirectional:
+        allowed = allowed | ((index[:, None] < width) & (index[None, :] < width))
+    return (allowed[None] & real[:, None, :]) | torch.eye(total, dtype=torch.bool, device=lengths.device)[None]
+
+
+def initial_memory(base: Base, config: CompressorConfig) -> Tensor:
+    """Initial memory tokens, float32 `[memory_tokens, hidden]`."""
+    noise = torch.randn(config.memory_tokens, base.hidden)
+    if config.initialisation == "normal":
+        return noise
+    table = base.embeddings.weight.detach()
+    sample = table[:: max(1, len(table) // 4096)].float().cpu()
+    return sample.mean(0) + noise * sample.std(0)
+
+
+def equal_segments(ids: Sequence[int], most: int) -> list[list[int]]:
+    """Cut token ids into the fewest segments of at most `most` tokens, as equal as can be."""
+    count = -(-len(ids) // most)
+    edges = [len(ids) * i // count for i in range(count + 1)]
+    return [list(ids[a:b]) for a, b in pairwise(edges)]
+
+
+def pad(
+    sequences: Sequence[Sequence[int]],
+    device: torch.device | str = "cpu",
+    fill: int = 0,
+    width: Callable[[int], int] = int,
+) -> tuple[Tensor, Tensor]:
+    """Right-pad token ids: int64 `[batch, width]`, as wide as `width` makes of the longest, and lengths `[batch]`."""
+    lengths = torch.tensor([len(ids) for ids in sequences], dtype=torch.int64)
+    padded = torch.full((len(sequences), width(int(lengths.max()))), fill, dtype=torch.int64)
+    for row, ids in zip(padded, sequences, strict=True):
+        row[: len(ids)] = torch.as_tensor(ids, dtype=torch.int64)
+    return padded.to(device), lengths.to(device)

@@ -1,0 +1,169 @@
+"""How much of a passage its memory gives back, measured at compression time, and the fewest tokens that give enough.
+
+Fidelity is the share of the passage that comes back in greedy regeneration: 1 less the edits (tokens to insert, delete
+or replace) that lead from what is written to the passage, over the tokens of the longer of the two. Tokens that stand
+for what the tokenizer cannot spell never count as right.
+
+One forward pass tells where the base, given the right tokens before, would first write a wrong one. Without any, all
+comes back; what is left is written from there on, so that good memories cost next to nothing to measure.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from compressor.errors import CompressorError
+from compressor.model.base import Base
+from compressor.model.generation import generate, regeneration_limit, score
+from compressor.model.memory import Memory, Prefix, memory_prefix
+
+if TYPE_CHECKING:
+    from compressor.api import Compressor
+
+
+def passage_scores(base: Base, prefix: Prefix, passages: Sequence[Sequence[int]]) -> list[Tensor]:
+    """Scores (`generation.score`) of each passage and its EOS after a prefix, as a regeneration begins: with BOS."""
+    return score(base, prefix, [[base.bos]] * len(passages), [[*ids, base.eos] for ids in passages])
+
+
+def fidelities(
+    model: Compressor, memories: Sequence[Memory], passages: Sequence[Sequence[int]], batch_size: int = 16
+) -> list[float]:
+    """Fidelity of each memory, 0 to 1; of one with several segments that of all of them together.
+
+    Args:
+        passages: token ids that the memories were compressed from.
+    """
+    with model.adapters(on=False):
+        return fidelities_under(model.base, memories, passages, batch_size)
+
+
+def fidelities_under(
+    base: Base, memories: Sequence[Memory], passages: Sequence[Sequence[int]], batch_size: int = 16
+) -> list[float]:
+    """`fidelities` under a base whose adapters, if it has any, are off."""
+    pieces: list[tuple[int, Memory, Sequence[int]]] = []
+    for owner, (memory, ids) in enumerate(zip(memories, passages, strict=True)):
+        pieces += [(owner, part, segment) for part, segment in memory.split_with(ids)]
+    wrong, total = [0] * len(memories), [0] * len(memories)
+    order = sorted(range(len(pieces)), key=lambda i: len(pieces[i][2]))
+    for start in range(0, len(order), batch_size):
+        chosen = [pieces[i] for i in order[start : start + batch_size]]
+        written = _written(base, [memory for _, memory, _ in chosen], [ids for _, _, ids in chosen])
+        for (owner, _, ids), back in zip(chosen, written, strict=True):
+            wrong[owner] += edits([-1 if token == base.tokenizer.unk_token_id else token for token in ids], back)
+            total[owner] += max(len(ids), len(back))
+    return [1 - count / whole for count, whole in zip(wrong, total, strict=True)]
+
+
+def _written(base: Base, memories: Sequence[Memory], passages: Sequence[Sequence[int]]) -> list[list[int]]:
+    """What greedy regeneration writes for memories of one segment each, whose passages are known."""
+    prefix = memory_prefix(base, memories)
+    firsts = [one[:, 1] for one in passage_scores(base, prefix, passages)]
+    written = [list(ids) for ids in passages]
+    left = [row for row, first in enumerate(firsts) if not bool(first.all())]
+    if left:
+        right = {row: int(firsts[row].argmin()) for row in left}
+        rest = generate(
+            base,
+            prefix.select(torch.tensor(left, device=base.device)),
+            [[base.bos, *passages[row][: right[row]]] for row in left],
+            [regeneration_limit(len(passages[row])) - right[row] for row in left],
+        )
+        for row, generation in zip(left, rest, strict=True):
+            written[row] = [*passages[row][: right[row]], *generation.ids]
+    return written
+
+
+def edits(wanted: Sequence[int], found: Sequence[int]) -> int:
+    """Fewest tokens to insert, delete or replace so that one becomes the other (Levenshtein)."""
+    columns, target = np.arange(len(found) + 1), np.asarray(found)
+    row = columns
+    for count, token in enumerate(wanted, 1):
+        best = np.concatenate([[count], np.minimum(row[1:] + 1, row[:-1] + (target != token))])
+        row = np.minimum.accumulate(best - columns) + columns  # and insertions, all at once
+    return int(row[-1])
+
+
+def sizes_to_try(model: Compressor, tokens: int | None = None) -> list[int]:
+    """Powers of two below `tokens` (by default all the compressor has), then `tokens`, that it is trained for.
+
+    Raises:
+        CompressorError: the compressor does not have so many memory tokens.
+    """
+    most = model.config.memory_tokens if tokens is None else tokens
+    if not 1 <= most <= model.config.memory_tokens:
+        raise CompressorError(
+            f"cannot compress to {most} memory tokens: this compressor has 1 to {model.config.memory_tokens}"
+        )
+    sizes = [1 << power for power in range(most.bit_length()) if 1 << power < most]
+    return [size for size in sizes if model.encoder.trained_for(size)] + [most]
+
+
+def compress_to_fidelity(
+    model: Compressor,
+    passages: Sequence[Sequence[int]],
+    target: float,
+    tokens: int | None = None,
+    batch_size: int = 16,
+    segment_tokens: int | None = None,
+    refine_steps: int = 0,
+    stored: Callable[[Memory], Memory] = lambda memory: memory,
+) -> list[Memory]:
+    """For each passage the memory of the fewest tokens whose fidelity reaches `target`.
+
+    Sizes are tried from the smallest on: fidelity need not grow with every one. A passage is encoded once where
+    memories can be truncated, else once for each size that is tried. All segments of a passage get the same size.
+
+    Args:
+        passages: token ids.
+        target: fidelity, above 0 and at most 1.
+        tokens: most memory tokens for a segment; by default all the compressor has.
+        segment_tokens: most tokens of a segment; by default as many as the compressor takes.
+        refine_steps: of each size that is tried, see `Compressor.compress`.
+        stored: what a file gives back of a memory (`storage.memory_file.as_stored`), whose fidelity then counts.
+
+    Returns:
+        Memories in the order of the passages, their fidelity noted: of those that no size suffices for, the largest,
+        with a warning that states the fidelity reached.
+
+    Raises:
+        CompressorError: a target out of range, an empty passage, or more memory tokens than the compressor has.
+    """
+    if not isinstance(target, (int, float)) or not 0 < target <= 1:
+        raise CompressorError(f"target_fidelity = {target!r} is out of range: it must be above 0 and at most 1")
+    sizes = sizes_to_try(model, tokens)
+    truncatable = model.encoder.truncatable
+    largest = model.compress_ids(passages, sizes[-1], batch_size, segment_tokens) if truncatable else []
+    found: dict[int, Memory] = {}
+    left = list(range(len(passages)))
+    short: list[tuple[int, float]] = []
+    for size in sizes:
+        texts = [passages[i] for i in left]
+        if truncatable:
+            memories = model.refine([largest[i].truncate(size) for i in left], texts, refine_steps, batch_size)
+        else:
+            memories = model.compress_ids(texts, size, batch_size, segment_tokens, refine_steps)
+        reached = fidelities(model, [stored(memory) for memory in memories], texts, batch_size)
+        memories = [replace(memory, fidelity=value) for memory, value in zip(memories, reached, strict=True)]
+        enough = {i: value >= target for i, value in zip(left, reached, strict=True)}
+        found |= {i: memory for i, memory in zip(left, memories, strict=True) if enough[i] or size == sizes[-1]}
+        short = [(i, value) for i, value in zip(left, reached, strict=True) if not enough[i]]
+        left = [i for i in left if not enough[i]]
+        if not left:
+            break
+    if short:
+        worst = min(value for _, value in short)
+        which = "" if len(passages) == 1 else f" for {len(short)} of {len(passages)} passages, at worst"
+        warnings.warn(
+            f"{sizes[-1]} memory tokens reach a fidelity of {worst:.3f}{which}, less than the {target:g} asked for",
+            stacklevel=3,
+        )
+    return [found[i] for i in range(len(passages))]

@@ -1,0 +1,281 @@
+"""What a passage became (`Memory`) and what a decoder starts from (`Prefix`)."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from compressor.errors import CompressorError, require_whole
+from compressor.model.base import Base
+from compressor.model.config import Layout
+from compressor.model.layouts import TRUNCATABLE, decoder_start, memory_positions
+from compressor.storage.calibration import Calibration
+from compressor.storage.codec import Codec
+from compressor.storage.memory_file import check_base, load_memory, save_memory
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A stretch of a memory that was compressed on its own."""
+
+    tokens: int
+    """Memory tokens."""
+    passage_tokens: int
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Keys and values of the memory tokens of one passage, in every layer of the base.
+
+    Keys are position-free: turned back to position 0, and placed when a decoder's prefix is built. A text longer than
+    the compressor's limit has several segments, whose memories lie one after the other.
+    """
+
+    keys: Tensor
+    """`[layers, kv_heads, tokens, head_size]`"""
+    values: Tensor
+    """`[layers, kv_heads, tokens, head_size]`"""
+    segments: tuple[Segment, ...]
+    layout: Layout
+    most: int
+    """Memory tokens the compressor has for one segment."""
+    base: str
+    """Fingerprint of the base that can read this memory."""
+    compressor: str = ""
+    """Name and hash of the compressor that made it, `NAME@SHA256` (`memory_file.signed`); empty if not recorded."""
+    tokenizer: str = ""
+    """Fingerprint of the base's tokenizer; empty where not recorded."""
+    base_name: str = ""
+    """Folder or hub id of the base; empty where not recorded."""
+    text: bytes | None = None
+    """The passage itself, packed (`packing.lossless.pack_passage`), if it is kept."""
+    made: dict[str, float] = field(default_factory=dict)
+    """Numbers it was made with (`tokens`, `segment_tokens`, `refine_steps`); empty where not recorded."""
+    fidelity: float | None = None
+    """Share of the passage that it gives back (`compressor/model/fidelity.py`); None where not measured."""
+
+    def __post_init__(self) -> None:
+        if self.keys.dim() != 4 or self.keys.shape != self.values.shape or self.keys.shape[2] != self.tokens:
+            raise CompressorError(
+                f"a memory of {self.tokens} tokens needs keys and values [layers, heads, {self.tokens}, head size], "
+                f"got {tuple(self.keys.shape)} and {tuple(self.values.shape)}"
+            )
+
+    @property
+    def tokens(self) -> int:
+        """Number of memory tokens."""
+        return sum(segment.tokens for segment in self.segments)
+
+    @property
+    def passage_tokens(self) -> int:
+        """Number of tokens of the passage."""
+        return sum(segment.passage_tokens for segment in self.segments)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values as they are held."""
+        return self.keys.nbytes + self.values.nbytes
+
+    def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> Memory:
+        """This memory on another device or in another floating-point type."""
+        keys, values = self.keys.to(device=device, dtype=dtype), self.values.to(device=device, dtype=dtype)
+        return replace(self, keys=keys, values=values)
+
+    def save(self, path: str | Path, codec: str | Codec | None = None, passage_bytes: int | None = None) -> None:
+        """Write a checked memory file (`compressor/storage/memory_file.py`).
+
+        Args:
+            codec: a name such as `bf16` or `int4+ans`, or a `Codec`; by default the type the memory is held in.
+            passage_bytes: length of the passage's text in UTF-8, which `compressor inspect` compares with.
+        """
+        save_memory(self, path, codec, passage_bytes)
+
+    @staticmethod
+    def load(path: str | Path, calibration: Calibration | str | Path | None = None) -> Memory:
+        """Read a file that `save` wrote; a damaged or foreign one is a `CompressorError`.
+
+        Args:
+            calibration: what the codec was fitted with, or its file; by default `calibration.safetensors` beside it.
+        """
+        return load_memory(path, calibration)
+
+    def split(self) -> list[Memory]:
+        """One memory for each segment; a kept text is of all segments, and is left out if there are several."""
+        if len(self.segments) == 1:
+            return [self]
+        sizes = [segment.tokens for segment in self.segments]
+        parts = zip(self.segments, self.keys.split(sizes, dim=2), self.values.split(sizes, dim=2), strict=True)
+        return [
+            replace(self, keys=k, values=v, segments=(segment,), text=None, fidelity=None) for segment, k, v in parts
+        ]
+
+    def split_with(self, passage: Sequence[int]) -> list[tuple[Memory, Sequence[int]]]:
+        """`split`, each segment's memory with its tokens of the passage that was compressed."""
+        parts, start = [], 0
+        for part in self.split():
+            parts.append((part, passage[start : start + part.passage_tokens]))
+            start += part.passage_tokens
+        return parts
+
+    def truncate(self, tokens: int) -> Memory:
+        """The first `tokens` memory tokens of each segment: the memory that compressing to `tokens` gives.
+
+        Raises:
+            CompressorError: the layout puts tokens elsewhere when there are fewer, or there are not so many.
+        """
+        require_whole("tokens", tokens, 0)
+        fewest = min(segment.tokens for segment in self.segments)
+        if not 1 <= tokens <= fewest:
+            raise CompressorError(f"cannot truncate to {tokens} memory tokens: the memory has {fewest} for a segment")
+        if tokens < fewest and self.layout not in TRUNCATABLE:
+            raise CompressorError(
+                f"memories of layout {self.layout} cannot be truncated, because its positions depend on the number of "
+                f"tokens: compress again with {tokens}, or train with one of {', '.join(TRUNCATABLE)}"
+            )
+        if all(segment.tokens == tokens for segment in self.segments):
+            return self
+        if self.made.get("refine_steps"):
+            warnings.warn(
+                f"the first {tokens} tokens of a memory that was refined with {fewest} keep far less than a memory "
+                f"refined with {tokens}: compress again with tokens={tokens} (--tokens {tokens})",
+                stacklevel=2,
+            )
+        parts = self.split()
+        return replace(
+            self,
+            keys=torch.cat([part.keys[:, :, :tokens] for part in parts], dim=2),
+            values=torch.cat([part.values[:, :, :tokens] for part in parts], dim=2),
+            segments=tuple(replace(segment, tokens=tokens) for segment in self.segments),
+            made={**self.made, "tokens": tokens} if self.made else {},
+            fidelity=None,
+        )
+
+    @staticmethod
+    def concatenate(memories: Sequence[Memory]) -> Memory:
+        """The memories one after the other, as if their passages followed each other; kept texts are left out.
+
+        Raises:
+            CompressorError: none given, or they are of different bases, layouts or sizes.
+        """
+        if not memories:
+            raise CompressorError("cannot concatenate an empty list of memories")
+        first = memories[0]
+        if len(memories) == 1:
+            return first
+        for other in memories[1:]:
+            for name in ("base", "layout", "most"):
+                if getattr(other, name) != getattr(first, name):
+                    raise CompressorError(
+                        f"cannot concatenate memories of different {name}: "
+                        f"{getattr(first, name)} and {getattr(other, name)}"
+                    )
+        return replace(
+            first,
+            keys=torch.cat([memory.keys for memory in memories], dim=2),
+            values=torch.cat([memory.values for memory in memories], dim=2),
+            segments=tuple(segment for memory in memories for segment in memory.segments),
+            text=None,
+            made=first.made if all(memory.made == first.made for memory in memories) else {},
+            fidelity=None,
+        )
+
+    def to_cache(self, base: Base) -> DynamicCache:
+        """A new cache that holds this memory, its keys placed; the next token's position is `positions()[1]`."""
+        return memory_prefix(base, [self]).to_cache()
+
+    def positions(self) -> tuple[Tensor, Tensor]:
+        """Where the keys go in the decoder's context, int64 `[tokens]`, and where the decoder starts, int64 `[]`.
+
+        Each segment's positions begin where the passage tokens of those before it end, or their memory tokens in the
+        layout `front`.
+        """
+        device = self.keys.device
+        placed, offset, seen = [], 0, 0
+        for segment in self.segments:
+            length = torch.tensor([segment.passage_tokens], device=device)
+            # `front` stands in for the passages, which then take no positions of their own.
+            before = {"after": offset + seen, "front": seen}.get(self.layout, offset)
+            placed.append(memory_positions(self.layout, length, segment.tokens, self.most)[0] + before)
+            offset += segment.passage_tokens
+            seen += segment.tokens
+        start = decoder_start(self.layout, torch.tensor([offset], device=device), self.tokens)[0]
+        return torch.cat(placed), start
+
+
+@dataclass
+class Prefix:
+    """A batch of decoder contexts: rotated keys and values, left-aligned and padded.
+
+    Attributes:
+        keys, values: one `[batch, kv_heads, slots, head_size]` tensor a layer.
+        mask: bool `[batch, slots]`, False for padding.
+        start: int64 `[batch]`, position of the decoder's next token.
+    """
+
+    keys: list[Tensor]
+    values: list[Tensor]
+    mask: Tensor
+    start: Tensor
+
+    @property
+    def slots(self) -> int:
+        return self.mask.shape[1]
+
+    def to_cache(self) -> DynamicCache:
+        """A new cache that holds the prefix. The decoder appends to it, so every use needs its own."""
+        cache = DynamicCache()
+        for layer, (keys, values) in enumerate(zip(self.keys, self.values, strict=True)):
+            cache.update(keys, values, layer)
+        return cache
+
+    def select(self, rows: Tensor) -> Prefix:
+        """The prefix of some rows, int64 or bool index `[rows]`."""
+        return Prefix(
+            [keys[rows] for keys in self.keys],
+            [values[rows] for values in self.values],
+            self.mask[rows],
+            self.start[rows],
+        )
+
+
+def empty_prefix(base: Base, batch: int) -> Prefix:
+    """No context at all: what the decoder knows of the passage is nothing."""
+    shape = (batch, base.kv_heads, 0, base.head_size)
+    nothing = [torch.zeros(shape, device=base.device, dtype=base.dtype) for _ in range(base.layers)]
+    return Prefix(
+        nothing,
+        list(nothing),
+        torch.zeros(batch, 0, dtype=torch.bool, device=base.device),
+        torch.zeros(batch, dtype=torch.int64, device=base.device),
+    )
+
+
+def memory_prefix(base: Base, memories: Sequence[Memory]) -> Prefix:
+    """Place the memories' keys and pad them to one batch.
+
+    Raises:
+        CompressorError: a memory was made with another base or tokenizer.
+    """
+    for memory in memories:
+        check_base(memory, base)
+    slots = max(memory.tokens for memory in memories)
+    shape = (base.layers, len(memories), base.kv_heads, slots, base.head_size)
+    keys = torch.zeros(shape, device=base.device, dtype=base.dtype)
+    values = torch.zeros(shape, device=base.device, dtype=base.dtype)
+    positions = torch.zeros(len(memories), slots, dtype=torch.int64, device=base.device)
+    mask = torch.zeros(len(memories), slots, dtype=torch.bool, device=base.device)
+    start = torch.zeros(len(memories), dtype=torch.int64, device=base.device)
+    for row, memory in enumerate(memories):
+        placed, first = memory.positions()
+        keys[:, row, :, : memory.tokens] = memory.keys.to(keys)
+        values[:, row, :, : memory.tokens] = memory.values.to(values)
+        positions[row, : memory.tokens] = placed
+        mask[row, : memory.tokens] = True
+        start[row] = first
+    return Prefix(list(base.rotate(keys, positions)), list(values), mask, start)

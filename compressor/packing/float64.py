@@ -1,0 +1,211 @@
+"""The base evaluated in float64 throughout, in parallel or token by token, for coding that any machine can undo."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from transformers import DynamicCache
+
+from compressor.model.base import FULL_HASH_VALUES, Base
+from compressor.model.generation import decode
+from compressor.model.memory import Prefix, empty_prefix
+from compressor.packing.frequencies import check_vocabulary
+
+IDENTITY_BYTES = 3
+_LOGITS_AT_ONCE = 1 << 23
+
+
+class DoublePrecision(TorchFunctionMode):
+    """What a model's code does in float32 on purpose (norms, rotary angles, softmax) is done in float64.
+
+    Without this a float64 model still rounds to float32 in every layer, and a sum ordered otherwise moves its logits
+    by 1e-6 instead of 1e-13.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.float:
+            return args[0].double()
+        for arg in args:  # looked at before anything is built: this runs for every operation of every layer
+            if arg is torch.float32:
+                args = tuple(torch.float64 if arg is torch.float32 else arg for arg in args)
+                break
+        if not kwargs:
+            return func(*args)
+        if kwargs.get("dtype") is torch.float32:
+            kwargs = {**kwargs, "dtype": torch.float64}
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def double_precision() -> Iterator[None]:
+    """Evaluate in float64 what the block evaluates with a float64 base; without gradients or autocast."""
+    with torch.no_grad(), torch.autocast("cpu", enabled=False), DoublePrecision():
+        yield
+
+
+def _with_exact_angles(model: Any) -> None:
+    """Recompute the rotary frequencies in float64: float32 powers differ by processor, and positions multiply that."""
+    decoder = model.get_decoder()
+    before = decoder.rotary_emb
+    try:
+        with DoublePrecision():
+            after = type(before)(config=decoder.config).to(before.inv_freq.device)
+        if torch.allclose(after.inv_freq, before.inv_freq.to(after.inv_freq), rtol=1e-5, atol=0):
+            decoder.rotary_emb = after.double()
+    except (TypeError, AttributeError):
+        pass  # a family that builds its embedding in another way keeps the frequencies it has
+
+
+class ExactBase:
+    """A float64 copy of a base, and an identity that changes with its weights or its vocabulary.
+
+    A compressor's adapters are off in the copy, and left out of the identity.
+
+    Attributes:
+        base: the copy; `base.tokenizer` and `base.fingerprint` are those of the original.
+        identity: what a packed file says about the base it needs, `IDENTITY_BYTES` bytes.
+        noise: applied to all logits, `[rows, vocabulary] -> [rows, vocabulary]`; tests simulate other kernels with it.
+    """
+
+    def __init__(self, base: Base):
+        model: Any = copy.deepcopy(base.model).double()
+        if model.config._attn_implementation != "eager":
+            model.set_attn_implementation("sdpa")
+        _with_exact_angles(model)
+        self.base = copy.copy(base)
+        self.base._modules = {**base._modules, "model": model}
+        for module in model.modules():
+            if isinstance(module, BaseTunerLayer):
+                module._disable_adapters = True
+        self.vocabulary = self.base.embeddings.weight.shape[0]
+        check_vocabulary(self.vocabulary)
+        self.window = min(512, base.positions or 512)
+        self.identity = identity_of(self.base.tokenizer, model)
+        self.noise: Callable[[Tensor], Tensor] | None = None
+
+    def logits(self, rows: Sequence[Sequence[int]], prefix: Prefix | None = None) -> list[Tensor]:
+        """Next-token logits after each token of each row, evaluated in parallel.
+
+        Args:
+            rows: token ids, at least one each.
+            prefix: a context for each row.
+
+        Returns:
+            For each row float64 `[tokens, vocabulary]`.
+        """
+        prefix = empty_prefix(self.base, len(rows)) if prefix is None else prefix
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+        found: list[Tensor] = [torch.empty(0)] * len(rows)
+        while order:
+            # The longest rows first, as many as fit, so that the peak of memory comes at once.
+            width = len(rows[order[-1]])
+            taken = order[-max(1, _LOGITS_AT_ONCE // (width * self.vocabulary)) :]
+            order = order[: -len(taken)]
+            ids = torch.zeros(len(taken), width, dtype=torch.int64)
+            for place, i in zip(ids, taken, strict=True):
+                place[: len(rows[i])] = torch.tensor(rows[i])
+            with double_precision():
+                chosen = prefix.select(torch.tensor(taken, device=self.base.device))
+                logits = decode(self.base, chosen, ids.to(self.base.device)).cpu()
+            for row, i in zip(logits, taken, strict=True):
+                found[i] = self._disturbed(row[: len(rows[i])])
+        return found
+
+    def _disturbed(self, logits: Tensor) -> Tensor:
+        return logits if self.noise is None else self.noise(logits)
+
+
+class _Slots:
+    """One layer's keys and values of all rows, written at each row's own place."""
+
+    def __init__(self, keys: Tensor, values: Tensor):
+        self.keys, self.values = keys, values
+
+
+class Lockstep(DynamicCache):
+    """Contexts of several rows that grow by a token a step and start again at times of their own.
+
+    A row's keys and values lie left-aligned: `lengths` slots after the prefix's. Room grows by `_CHUNK` slots.
+    """
+
+    _CHUNK = 128
+
+    def __init__(self, exact: ExactBase, prefix: Prefix):
+        super().__init__()
+        self.exact, self.prefix = exact, prefix
+        self.lengths = np.zeros(len(prefix.mask), dtype=np.int64)
+        self.slots = [_Slots(k, v) for k, v in zip(prefix.keys, prefix.values, strict=True)]
+        self._place = self._all = torch.zeros(0, dtype=torch.int64)
+        self._used = 0
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        """Write the step's keys and values at each row's place; returns those of all rows, up to the longest."""
+        slots = self.slots[layer_idx]
+        if slots.keys.shape[2] < self._used:
+            for name in ("keys", "values"):
+                old = getattr(slots, name)
+                room = old.new_zeros(*old.shape[:2], self._CHUNK, old.shape[3])
+                setattr(slots, name, torch.cat([old, room], dim=2))
+        slots.keys[self._all, :, self._place] = key_states[:, :, 0]
+        slots.values[self._all, :, self._place] = value_states[:, :, 0]
+        return slots.keys[:, :, : self._used], slots.values[:, :, : self._used]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Slots in use, as transformers asks for them."""
+        return self._used
+
+    def step(self, tokens: Sequence[int]) -> Tensor:
+        """Feed each row a token; returns the next token's logits, float64 `[rows, vocabulary]` on the CPU."""
+        base, prefix = self.exact.base, self.prefix
+        lengths = torch.from_numpy(self.lengths).to(base.device)
+        base.check_window(0, prefix.start + lengths)
+        self._all = torch.arange(len(tokens), device=base.device)
+        self._place = lengths + prefix.slots
+        self._used = int(self.lengths.max()) + 1 + prefix.slots
+        own = torch.arange(self._used - prefix.slots, device=base.device)[None] <= lengths[:, None]
+        allowed = torch.cat([prefix.mask, own], dim=1)[:, None]
+        with double_precision():
+            logits = base.model(
+                input_ids=torch.tensor(tokens, device=base.device)[:, None],
+                position_ids=(prefix.start + lengths)[:, None],
+                attention_mask=base.attention_mask(allowed),
+                past_key_values=self,
+                use_cache=True,
+            ).logits[:, -1]
+        self.lengths += 1
+        return self.exact._disturbed(logits.cpu())
+
+    def restart(self, row: int) -> None:
+        """Forget a row's context; its prefix stays."""
+        self.lengths[row] = 0
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Keep only these rows."""
+        index = torch.tensor(rows, device=self.exact.base.device)
+        self.prefix = self.prefix.select(index)
+        self.lengths = self.lengths[list(rows)]
+        self.slots = [_Slots(slots.keys[index], slots.values[index]) for slots in self.slots]
+
+
+@torch.no_grad()
+def identity_of(tokenizer: Any, model: torch.nn.Module) -> bytes:
+    """Hash over the vocabulary and evenly spaced weights in full precision, adapters left out.
+
+    `Base.fingerprint` takes a base held in bfloat16 and in float32 for the same; their logits differ.
+    """
+    digest = hashlib.sha256(repr(sorted(tokenizer.get_vocab().items())).encode())
+    for name, tensor in sorted(model.named_parameters()):
+        if "lora_" not in name:
+            name = name.replace(".base_layer", "")
+            flat = tensor.flatten()[:: max(1, tensor.numel() // FULL_HASH_VALUES)]
+            digest.update(f"{name}{tuple(tensor.shape)}".encode() + flat.float().cpu().numpy().tobytes())
+    return digest.digest()[:IDENTITY_BYTES]

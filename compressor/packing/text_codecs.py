@@ -1,0 +1,307 @@
+"""Text codecs: a text as keywords, a summary or an embedding, from which a causal language model writes one like it.
+
+    magic | version and flags | codec | writer's identity | CRC-32 of the text | sampling | body | CRC-32 of all before
+
+Nothing is placed among a model's keys and values, so any causal LM of transformers writes, GPT-2 too. It writes in
+float64, with the sampling that the file states, so that a file stands for one text: its checksum is in the file, and
+another text is never given.
+"""
+
+from __future__ import annotations
+
+import copy
+import zlib
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from compressor.errors import CompressorError
+from compressor.methods.keywords import Keywords
+from compressor.methods.summary import Summary
+from compressor.model.base import check_device, first_line, start_token
+from compressor.model.bases import locate, remedy
+from compressor.model.encoder import equal_segments, pad
+from compressor.model.generation import Sampling
+from compressor.packing.blocks import Damaged, read_varint, varint
+from compressor.packing.float64 import IDENTITY_BYTES, double_precision, identity_of
+from compressor.storage.memory_file import compressor_fingerprint
+from compressor.storage.quantise import pack, unpack
+
+MAGIC, VERSION = 0xCD, 0x20
+_SAMPLED = 1
+_HEAD = 3 + IDENTITY_BYTES + 4
+PIECE = 480
+"""Most tokens of a text that one prompt stands for."""
+_MOST = 1 << 12
+"""Most pieces of a text, and most tokens of a piece, that a file may have."""
+_DIGEST = 8
+
+
+class Writer:
+    """A causal LM in float64, adapters off, and its tokenizer."""
+
+    def __init__(self, model: Any, tokenizer: Any):
+        self.model, self.tokenizer = model.double().eval(), tokenizer
+        self.device = next(model.parameters()).device
+        self.identity = identity_of(tokenizer, model)
+
+    @staticmethod
+    def load(path: str, device: str = "cpu") -> Writer:
+        """Any causal LM that transformers loads: a folder, a hub id, or a base by name."""
+        check_device(device)
+        try:
+            place = locate(path)
+            model: Any = AutoModelForCausalLM.from_pretrained(place)
+            return Writer(model.to(device), AutoTokenizer.from_pretrained(place))
+        except CompressorError:
+            raise
+        except Exception as error:  # transformers, the hub and safetensors raise many kinds
+            raise CompressorError(
+                f"cannot load the base {path!r} ({type(error).__name__}: {first_line(error)}): {remedy(path)}"
+            ) from None
+
+    def embed(self, ids: list[int]) -> Tensor:
+        """Input embeddings of token ids, float64 `[tokens, hidden]`."""
+        return self.model.get_input_embeddings()(torch.tensor(ids, device=self.device))
+
+    def write(self, embedded: Tensor, limit: int, sampling: Sampling) -> str:
+        """What the model writes after input embeddings `[tokens, hidden]`, at most `limit` tokens."""
+        drawn: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        if sampling.temperature > 0:
+            drawn = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+        end = self.tokenizer.eos_token_id
+        devices = [self.device] if self.device.type == "cuda" else []
+        with double_precision(), torch.random.fork_rng(devices=devices):
+            torch.manual_seed(sampling.seed)
+            mask = torch.ones(1, len(embedded), dtype=torch.int64, device=self.device)
+            new = self.model.generate(
+                inputs_embeds=embedded[None],
+                attention_mask=mask,
+                max_new_tokens=limit,
+                pad_token_id=end,
+                eos_token_id=end,
+                **drawn,
+            )
+        return self.tokenizer.decode(new[0], skip_special_tokens=True)
+
+
+class Words:
+    """Keywords or a summary, after which the model goes on; the text begins with them."""
+
+    sampling: ClassVar[Sampling] = Sampling(temperature=0.7, top_p=0.9)
+
+    def __init__(self, writer: Writer, tokens: int = 16, choose: Callable[[Any], Any] = Keywords):
+        """`tokens`: of the prompt for each piece of a text; `choose` makes the method that finds them."""
+        if tokens < 1:
+            raise CompressorError(f"tokens = {tokens}: give at least 1")
+        self.writer, self.tokens, self.choose = writer, tokens, choose
+
+    def encode(self, text: str) -> bytes:
+        """Number of pieces, and for each its length in tokens and the prompt's token ids."""
+        pieces = equal_segments(
+            self.writer.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], PIECE
+        )
+        (found,) = self.choose(self.writer).compress(pieces, [self.tokens])
+        body, vocabulary = varint(len(pieces)), len(self.writer.tokenizer)
+        for piece, (one,) in zip(pieces, found, strict=True):
+            number = 0
+            for token in one.held:
+                number = number * vocabulary + token
+            ids = number.to_bytes(_id_bytes(len(one.held), vocabulary), "little")
+            body += varint(len(piece)) + varint(len(one.held)) + ids
+        return body
+
+    def decode(self, body: bytes, sampling: Sampling) -> str:
+        """The text that the model writes from a body."""
+        reader, tokenizer, texts = Reader(body), self.writer.tokenizer, []
+        for _ in range(reader.number(1, _MOST)):
+            length, count = reader.number(1, _MOST), reader.number(1, _MOST)
+            number = int.from_bytes(reader.bytes(_id_bytes(count, len(tokenizer))), "little")
+            ids: list[int] = []
+            for _ in range(count):
+                number, token = divmod(number, len(tokenizer))
+                ids.insert(0, token)
+            shown = tokenizer.decode(ids, skip_special_tokens=True) + "\n"
+            asked = tokenizer(shown, add_special_tokens=False, verbose=False)["input_ids"]
+            embedded = self.writer.embed([start_token(tokenizer), *asked])
+            texts.append(shown + self.writer.write(embedded, max(8, length - len(asked)), sampling))
+        reader.end()
+        return "\n".join(texts)
+
+
+def _id_bytes(count: int, vocabulary: int) -> int:
+    return ((vocabulary**count - 1).bit_length() + 7) // 8
+
+
+class Embedding:
+    """The embedding of a frozen text encoder, whose projection the base reads (`sentence-embedding`).
+
+    The projection begins with a norm, so an embedding's length does not matter and no scale is sent. Both sides need
+    the checkpoint.
+    """
+
+    sampling: ClassVar[Sampling] = Sampling()
+
+    def __init__(self, model: Any, tokens: int | None = None, bits: int = 8):
+        """`model`: a `Compressor`; `bits`: of a number of the embedding, 8, 4, 3 or 2."""
+        if model.config.method != "sentence-embedding":
+            raise CompressorError(
+                "the codec sentence-embedding needs a checkpoint of the method sentence-embedding, this one is of "
+                f"{model.config.method}: name one with --checkpoint"
+            )
+        self.model, self.tokens, self.bits = model, tokens or model.config.memory_tokens, bits
+        if not 1 <= self.tokens <= model.config.memory_tokens or bits not in (8, 4, 3, 2):
+            raise CompressorError(
+                f"tokens = {tokens}, bits = {bits}: the checkpoint has 1 to {model.config.memory_tokens} tokens, and "
+                "bits are 8, 4, 3 or 2"
+            )
+        self.digest = bytes.fromhex(compressor_fingerprint(model))[:_DIGEST]
+        self.writer = Writer(copy.deepcopy(model.base.model), model.base.tokenizer)
+
+    def encode(self, text: str) -> bytes:
+        """Hash of the checkpoint, bits, tokens, number of segments, their lengths, and the embeddings' integers."""
+        ids = self.model.base.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        padded, lengths = pad(self.model.segment(ids), self.model.base.device)
+        found, half = self.model.encoder.embed(self.model, padded, lengths).double().cpu(), 1 << (self.bits - 1)
+        found = found - found.mean(dim=1, keepdim=True)
+        scaled = found / found.abs().amax(dim=1, keepdim=True).clamp(min=1e-30) * half
+        integers = torch.floor(scaled).clamp(-half, half - 1).to(torch.int64).flatten().numpy()
+        body = self.digest + bytes([self.bits]) + varint(self.tokens) + varint(len(lengths))
+        return body + b"".join(map(varint, lengths.tolist())) + pack(integers, self.bits).tobytes()
+
+    def decode(self, body: bytes, sampling: Sampling) -> str:
+        """The text that the base writes from a body."""
+        reader, encoder, most = Reader(body), self.model.encoder, self.model.config.memory_tokens
+        if (theirs := reader.bytes(_DIGEST)) != self.digest:
+            raise CompressorError(
+                f"this file was packed with another checkpoint ({theirs.hex()[:12]}) than this one "
+                f"({self.digest.hex()[:12]}): name it with --checkpoint"
+            )
+        (bits,) = reader.bytes(1)
+        if bits not in (8, 4, 3, 2):
+            raise Damaged(f"it has numbers of {bits} bits")
+        tokens = reader.number(1, most)
+        lengths = [reader.number(1, _MOST) for _ in range(reader.number(1, _MOST))]
+        count = len(lengths) * encoder.norm.normalized_shape[0]
+        integers = unpack(np.frombuffer(reader.bytes(-(-count * bits // 8)), dtype=np.uint8), bits, count)
+        reader.end()
+        values = torch.from_numpy(integers).double().view(len(lengths), -1).to(self.writer.device) + 0.5
+        with double_precision():
+            norm, projection = (copy.deepcopy(part).double() for part in (encoder.norm, encoder.projection))
+            embedded = projection(norm(values)).view(len(lengths), most, -1)[:, :tokens]
+        start = self.writer.embed([start_token(self.writer.tokenizer)])
+        rows = zip(embedded, lengths, strict=True)
+        return " ".join(self.writer.write(torch.cat([row, start]), length, sampling).strip() for row, length in rows)
+
+
+CODECS: dict[str, int] = {"keywords": 1, "summary": 2, "sentence-embedding": 4}
+"""Text codecs and their numbers on disk, which are never reused."""
+
+
+def text_codec(
+    name: str,
+    base: str,
+    checkpoint: str,
+    device: str = "cpu",
+    tokens: int | None = None,
+    bits: int = 8,
+    summariser: str | None = None,
+) -> Words | Embedding:
+    """The codec of a name in `CODECS`, with the model that writes: `base`, or the checkpoint's."""
+    if name == "sentence-embedding":
+        from compressor.api import Compressor
+
+        return Embedding(Compressor.from_pretrained(checkpoint, device=device), tokens, bits)
+    choose = Keywords if name == "keywords" else (lambda writer: Summary(writer, summariser))
+    return Words(Writer.load(base, device), tokens or 16, choose)
+
+
+def pack_text(text: str, name: str, codec: Words | Embedding, sampling: Sampling | None = None) -> tuple[bytes, str]:
+    """A file's bytes, and the text that unpacking them gives.
+
+    Raises:
+        CompressorError: an empty text, or sampling that a file cannot state.
+    """
+    sampling = codec.sampling if sampling is None else sampling
+    if not text.strip():
+        raise CompressorError(f"the codec {name} takes text, and there is none: pack it without --codec")
+    stated = [round(100 * sampling.temperature), round(100 * sampling.top_p)]
+    if not (0 <= stated[0] <= 255 and 0 <= sampling.seed < 1 << 31 and sampling.top_k is None):
+        raise CompressorError(f"sampling {sampling} cannot be stored: temperature is 0 to 2.55, seed at least 0")
+    sampling = Sampling(stated[0] / 100, None, max(1, stated[1]) / 100, sampling.seed)
+    settings = bytes(stated) + varint(sampling.seed) if sampling.temperature else b""
+    body = codec.encode(text)
+    written = codec.decode(body, sampling)
+    head = bytes([MAGIC, VERSION | bool(settings), CODECS[name]]) + codec.writer.identity
+    blob = head + zlib.crc32(written.encode()).to_bytes(4, "little") + settings + body
+    return blob + zlib.crc32(blob).to_bytes(4, "little"), written
+
+
+def unpack_text(blob: bytes, load: Callable[[str], Words | Embedding]) -> str:
+    """The text that a packed file stands for, the same each time; `load` gives the codec of a name.
+
+    Raises:
+        CompressorError: no such file, one of another version, a damaged one, made with another base or checkpoint, or
+            the model does not write here what it wrote when the text was packed.
+    """
+    if not blob or blob[0] != MAGIC or len(blob) < _HEAD + 4:
+        raise CompressorError("this is not a file of a text codec: it does not begin as one, or is cut off")
+    if blob[1] & 0xF0 != VERSION:
+        raise CompressorError(f"this file has version {blob[1] >> 4}, this program reads {VERSION >> 4}: pack it again")
+    if zlib.crc32(blob[:-4]).to_bytes(4, "little") != blob[-4:]:
+        raise CompressorError("this file is damaged: its checksum does not match; get or make it again")
+    names = [name for name, number in CODECS.items() if number == blob[2]]
+    if not names:
+        raise CompressorError(f"this file needs a text codec (number {blob[2]}) that this version lacks: update it")
+    codec = load(names[0])
+    identity, check = blob[3 : 3 + IDENTITY_BYTES], blob[3 + IDENTITY_BYTES : _HEAD]
+    if identity != codec.writer.identity:
+        raise CompressorError(
+            f"this file was packed with another base (weights and vocabulary {identity.hex()}) than this one "
+            f"({codec.writer.identity.hex()}): give the one it was packed with by --base"
+        )
+    try:
+        place, sampling = _HEAD, Sampling()
+        if blob[1] & _SAMPLED:
+            seed, place = read_varint(blob, _HEAD + 2)
+            sampling = Sampling(blob[_HEAD] / 100, None, blob[_HEAD + 1] / 100, seed)
+        text = codec.decode(blob[place:-4], sampling)
+    except Damaged as error:
+        raise CompressorError(f"this file is damaged: {error}") from None
+    except (IndexError, ValueError, OverflowError, RuntimeError) as error:
+        if isinstance(error, CompressorError):
+            raise
+        raise CompressorError(f"this file is damaged: it does not describe a text ({error!r})") from None
+    if zlib.crc32(text.encode()).to_bytes(4, "little") != check:
+        raise CompressorError(
+            "the base does not write here what it wrote when this file was packed (checksum): another version of torch "
+            "or transformers, or another kind of processor, rounds otherwise; unpack it where it was packed"
+        )
+    return text
+
+
+class Reader:
+    """Reads numbers and bytes one after the other; a `Damaged` error where they end."""
+
+    def __init__(self, data: bytes):
+        self.data, self.place = data, 0
+
+    def number(self, low: int, high: int) -> int:
+        value, self.place = read_varint(self.data, self.place)
+        if not low <= value <= high:
+            raise Damaged(f"a number in it is {value:,}, not {low:,} to {high:,}")
+        return value
+
+    def bytes(self, size: int) -> bytes:
+        if self.place + size > len(self.data):
+            raise Damaged("it ends early")
+        self.place += size
+        return self.data[self.place - size : self.place]
+
+    def end(self) -> None:
+        if self.place != len(self.data):
+            raise Damaged("something follows its end")

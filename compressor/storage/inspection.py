@@ -1,0 +1,91 @@
+"""What is in a memory file, a collection or a calibration, and where its bytes go (`compressor inspect`)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from compressor.errors import CompressorError
+from compressor.storage import container
+from compressor.storage import memory_file as artifact
+from compressor.storage.calibration import Calibration
+from compressor.storage.collection import Collection, is_collection
+
+
+def byte_ledger(path: str | Path) -> dict[str, int]:
+    """Bytes of a memory file: `header`, `memory` (keys and values) and `text` (0 if it is not kept).
+
+    Raises:
+        CompressorError: see `load_memory`.
+    """
+    content = artifact.read(path)
+    text = content.tensors[artifact.TEXT].nbytes if artifact.TEXT in content.tensors else 0
+    memory = content.total_bytes - content.header_bytes - text
+    return {"header": content.header_bytes, "memory": memory, "text": text}
+
+
+def describe(path: str | Path) -> str:
+    """What is in a memory file, a collection or a calibration, and where its bytes go.
+
+    Raises:
+        CompressorError: none of these, or damaged.
+    """
+    try:
+        return _described(path)
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError, OverflowError) as error:
+        if isinstance(error, CompressorError):
+            raise
+        raise CompressorError(f"{path} is damaged: its header does not describe its content ({error!r})") from None
+
+
+def _described(path: str | Path) -> str:
+    if is_collection(path):
+        collection = Collection(path)
+        ledger = collection.ledger()
+        head = f"collection of {ledger.pop('memories'):,} memories in {ledger.pop('shards'):,} shards"
+        rows = _origin(collection.settings) | {"tokens": f"{ledger.pop('passage_tokens'):,} of text"}
+        if shares := sorted(collection.fidelities().values()):
+            middle = shares[len(shares) // 2]
+            rows["comes back"] = f"{middle:.1%} of a text (median of {len(shares):,}), at least {shares[0]:.1%}"
+        for source in collection.sources():
+            name, text = f"from {source['name']}", f"{source['records']:,} records {source['sha256'][:12]}"
+            rows[name] = f"{rows[name]}; {text}" if name in rows else text
+        size = ledger.pop("passage_bytes")
+    elif container.kind(path) == "calibration":
+        found = Calibration.load(path)
+        head, size = f"calibration {found.digest[:12]}, fitted on {found.passages:,} passages", 0
+        rows = {"base": f"weights {found.base[:12]}", "compressor": found.compressor or "not recorded"}
+        rows |= {"tokens": f"{found.slots} of {found.most}, layout {found.layout}"}
+        ledger = {"file": Path(path).stat().st_size}
+    else:
+        settings, ledger = artifact.read(path).settings, byte_ledger(path)
+        counts = [sum(part[place] for part in settings["segments"]) for place in (0, 1)]
+        head = f"memory, format {settings['format']}, written by version {settings['version']}; its checksum fits"
+        rows = _origin(settings) | {
+            "tokens": f"{counts[1]:,} of text in {counts[0]} memory tokens, {len(settings['segments'])} segment(s)"
+        }
+        if settings.get("fidelity") is not None:
+            rows["comes back"] = f"{settings['fidelity']:.1%} of the text"
+        size = settings["passage_bytes"] or 0
+    total = sum(ledger.values())
+    rows |= {name: f"{count:,} bytes" for name, count in ledger.items()} | {"total": f"{total:,} bytes"}
+    if size:
+        rows["passages"] = f"{size:,} bytes; {total / size:.3f} bytes a byte of text"
+    return "\n".join([f"{path}: {head}", *(f"  {name:<12}{text}" for name, text in rows.items())])
+
+
+def _origin(settings: dict[str, Any]) -> dict[str, str]:
+    """Base, compressor, layout and codec, a line each."""
+    base, codec = settings["base"], settings["codec"]
+    coder = "" if codec["coder"] == "none" else f"+{codec['coder']}"
+    fitted = f", calibration {codec['calibration'][:12]}" if codec["calibration"] else ""
+    dropped = f", without layers {codec['drop_layers']}" if codec["drop_layers"] else ""
+    layers, heads, size = settings["shape"]
+    return {
+        "base": f"{base['name'] or 'unnamed'} (weights {base['weights'][:12]})",
+        "compressor": settings["compressor"] or "not recorded",
+        "layout": f"{settings['layout']}, up to {settings['most']} memory tokens a segment",
+        "shape": f"{layers} layers x {heads} heads x {size}, made in {settings['dtype']}",
+        "codec": f"{codec['name']}{coder}{fitted}{dropped}",
+        **({"made with": ", ".join(f"{k} {v}" for k, v in settings["made"].items())} if "made" in settings else {}),
+    }

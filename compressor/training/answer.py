@@ -1,0 +1,189 @@
+"""Stage `answer`: trains a compressor so that the frozen base answers questions from its memories."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+
+from compressor.data.asked import Asked, Draw, QuestionPlan, ask, questions_digest
+from compressor.data.batches import answer_pair, padded_width, stack_pairs
+from compressor.data.questions import load_questions
+from compressor.errors import CompressorError
+from compressor.methods.interface import token_prefix
+from compressor.model.encoder import pad
+from compressor.model.generation import after, generate
+from compressor.model.memory import Prefix, empty_prefix
+from compressor.progress import note
+from compressor.training.checkpoints import VALIDATION
+from compressor.training.config import RunConfig
+from compressor.training.objectives import target_loss
+from compressor.training.regenerate import CompressionStage
+from compressor.training.stage import Batch
+
+VALIDATED_TOGETHER = 8
+
+
+class AnswerStage(CompressionStage):
+    """Micro-batches of questions among those of passages, whose objectives keep the skill of regeneration."""
+
+    def __init__(self, config: RunConfig, accelerator: Accelerator):
+        super().__init__(config, accelerator)
+        data, model = config.data, self.module
+
+        left_out = self.left_out["questions"]
+        with accelerator.main_process_first():
+            questions = load_questions(
+                data.questions,
+                split="train",
+                limit=data.limit,
+                columns=data.question_columns or None,
+                keep_unanswerable=data.keep_unanswerable,
+                skip_bad_records=config.skip_bad_records,
+                left_out=left_out,
+            )
+            most = min(data.question_tokens or model.config.max_passage_tokens, model.config.max_passage_tokens)
+            asked = ask(questions, model.base.tokenizer, model.config.question_template, most, left_out)
+            # Questions of one context stay on one side, whatever segments they went to.
+            count = min(data.validation_limit, len(asked) // 4)
+            last = {one.context for one in asked[len(asked) - count :]}
+            held_out = [one for one in asked if one.context in last]
+            asked = [one for one in asked if one.context not in last]
+        if accelerator.is_main_process and left_out.total:
+            note(f"note: {left_out.line('questions', sum(len(one.prompts) for one in [*asked, *held_out]))}")
+        if not held_out or not asked:
+            count = len({one.context for one in [*asked, *held_out]})
+            raise CompressorError(f"data.questions has {count} contexts, too few to hold some out: name more")
+        self.asked, self.held_out_questions = asked, held_out
+        settings = config.training
+        self.questions = QuestionPlan(asked, settings.batch_tokens, settings.batch_passages, config.seed)
+        self._bounds: dict[str, float] = {}
+
+    def micro_batch(self, index: int) -> Batch:
+        rng = np.random.default_rng([self.config.seed, index, 2])
+        if rng.random() >= self.config.data.question_share:
+            return super().micro_batch(index)
+        drawn = self.questions.batch(index)
+        tokens = self.draw_tokens(rng, [draw.length for draw in drawn])
+        return self.collate_questions(self.asked, drawn, tokens)
+
+    def collate_questions(self, asked: Sequence[Asked], drawn: Sequence[Draw], tokens: Sequence[int]) -> Batch:
+        """Tensors for passages with their questions, each compressed to its number of memory tokens."""
+        base, objective = self.module.base, self.config.objective
+        chosen = [asked[draw.passage] for draw in drawn]
+        ids, lengths = pad([self.padded(one.ids) for one in chosen], width=padded_width)
+        rows = [(owner, q) for owner, draw in enumerate(drawn) for q in draw.questions]
+        prompts = [chosen[owner].prompts[q] for owner, q in rows]
+        answers = [chosen[owner].answers[q] for owner, q in rows]
+        pairs = [answer_pair(prompt, answer, base.eos) for prompt, answer in zip(prompts, answers, strict=True)]
+        stacked = stack_pairs(pairs)
+        return {
+            "input_ids": ids,
+            "lengths": lengths,
+            "memory_tokens": torch.tensor(tokens),
+            "ids": [one.id for one in chosen],
+            "targets": stacked["targets"],
+            "passages": len(chosen),
+            "answer_passages": [one.ids for one in chosen],
+            "answer_inputs": stacked["inputs"],
+            "answer_labels": stacked["labels"],
+            "answer_owners": torch.tensor([owner for owner, _ in rows]),
+            "answer_prompts": prompts,
+            "answer_weight": objective.answer,
+            "distillation_weight": objective.distillation,
+        }
+
+    def origin(self) -> dict[str, str]:
+        """See `Stage`."""
+        return super().origin() | {
+            "data.questions": questions_digest(self.asked),
+            VALIDATION: f"{super().origin()[VALIDATION]}, {questions_digest(self.held_out_questions)}",
+        }
+
+    @torch.no_grad()
+    def validate(self, accelerator: Accelerator) -> tuple[dict[str, float], list[str]]:
+        """Nats a token of held-out answers for each number of memory tokens, from the full passage and from none.
+
+        `loss` is the answers' where their weight is positive; regeneration is reported as `regeneration_nats_K`.
+        """
+        regeneration, samples = super().validate(accelerator)
+        self.module.eval()
+        counts = sorted({share.tokens for share in self.config.objective.tokens}, reverse=True)
+        names = [f"answer_{count}" for count in counts] + ([] if self._bounds else ["answer_full", "answer_none"])
+        sums = torch.zeros(len(names) + 1, dtype=torch.float64)
+        order = sorted(range(len(self.held_out_questions)), key=lambda i: self.held_out_questions[i].length)
+        groups = [order[i : i + VALIDATED_TOGETHER] for i in range(0, len(order), VALIDATED_TOGETHER)]
+        for group in groups[accelerator.process_index :: accelerator.num_processes]:
+            values, targets = self._validate_group(group, counts, accelerator)
+            sums += torch.tensor([*values, targets], dtype=torch.float64)
+        if accelerator.device.type == "mps":
+            sums = sums.float()  # there is no float64 there
+        totals = accelerator.reduce(sums.to(accelerator.device), "sum").tolist()
+        found = {name: value / max(1.0, totals[-1]) for name, value in zip(names, totals, strict=False)}
+        # The base is frozen: what it does with the whole passage, or without, never changes.
+        self._bounds = self._bounds or {name: found.pop(name) for name in ("answer_full", "answer_none")}
+        weights = {share.tokens: share.weight for share in self.config.objective.tokens}
+        loss = sum(weights[count] * found[f"answer_{count}"] for count in counts) / sum(weights.values())
+        figures = {"loss": loss, **found, **self._bounds}
+        figures |= {f"regeneration_{name}": value for name, value in regeneration.items()}
+        if accelerator.is_main_process:
+            samples = [*samples, *self.answer_samples(counts[0], accelerator)]
+        self.module.train()
+        return figures, samples
+
+    def _validate_group(
+        self, group: Sequence[int], counts: Sequence[int], accelerator: Accelerator
+    ) -> tuple[list[float], int]:
+        """Summed nats of the answers for each count, then (the first time) full and none; and their tokens."""
+        model, base, device = self.module, self.module.base, accelerator.device
+        drawn = [Draw(i, tuple(range(len(self.held_out_questions[i].prompts)))[:4], 0) for i in group]
+        batch = self.collate_questions(self.held_out_questions, drawn, [counts[0]] * len(drawn))
+        ids, lengths, owners = (batch[name].to(device) for name in ("input_ids", "lengths", "answer_owners"))
+        inputs, labels = batch["answer_inputs"].to(device), batch["answer_labels"].to(device)
+        values = []
+        with accelerator.autocast():
+            for count in counts:
+                keys, slots = model.encode(ids, lengths, count)
+                prefix = model.prefix(keys, slots, lengths).select(owners)
+                values.append(float(target_loss(model, prefix, inputs, labels).sum()))
+            if not self._bounds:
+                with model.adapters(on=False):
+                    full = token_prefix(base, [self.held_out_questions[i].ids for i in group]).select(owners)
+                values.append(float(target_loss(model, full, inputs, labels).sum()))
+                nothing = empty_prefix(base, len(owners))
+                pairs = [
+                    answer_pair([base.bos, *prompt], answer, base.eos)
+                    for prompt, answer in zip(batch["answer_prompts"], self._answers(drawn), strict=True)
+                ]
+                stacked = stack_pairs(pairs)
+                shown = stacked["inputs"].to(device), stacked["labels"].to(device)
+                values.append(float(target_loss(model, nothing, *shown).sum()))
+        return values, batch["targets"]
+
+    def _answers(self, drawn: Sequence[Draw]) -> list[list[int]]:
+        return [self.held_out_questions[draw.passage].answers[q] for draw in drawn for q in draw.questions]
+
+    def answer_samples(self, tokens: int, accelerator: Accelerator, count: int = 3) -> list[str]:
+        """Some held-out questions with the right answer, the one from the memory and the one from the full passage."""
+        model, base = self.module, self.module.base
+        chosen = self.held_out_questions[:count]
+        prompts = [one.prompts[0] for one in chosen]
+        ids, lengths = pad([self.padded(one.ids) for one in chosen], accelerator.device)
+        with accelerator.autocast():
+            keys, values = model.encode(ids, lengths, tokens)
+            memory = model.prefix(keys, values, lengths)
+            with model.adapters(on=False):
+                full = token_prefix(base, [one.ids for one in chosen])
+                written = [self._written(prefix, prompts) for prefix in (memory, full)]
+        lines = []
+        for one, prompt, from_memory, from_full in zip(chosen, prompts, *written, strict=True):
+            question, right = (" ".join(base.tokenizer.decode(t).split()) for t in (prompt, one.answers[0]))
+            lines.append(f"{question[:100]} | right: {right} | memory: {from_memory} | full passage: {from_full}")
+        return lines
+
+    def _written(self, prefix: Prefix, prompts: Sequence[Sequence[int]]) -> list[str]:
+        base = self.module.base
+        written = generate(base, prefix, after(base, prefix, prompts), [16] * len(prompts))
+        return [" ".join(base.tokenizer.decode(one.ids, skip_special_tokens=True).split()) for one in written]

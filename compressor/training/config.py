@@ -1,0 +1,279 @@
+"""Run configuration: dataclasses read from YAML and overridden on the command line.
+
+Precedence: defaults < YAML file (`--config`) < command line (`--training.learning_rate 2e-4`).
+Everything is validated before any model or data is loaded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from compressor.errors import require
+from compressor.model.config import BaseConfig, BaseMismatch, CompressorConfig
+
+
+@dataclass
+class LengthRange:
+    """Passages are cut to a length drawn uniformly from low..high tokens; `weight` is its share."""
+
+    low: int
+    high: int
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        require(1 <= self.low <= self.high, "data.lengths", f"{self.low}..{self.high}", "1 <= low <= high")
+        require(self.weight > 0, "data.lengths.weight", self.weight, "positive")
+
+
+@dataclass
+class DataConfig:
+    """Passages to train and validate on: a corpus folder, files, or a hub data set id."""
+
+    train: list[str] = field(default_factory=lambda: ["arxiv-train"])
+    validation: list[str] = field(default_factory=lambda: ["arxiv-validation"])
+    text_field: str | None = None
+    """Column that holds the text; by default `text` or `abstract`."""
+    limit: int | None = None
+    """Use only the first so many training records."""
+    validation_limit: int = 200
+    """Use only the first so many validation records."""
+    lengths: list[LengthRange] = field(default_factory=lambda: [LengthRange(16, 500)])
+    """Mixture of passage lengths in tokens. Mixing from the start avoids a jump between lengths."""
+    random_start: float = 0.25
+    """Share of the passages cut from a random place instead of the beginning of the text."""
+    questions: list[str] = field(default_factory=list)
+    """Questions to train on (stage `answer`): files, folders, shipped names or hub ids. Those of the last
+    `validation_limit` contexts are validated on instead."""
+    question_columns: dict[str, str] = field(default_factory=dict)
+    """Names of the questions' columns where they are not the usual ones, for instance `{context: abstract}`."""
+    question_share: float = 0.5
+    """Share of the micro-batches that hold questions; the others hold passages (stage `answer`)."""
+    question_tokens: int | None = None
+    """Contexts of questions are cut to at most so many tokens, and a question goes to the stretch that holds its
+    answer; by default to as many as the compressor takes. Where none holds it the question is left out and counted."""
+    keep_unanswerable: bool = False
+    """Train on questions that the data says have no answer (SQuAD 2.0), too: the right answer is nothing but EOS."""
+    workers: int = 1
+    """Processes that tokenise."""
+
+    def __post_init__(self) -> None:
+        require(bool(self.train), "data.train", self.train, "a non-empty list of sources")
+        require(bool(self.validation), "data.validation", self.validation, "a non-empty list of sources")
+        require(bool(self.lengths), "data.lengths", self.lengths, "a non-empty list")
+        require(0 < self.question_share <= 1, "data.question_share", self.question_share, "above 0, up to 1")
+        require(
+            self.question_tokens is None or self.question_tokens >= 1,
+            "data.question_tokens",
+            self.question_tokens,
+            "at least 1",
+        )
+        require(0 <= self.random_start <= 1, "data.random_start", self.random_start, "in [0, 1]")
+        require(self.limit is None or self.limit >= 1, "data.limit", self.limit, "at least 1")
+        require(self.validation_limit >= 1, "data.validation_limit", self.validation_limit, "at least 1")
+        require(self.workers >= 1, "data.workers", self.workers, "at least 1")
+
+
+@dataclass
+class TokensShare:
+    """Train with `tokens` memory tokens on a share of the passages of `shortest` to `longest` tokens.
+
+    What one memory token can hold is learned in a fraction of the steps from passages not much longer than that.
+    """
+
+    tokens: int
+    weight: float = 1.0
+    shortest: int = 1
+    longest: int | None = None
+
+    def __post_init__(self) -> None:
+        require(self.tokens >= 1, "objective.tokens", self.tokens, "at least 1")
+        require(self.weight > 0, "objective.tokens.weight", self.weight, "positive")
+        require(self.shortest >= 1, "objective.tokens.shortest", self.shortest, "at least 1")
+        longest = self.longest
+        require(longest is None or longest >= self.shortest, "objective.tokens.longest", longest, "at least `shortest`")
+
+
+@dataclass
+class ObjectiveConfig:
+    """What the compressor is trained for (stages `regenerate` and `answer`)."""
+
+    tokens: list[TokensShare] = field(
+        default_factory=lambda: [
+            TokensShare(16, 3),
+            TokensShare(8),
+            TokensShare(4),
+            TokensShare(2),
+            TokensShare(1),
+        ]
+    )
+    """Numbers of memory tokens, sampled by weight for each passage among the shares for its length (for each batch with
+    a layout that cannot be truncated), so that one checkpoint serves all."""
+    regeneration: float = 1.0
+    """Weight of regenerating the passage after its memory."""
+    continuation: float = 0.0
+    """Weight of predicting the text that follows the passage after its memory."""
+    answer: float = 1.0
+    """Weight of the right answer after memory and question (stage `answer`)."""
+    distillation: float = 0.0
+    """Weight of the divergence from the base that reads the whole passage, on the answer's tokens (stage `answer`)."""
+
+    def __post_init__(self) -> None:
+        require(bool(self.tokens), "objective.tokens", self.tokens, "a non-empty list")
+        for name in ("regeneration", "continuation", "answer", "distillation"):
+            require(getattr(self, name) >= 0, f"objective.{name}", getattr(self, name), "at least 0")
+        require(self.regeneration + self.continuation > 0, "objective", "all weights 0", "positive in total")
+
+
+@dataclass
+class TrainingConfig:
+    """The loop: optimiser, schedule, batches, checkpoints, logging."""
+
+    steps: int = 1000
+    """Optimiser steps."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """`muon` orthogonalises the steps of linear layers and adapters, with AdamW for the rest: fewer steps to the same
+    loss, at the same rate. Not for parameters that FSDP shards."""
+    learning_rate: float = 1e-3
+    """Largest learning rate."""
+    warmup_steps: int = 100
+    """Steps over which the rate rises linearly from 0."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """What the rate does after the warm-up."""
+    decay_steps: int = 0
+    """With `constant`: fall linearly to the final rate over the last so many steps."""
+    final_learning_rate: float = 0.0
+    """Learning rate at the last step, as a fraction of `learning_rate`."""
+    beta1: float = 0.9
+    """AdamW's decay of the gradient's mean."""
+    beta2: float = 0.95
+    """AdamW's decay of the gradient's square."""
+    weight_decay: float = 0.0
+    """AdamW's weight decay, on matrices only."""
+    clip: float = 1.0
+    """Largest norm of the gradient."""
+    batch_tokens: int = 4096
+    """Passage tokens of one micro-batch on one device, padding to its longest passage included."""
+    batch_passages: int = 64
+    """Most passages of one micro-batch on one device."""
+    accumulation: int = 1
+    """Micro-batches on each device for one step."""
+    mixed_precision: Literal["auto", "no", "bf16"] = "auto"
+    """Autocast type of forward and backward passes; `auto` is bf16 where the device has instructions for it."""
+    compile: Literal["no", "static", "dynamic"] = "no"
+    """torch.compile the model: `static` compiles each shape once (packed rows), `dynamic` suits varying lengths."""
+    activation_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    log_every: int = 10
+    """Steps between lines of the log."""
+    validate_every: int = 200
+    """Steps between validations."""
+    checkpoint_every: int = 200
+    """Steps between checkpoints."""
+    keep_last: int = 2
+    """Checkpoints kept besides the best one."""
+    resume: bool = False
+    """Continue from the newest checkpoint in `output`."""
+    trackers: list[Literal["wandb", "tensorboard"]] = field(default_factory=list)
+    """Also log to these (needs the `tracking` extra)."""
+    threads: int | None = None
+    """CPU threads of each process; by default what torch chooses."""
+
+    def __post_init__(self) -> None:
+        at_least_1 = (
+            "steps batch_tokens batch_passages accumulation log_every validate_every checkpoint_every keep_last"
+        )
+        for name in at_least_1.split():
+            require(getattr(self, name) >= 1, f"training.{name}", getattr(self, name), "at least 1")
+        require(0 < self.learning_rate <= 1, "training.learning_rate", self.learning_rate, "in (0, 1]")
+        require(self.warmup_steps >= 0, "training.warmup_steps", self.warmup_steps, "at least 0")
+        require(
+            0 <= self.decay_steps <= self.steps,
+            "training.decay_steps",
+            self.decay_steps,
+            "0 to training.steps",
+        )
+        require(
+            0 <= self.final_learning_rate <= 1,
+            "training.final_learning_rate",
+            self.final_learning_rate,
+            "0 to 1",
+        )
+        for name in ("beta1", "beta2"):
+            require(0 <= getattr(self, name) < 1, f"training.{name}", getattr(self, name), "in [0, 1)")
+        require(self.weight_decay >= 0, "training.weight_decay", self.weight_decay, "at least 0")
+        require(self.clip > 0, "training.clip", self.clip, "positive")
+        require(self.threads is None or 1 <= self.threads <= 1024, "training.threads", self.threads, "1 to 1024")
+
+
+@dataclass
+class RunConfig:
+    """One training run."""
+
+    stage: Literal["regenerate", "answer"] = "regenerate"
+    """`regenerate` trains a compressor for a frozen base to write passages back, `answer` to answer questions about
+    them."""
+    output: str = "outputs/run"
+    """Folder for checkpoints, logs and the final model."""
+    skip_bad_records: bool = False
+    """Leave records of the data out that are null, blank or broken, up to one in twenty, and count them in run.json;
+    otherwise the first of them is an error."""
+    seed: int = 0
+    """Of initial weights, batches and dropout."""
+    base: BaseConfig = field(default_factory=BaseConfig)
+    compressor: CompressorConfig = field(default_factory=CompressorConfig)
+    init: str | None = None
+    """Compressor checkpoint to start from, not a fresh one; its own settings then apply."""
+    base_mismatch: BaseMismatch = "refuse"
+    """allow: go on from an `init` that was trained on other weights than its base has here."""
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+
+    def __post_init__(self) -> None:
+        require(0 <= self.seed < 1 << 32, "seed", self.seed, "0 to 4294967295")
+        require(
+            self.base.dtype in ("auto", "float32") or self.training.mixed_precision in ("auto", "no"),
+            "training.mixed_precision",
+            self.training.mixed_precision,
+            f"auto or no with base.dtype = {self.base.dtype}, whose weights are computed with as they are held",
+        )
+        require(
+            not self.training.activation_checkpointing or self.training.compile == "no",
+            "training.activation_checkpointing",
+            True,
+            "false with training.compile, which cannot trace it",
+        )
+        for share in self.objective.tokens:
+            require(
+                share.tokens <= self.compressor.memory_tokens,
+                "objective.tokens",
+                share.tokens,
+                f"at most compressor.memory_tokens = {self.compressor.memory_tokens}",
+            )
+        require(
+            self.stage != "answer" or bool(self.data.questions),
+            "data.questions",
+            self.data.questions,
+            "a non-empty list of sources in stage answer",
+        )
+        require(
+            self.stage != "answer" or self.objective.answer + self.objective.distillation > 0,
+            "objective.answer",
+            self.objective.answer,
+            "positive, or objective.distillation, in stage answer",
+        )
+        longest = max(share.high for share in self.data.lengths)
+        for share in self.objective.tokens:
+            require(
+                share.shortest <= longest,
+                "objective.tokens.shortest",
+                share.shortest,
+                f"at most {longest}, the longest of data.lengths: no passage would be of this share",
+            )
+        require(
+            self.init is not None or longest <= self.compressor.max_passage_tokens,
+            "data.lengths",
+            longest,
+            f"at most compressor.max_passage_tokens = {self.compressor.max_passage_tokens}",
+        )

@@ -1,0 +1,253 @@
+"""The one training loop: every stage runs through `train`.
+
+A stage supplies a module, micro-batches by index, validation and saving (`Stage`). Everything that varies from step to
+step is a pure function of the step and the seed (learning rate, batch contents, random numbers), so that a resumed run
+repeats the uninterrupted one exactly and N processes repeat one process with N times the accumulation.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+
+from compressor.errors import CompressorError, WriteError
+from compressor.model.base import first_line, held_dtype
+from compressor.processes import current_device, make_accelerator
+from compressor.progress import note
+from compressor.training.checkpoints import Checkpoints
+from compressor.training.config import RunConfig, TrainingConfig
+from compressor.training.log import RunLog
+from compressor.training.optimizers import make_optimizer
+from compressor.training.stage import Batch, Stage, TrainingState
+
+
+def learning_rate(step: int, config: TrainingConfig) -> float:
+    """Learning rate of step 0, 1, ...: linear warm-up, then cosine or constant (with an optional linear end)."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    final = config.final_learning_rate
+    if config.schedule == "cosine":
+        progress = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+        return config.learning_rate * (final + (1 - final) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
+    if config.decay_steps and step >= config.steps - config.decay_steps:
+        left = (config.steps - step) / config.decay_steps
+        return config.learning_rate * (final + (1 - final) * max(0.0, left))
+    return config.learning_rate
+
+
+def start_run(config: RunConfig) -> Accelerator:
+    """The accelerator of a training run; a tracker whose package is missing is a `CompressorError`."""
+    for tracker in config.training.trackers:
+        try:
+            __import__({"wandb": "wandb", "tensorboard": "tensorboard"}[tracker])
+        except ImportError:
+            raise CompressorError(
+                f"training.trackers names {tracker}, which is not installed: pip install -e '.[tracking]'"
+            ) from None
+    if config.training.threads:
+        torch.set_num_threads(config.training.threads)
+    precision = config.training.mixed_precision
+    if precision == "auto" and held_dtype(config.base.dtype, current_device()) != "float32":
+        # Weights that are held in half precision are computed with as they are: no cast in any pass.
+        precision = "no"
+    return make_accelerator(
+        mixed_precision=precision,
+        log_with=list(config.training.trackers) or None,
+        project_dir=config.output,
+    )
+
+
+class StopSignal:
+    """Turns Ctrl-C and SIGTERM into a request to stop after the current step."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self.previous = {}
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self.previous[number] = signal.signal(number, self._request)
+
+    def _request(self, number: int, frame: Any) -> None:
+        if self.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.requested = True
+
+    def restore(self) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+
+def _move(batch: Batch, device: torch.device) -> Batch:
+    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+
+
+def _refuse_non_finite(value: float, what: str, step: int, batches: Sequence[Batch], accelerator: Accelerator) -> None:
+    if math.isfinite(value):
+        return
+    ids = gather_object([name for batch in batches for name in batch["ids"]])
+    shown = ", ".join(map(str, ids[:40])) + (f" and {len(ids) - 40} more" if len(ids) > 40 else "")
+    raise CompressorError(
+        f"the {what} is {value} at step {step + 1}; records of the batch: {shown}. The last checkpoint is intact: "
+        "lower training.learning_rate or look at these records, then go on with --training.resume true"
+    )
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step left, agreed by all processes."""
+
+    loss: float
+    """Summed over all targets of the step, nats."""
+    targets: float
+    passages: float
+    gradient_norm: float
+    """Before clipping."""
+    stop: bool
+    """Whether a signal had reached any process."""
+
+
+def run_step(
+    stage: Stage,
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    step: int,
+    config: RunConfig,
+    accelerator: Accelerator,
+    stop: StopSignal,
+) -> StepResult:
+    """One optimiser step, the number `step` from 0, over `accumulation` micro-batches on every process.
+
+    Raises:
+        CompressorError: the loss or the gradient is not finite; names the records.
+    """
+    settings, world, device = config.training, accelerator.num_processes, accelerator.device
+    first = step * settings.accumulation * world
+    indices = [first + a * world + accelerator.process_index for a in range(settings.accumulation)]
+    batches = [stage.micro_batch(index) for index in indices]
+    counts = [sum(batch[name] for batch in batches) for name in ("targets", "passages")]
+    precise = torch.float32 if device.type == "mps" else torch.float64  # there is no float64 there
+    targets, passages = accelerator.reduce(torch.tensor(counts, dtype=precise).to(device), "sum").tolist()
+    loss_sum = torch.zeros((), dtype=precise, device=device)
+    for index, batch in zip(indices, batches, strict=True):
+        # Dropout depends on the micro-batch alone, not on which process runs it or what ran before.
+        torch.manual_seed(config.seed * 1_000_003 + index)
+        with nullcontext() if index == indices[-1] else accelerator.no_sync(module):
+            loss = module(_move(batch, device))
+            # DDP averages gradients over processes; the loss is a mean over all targets of the step.
+            accelerator.backward(loss * (world / targets))
+        loss_sum += loss.detach().to(precise)
+    asked = torch.full((), float(stop.requested), dtype=precise, device=device)
+    total_loss, stops = accelerator.reduce(torch.stack([loss_sum, asked]), "sum").tolist()
+    _refuse_non_finite(total_loss, "loss", step, batches, accelerator)
+    trainable = [p for p in stage.module.parameters() if p.requires_grad]
+    norm = float(accelerator.clip_grad_norm_(trainable, settings.clip))
+    _refuse_non_finite(norm, "gradient norm", step, batches, accelerator)
+    optimizer.step()
+    optimizer.zero_grad()
+    return StepResult(total_loss, targets, passages, norm, stops > 0)
+
+
+def _compile(stage: Stage, mode: str, accelerator: Accelerator) -> None:
+    """Compile the module, and try it forward and backward on two micro-batches; where that fails, do without."""
+    stage.module.compile(dynamic=mode == "dynamic")
+    reason = ""
+    try:
+        for index in range(2):
+            with accelerator.autocast():
+                loss = stage.module(_move(stage.micro_batch(index), accelerator.device))
+            loss.backward()
+    except (CompressorError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # the compiler's own, of many kinds
+        reason = f"{type(error).__name__}: {first_line(error)}"
+    stage.module.zero_grad(set_to_none=True)
+    reasons = [one for one in gather_object([reason]) if one]
+    if reasons:
+        stage.module._compiled_call_impl = None
+        if accelerator.is_main_process:
+            note(
+                f"note: torch {torch.__version__} cannot compile this model with training.compile {mode} "
+                f"({reasons[0][:300]}): it is trained without"
+            )
+
+
+def train(
+    stage: Stage,
+    config: RunConfig,
+    accelerator: Accelerator,
+    on_start: Callable[[int], None] | None = None,
+) -> TrainingState:
+    """Run `stage` to `config.training.steps`, writing checkpoints, `log.jsonl` and `final/` into `config.output`.
+
+    `on_start` is called on the main process with the step the run starts from, once nothing can refuse it any more and
+    unless it is done already.
+
+    Returns:
+        The state at the end: `state.step` is smaller than `training.steps` when a signal stopped the run.
+
+    Raises:
+        CompressorError: a loss or gradient that is not finite; `output` holds another run, or one that was trained
+            from another base or other data, or whose batch these processes cannot share.
+    """
+    checkpoints = Checkpoints(Path(config.output), config.training.keep_last, accelerator)
+    config = checkpoints.keep_batch(config)
+    settings = config.training
+    optimizer = make_optimizer(stage.module, settings)
+    names = {id(parameter): name for name, parameter in stage.module.named_parameters()}
+    state = checkpoints.start(stage, optimizer, names, resume=settings.resume)
+    state.micro_batches = settings.accumulation * accelerator.num_processes
+    if on_start is not None and accelerator.is_main_process and state.step < settings.steps:
+        on_start(state.step)
+    if settings.compile != "no":
+        _compile(stage, settings.compile, accelerator)
+    module, prepared = accelerator.prepare(stage.module, optimizer)
+    if settings.trackers:
+        accelerator.init_trackers("compressor", config={"output": config.output, "seed": config.seed})
+    log, stop = RunLog(accelerator, config, state), StopSignal()
+    stopping = False
+    try:
+        while state.step < settings.steps and not stopping:
+            rate = learning_rate(state.step, settings)
+            for group in prepared.param_groups:
+                group["lr"] = rate
+            result = run_step(stage, module, prepared, state.step, config, accelerator, stop)
+            # A signal that comes from here on counts in the next step, on all processes alike.
+            stopping = result.stop
+            state.step += 1
+            state.passages += int(result.passages)
+            state.tokens += int(result.targets)
+            log.advance(result.loss, result.targets, result.passages)
+
+            finished = state.step == settings.steps
+            if finished or state.step % settings.log_every == 0:
+                log.training(rate, result.gradient_norm)
+            if finished or state.step % settings.validate_every == 0:
+                figures, samples = stage.validate(accelerator)
+                log.validation(figures, samples)
+                state.note_validation(figures["loss"])
+            best = state.best_step == state.step
+            if finished or stopping or best or state.step % settings.checkpoint_every == 0:
+                state.seconds = round(log.seconds, 2)
+                checkpoints.save(stage, optimizer, names, state)
+        if state.step < settings.steps:
+            log.line(f"stopped by a signal after step {state.step}; go on with --training.resume true")
+        else:
+            checkpoints.export(stage)
+    except WriteError as error:
+        raise checkpoints.interrupted(error) from None
+    finally:
+        stop.restore()
+        log.close()
+    # Ends trackers and the process group: processes that leave it open can abort at exit.
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    return state

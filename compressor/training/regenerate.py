@@ -1,0 +1,269 @@
+"""Stage `regenerate`: trains a compressor so that the frozen base writes the passage from its memory."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+
+from compressor.api import Compressor
+from compressor.data.batches import continuation_pair, padded_width, regeneration_pair, stack_pairs
+from compressor.data.left_out import LeftOut
+from compressor.data.passages import BatchPlan, Piece, load_passages, passages_digest
+from compressor.errors import CompressorError
+from compressor.model.base import load_base
+from compressor.model.encoder import pad
+from compressor.model.generation import generate, regeneration_limit
+from compressor.storage.memory_file import tokenizer_fingerprint
+from compressor.training.checkpoints import VALIDATION
+from compressor.training.config import RunConfig
+from compressor.training.objectives import target_loss
+from compressor.training.stage import Batch
+
+CONTINUATION_TOKENS = 64
+"""Most tokens of what follows a passage in the continuation objective."""
+STARTS = ("compressor.lora_dropout", "compressor.initialisation")
+"""Settings of a compressor that may differ in what a run is resumed with: where it started, and noise in training."""
+COLLAPSE = 0.05
+"""Nats a token: if reading another passage's memory costs less than this, the decoder ignores memories."""
+
+
+class CompressionStage:
+    """See `compressor.training.stage.Stage`."""
+
+    def __init__(self, config: RunConfig, accelerator: Accelerator):
+        self.config = config
+        self.left_out: defaultdict[str, LeftOut] = defaultdict(LeftOut)
+        """What is left out of the data, by its use and split; `run.json` holds it."""
+        self.module: Compressor
+        if config.init is not None:
+            self.module = Compressor.from_pretrained(
+                config.init,
+                device=accelerator.device,
+                dtype=config.base.dtype,
+                attention=config.base.attention,
+                quantisation=None if config.base.quantisation == "none" else config.base.quantisation,
+                base_mismatch=config.base_mismatch,
+            )
+        else:
+            base = load_base(config.base, accelerator.device)
+            self.module = Compressor(base, config.compressor, config.seed)
+        self.module.train()
+        self.module.activation_checkpointing = config.training.activation_checkpointing
+        most = self.module.config.memory_tokens
+        for share in config.objective.tokens:
+            if share.tokens > most:
+                raise CompressorError(
+                    f"objective.tokens asks for {share.tokens} but the checkpoint {config.init} has {most}"
+                )
+        base, data = self.module.base, config.data
+        too_long = max(share.high for share in data.lengths)
+        if too_long > self.module.config.max_passage_tokens:
+            raise CompressorError(
+                f"data.lengths goes up to {too_long} tokens but compressor.max_passage_tokens is "
+                f"{self.module.config.max_passage_tokens}: longer passages are always segmented"
+            )
+        window, written = base.window, max(regeneration_limit(too_long), CONTINUATION_TOKENS)
+        if window is not None and (needed := too_long + most + 1 + written) > window:
+            raise CompressorError(
+                f"data.lengths goes up to {too_long} tokens, which take {needed} positions with their memory and the "
+                f"regeneration, and {base.name} has layers that attend over {window} alone: give shorter ones"
+            )
+        with accelerator.main_process_first():
+            self.passages, self.held_out = (
+                load_passages(
+                    sources,
+                    base.tokenizer,
+                    split,
+                    data.text_field,
+                    limit,
+                    data.workers,
+                    config.skip_bad_records,
+                    self.left_out[f"passages, {split}"],
+                )
+                for sources, split, limit in (
+                    (data.train, "train", data.limit),
+                    (data.validation, "validation", data.validation_limit),
+                )
+            )
+        lengths = np.asarray(self.passages["tokens"])
+        self.plan = BatchPlan(lengths, data, config.training.batch_tokens, config.training.batch_passages, config.seed)
+        short = np.flatnonzero(lengths < min(share.low for share in data.lengths))
+        if len(short):
+            self.left_out["passages, train"].add("too_short", self.passages[int(short[0])]["id"], len(short))
+        rng = np.random.default_rng(config.seed)
+        held_out = BatchPlan(np.asarray(self.held_out["tokens"]), data, 1 << 14, 16, config.seed, "data.validation")
+        self.validation = sorted(
+            held_out.draw(rng, min(data.validation_limit, len(self.held_out))), key=lambda p: p.length
+        )
+        if accelerator.is_main_process:
+            self._say_what_is_left_out(lengths)
+
+    def _say_what_is_left_out(self, lengths: np.ndarray) -> None:
+        """Lines on passages that are not used, and on ranges of lengths that none is long enough for."""
+        used = {"train": len(lengths), "validation": len(self.held_out)}
+        for split, count in used.items():
+            left_out = self.left_out[f"passages, {split}"]
+            short = left_out.counts["too_short"]
+            if left_out.total:
+                print(f"note: {left_out.line(f'passages ({split})', count - short)}")
+        longest = int(lengths.max())
+        for share in self.config.data.lengths:
+            if share.low > longest:
+                print(
+                    f"note: no passage is as long as the range {share.low} to {share.high} of data.lengths: its share "
+                    f"goes to those of {longest} tokens, the longest"
+                )
+
+    def micro_batch(self, index: int) -> Batch:
+        pieces = self.plan.batch(index)
+        rng = np.random.default_rng([self.config.seed, index, 1])
+        return self.collate(self.passages, pieces, self.draw_tokens(rng, [piece.length for piece in pieces]))
+
+    def draw_tokens(self, rng: np.random.Generator, lengths: Sequence[int]) -> list[int]:
+        """Numbers of memory tokens for passages of these lengths; all alike if the method cannot be truncated."""
+        shares = self.config.objective.tokens
+        # One number must do for a whole batch then, whose passages are of about one length.
+        lengths = lengths if self.module.encoder.truncatable else [max(lengths)] * len(lengths)
+        weights = np.array(
+            [
+                [share.weight * (share.shortest <= length <= (share.longest or length)) for share in shares]
+                for length in lengths
+            ]
+        )
+        # Lengths for which there is no share take any.
+        weights[weights.sum(1) == 0] = [share.weight for share in shares]
+        edges = np.cumsum(weights / weights.sum(1, keepdims=True), axis=1)
+        drawn = rng.random(len(lengths)) if self.module.encoder.truncatable else np.full(len(lengths), rng.random())
+        places = np.minimum((drawn[:, None] >= edges).sum(1), len(shares) - 1)
+        return [shares[place].tokens for place in places]
+
+    def collate(self, passages: Any, pieces: Sequence[Piece], tokens: Sequence[int]) -> Batch:
+        """Tensors for `pieces`, each compressed to its number of memory tokens."""
+        base, objective = self.module.base, self.config.objective
+        records = [passages[piece.record] for piece in pieces]
+        cut = [record["input_ids"][p.start : p.start + p.length] for record, p in zip(records, pieces, strict=True)]
+        following = [
+            record["input_ids"][p.start + p.length :][:CONTINUATION_TOKENS] or [base.eos]
+            for record, p in zip(records, pieces, strict=True)
+        ]
+        cut = [self.padded(one) for one in cut]
+        ids, lengths = pad(cut, width=padded_width)
+        batch: Batch = {
+            "input_ids": ids,
+            "lengths": lengths,
+            "memory_tokens": torch.tensor(tokens),
+            "ids": [record["id"] for record in records],
+            "targets": 0,
+            "passages": len(pieces),
+        }
+        pairs: dict[str, list[tuple[list[int], list[int]]]] = {}
+        if objective.regeneration:
+            pairs["regeneration"] = [regeneration_pair(base.bos, base.eos, one) for one in cut]
+        if objective.continuation:
+            pairs["continuation"] = [continuation_pair(one[-1], rest) for one, rest in zip(cut, following, strict=True)]
+        for name, rows in pairs.items():
+            stacked = stack_pairs(rows)
+            batch[f"{name}_inputs"], batch[f"{name}_labels"] = stacked["inputs"], stacked["labels"]
+            batch[f"{name}_weight"] = getattr(objective, name)
+            batch["targets"] += stacked["targets"]
+        return batch
+
+    def padded(self, passage: list[int]) -> list[int]:
+        """The passage, extended with EOS by methods that treat padding as text."""
+        width = self.module.encoder.padded_to
+        return passage if width is None else passage + [self.module.base.eos] * (width - len(passage))
+
+    def probe_batch(self) -> Batch:
+        # All memory tokens at once: one the batch leaves out would look dead.
+        piece = self.validation[0]
+        return self.collate(
+            self.held_out, [Piece(piece.record, 0, min(8, piece.length))], [self.module.config.memory_tokens]
+        )
+
+    @torch.no_grad()
+    def validate(self, accelerator: Accelerator) -> tuple[dict[str, float], list[str]]:
+        """Nats a token of regeneration for each number of memory tokens, and with the memories swapped."""
+        model, device = self.module, accelerator.device
+        model.eval()
+        counts = sorted({share.tokens for share in self.config.objective.tokens}, reverse=True)
+        # Nats for each count; then targets; then nats with own and with swapped memories, and targets, of groups of two
+        # and more: a passage alone has no other's memory to read.
+        sums = torch.zeros(len(counts) + 4, dtype=torch.float64)
+        groups = [self.validation[i : i + 16] for i in range(0, len(self.validation), 16)]
+        for group in groups[accelerator.process_index :: accelerator.num_processes]:
+            cut = [self.held_out[p.record]["input_ids"][p.start : p.start + p.length] for p in group]
+            ids, lengths = pad(cut, device)
+            stacked = stack_pairs([regeneration_pair(model.base.bos, model.base.eos, one) for one in cut])
+            inputs, labels = stacked["inputs"].to(device), stacked["labels"].to(device)
+            with accelerator.autocast():
+                for place, tokens in enumerate(counts):
+                    keys, values = model.encode(ids, lengths, tokens)
+                    prefix = model.prefix(keys, values, lengths)
+                    nats = float(target_loss(model, prefix, inputs, labels).sum())
+                    sums[place] += nats
+                    if place == 0 and len(cut) > 1:
+                        other = torch.arange(len(cut), device=device).roll(1)
+                        swapped = model.prefix(keys[:, other], values[:, other], lengths[other])
+                        swapped_nats = float(target_loss(model, swapped, inputs, labels).sum())
+                        sums[-3:] += torch.tensor([nats, swapped_nats, stacked["targets"]], dtype=torch.float64)
+            sums[len(counts)] += stacked["targets"]
+        if device.type == "mps":
+            sums = sums.float()  # there is no float64 there
+        totals = accelerator.reduce(sums.to(device), "sum").tolist()
+        loss = {tokens: value / totals[len(counts)] for tokens, value in zip(counts, totals, strict=False)}
+        own, swapped_loss = (value / max(1.0, totals[-1]) for value in totals[-3:-1])
+        weights = {share.tokens: share.weight for share in self.config.objective.tokens}
+        figures = {"loss": sum(weights[tokens] * loss[tokens] for tokens in counts) / sum(weights.values())}
+        figures |= {f"nats_{tokens}": value for tokens, value in loss.items()}
+        if totals[-1]:  # a single record has no other to swap memories with
+            figures["nats_swapped"] = swapped_loss
+        samples = self.samples(counts[0], accelerator) if accelerator.is_main_process else []
+        if totals[-1] and swapped_loss - own < COLLAPSE:
+            samples.insert(0, "warning: memories of other passages do as well: the decoder ignores the memory")
+        model.train()
+        return figures, samples
+
+    def samples(self, tokens: int, accelerator: Accelerator, count: int = 2) -> list[str]:
+        """Two validation passages and what comes back from their memories."""
+        model, tokenizer = self.module, self.module.base.tokenizer
+        chosen = [p for p in self.validation if p.length <= 128][-count:] or self.validation[:count]
+        cut = [self.held_out[p.record]["input_ids"][p.start : p.start + p.length] for p in chosen]
+        base = model.base
+        ids, lengths = pad([self.padded(one) for one in cut], accelerator.device)
+        limits = [regeneration_limit(len(one)) for one in cut]
+        with accelerator.autocast():
+            prefix = model.prefix(*model.encode(ids, lengths, tokens), lengths)
+            with model.adapters(on=False):
+                written = [one.ids for one in generate(base, prefix, [[base.bos]] * len(cut), limits)]
+        lines = []
+        for passage, back in zip(cut, written, strict=True):
+            for label, one in (("passage", passage), ("regenerated", back)):
+                lines.append(f"{label:>11}: {' '.join(tokenizer.decode(one, skip_special_tokens=True).split())[:160]}")
+        return lines
+
+    def origin(self) -> dict[str, str]:
+        """See `Stage`: base, method, data and optimiser."""
+        model = self.module
+        settings = {f"compressor.{name}": str(value) for name, value in asdict(model.config).items()}
+        return {
+            "base": model.base.fingerprint,
+            "tokenizer": tokenizer_fingerprint(model.base.tokenizer),
+            "text encoder": model.encoder.frozen_fingerprint or "none",
+            **{name: value for name, value in settings.items() if name not in STARTS},
+            "training.optimizer": self.config.training.optimizer,
+            "data.train": passages_digest(self.passages),
+            VALIDATION: passages_digest(self.held_out),
+        }
+
+    def save(self, folder: Path) -> None:
+        self.module.save_pretrained(folder)
+
+    def load(self, folder: Path) -> None:
+        self.module.load_trainable(folder)
