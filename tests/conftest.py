@@ -355,7 +355,7 @@ _DYING = """
 import os, signal, sys
 sys.path.insert(0, {project!r})
 from compressor.compression import CompressionStage
-from compressor.launch import train_main
+from compressor.commands.train import train_main
 honest = CompressionStage.micro_batch
 def micro_batch(self, index):
     if index >= {index}:

@@ -27,7 +27,7 @@ from compressor.storage.fitting import calibrate
 _DYING = """
 import os, signal, sys
 sys.path.insert(0, {project!r})
-from compressor.cli import main
+from compressor.commands.cli import main
 honest, written = os.replace, []
 def replace(source, target):
     if "shard-" in str(target):
