@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Measures the bundled compressor of SmolLM2-135M-Instruct: results/smollm2-135m/, and the README's part about it.
+# Measures the bundled compressor of SmolLM2-135M-Instruct: results/smollm2-135m/, and what README.md and docs/ show of it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 mkdir -p outputs results/smollm2-135m
@@ -8,4 +8,13 @@ trap 'rm -rf "$work"' EXIT
 python evaluate.py --checkpoint models/smollm2-135m/compressor --task regeneration --data arxiv-test \
   --tokens 16 4 1 --lengths 48 96 192 --limit 40 --batch_size 40 --output "$work/regeneration"
 cp "$work/regeneration/metrics.json" results/smollm2-135m/regeneration.json
+# Outside its domain: the paragraphs of SQuAD's shipped excerpt.
+python -c 'import sys, pandas
+frame = pandas.read_parquet("data/squad-dev.parquet").drop_duplicates("context").rename(columns={"context": "text"})
+frame[["text"]].to_json(sys.argv[1], orient="records", lines=True)' "$work/contexts.jsonl"
+python evaluate.py --checkpoint models/smollm2-135m/compressor --task regeneration --data "$work/contexts.jsonl" \
+  --tokens 16 4 1 --lengths 96 --limit 40 --batch_size 40 --output "$work/out-of-domain"
+cp "$work/out-of-domain/metrics.json" results/smollm2-135m/out-of-domain.json
+python runs/readme.py --snippet > "$work/snippet.py"
+(cd "$work" && PYTHONPATH="$OLDPWD" python snippet.py) > results/snippet.txt
 python runs/readme.py

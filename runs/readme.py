@@ -1,7 +1,7 @@
-"""Fill the README's generated parts and the model card from results/*.json, or check that they are current.
+"""Fill the generated parts of README.md and docs/ and the model cards from results/*.json, or check that they are current.
 
-    python runs/readme.py           rewrite README.md
-    python runs/readme.py --check   exit with status 1 if README.md and results/ differ
+    python runs/readme.py           rewrite them, and draw the pictures
+    python runs/readme.py --check   exit with status 1 if one of them and results/ differ
     python runs/readme.py --snippet print the README's Python, for running it
 
 A generated part lies between `<!-- begin: NAME -->` and `<!-- end: NAME -->`.
@@ -16,7 +16,7 @@ from pathlib import Path
 import yaml
 
 sys.path.insert(0, str(Path(__file__).parent))
-from readme_parts import LABELS, PARTS, REFINED_STEPS, ROOT, log_rows, refined_rows, results
+from readme_parts import FLAGSHIP, LABELS, PARTS, REFINED_STEPS, ROOT, log_rows, refined_rows, results
 
 from compressor.evaluation.report import figure, load_published, loss_curve, regeneration_plot
 
@@ -89,15 +89,24 @@ def part(name: str) -> str:
         return f"Not measured yet: there is no `{Path(str(error.filename)).relative_to(ROOT)}`."
 
 
-def fill(text: str) -> str:
-    """README text with every generated part current."""
+def documents() -> dict[Path, str]:
+    """README.md and the pages of docs/, with their text; each generated part is in exactly one of them."""
+    texts = {path: path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
     for name in PARTS:
-        pattern = re.compile(rf"(<!-- begin: {name} -->\n).*?(<!-- end: {name} -->)", re.S)
-        if not pattern.search(text):
-            raise SystemExit(f"README.md has no part <!-- begin: {name} -->")
-        made = part(name)
-        text = pattern.sub(lambda match, made=made: match.group(1) + made + "\n" + match.group(2), text)
-    return text
+        places = [path.name for path, text in texts.items() if f"<!-- begin: {name} -->" in text]
+        if len(places) != 1:
+            raise SystemExit(f"the part <!-- begin: {name} --> must stand in one document, found in: {places}")
+    return texts
+
+
+def fill(text: str) -> str:
+    """A document with every generated part in it current."""
+    return re.sub(
+        r"(<!-- begin: ([\w-]+) -->\n).*?(<!-- end: \2 -->)",
+        lambda match: match[1] + part(match[2]) + "\n" + match[3],
+        text,
+        flags=re.S,
+    )
 
 
 def draw_training() -> None:
@@ -128,6 +137,12 @@ def draw_regeneration() -> None:
         ROOT / "results" / "regeneration.png",
         load_published(),
     )
+
+
+def draw_flagship() -> None:
+    """The README's picture: the flagship's ROUGE-L against length, in one pass."""
+    rows = results(f"{FLAGSHIP}/regeneration.json")["rows"]
+    regeneration_plot(rows, ROOT / "results" / FLAGSHIP / "regeneration.png", load_published())
 
 
 def draw_methods() -> None:
@@ -173,21 +188,17 @@ def main() -> int:
     if "--snippet" in sys.argv[1:]:
         print(snippet_code())
         return 0
-    path = ROOT / "README.md"
-    current = path.read_text(encoding="utf-8")
-    wanted = fill(current)
+    texts = documents() | {CARD: CARD.read_text(encoding="utf-8")}
+    wanted = {path: card() if path == CARD else fill(text) for path, text in texts.items()}
+    stale = [path for path, text in texts.items() if text != wanted[path]]
     if "--check" in sys.argv[1:]:
-        stale = [
-            str(name)
-            for name, (now, then) in {path: (current, wanted), CARD: (CARD.read_text(encoding="utf-8"), card())}.items()
-            if now != then
-        ]
         if stale:
-            print(f"differs from results/: {', '.join(stale)}; run `make readme`", file=sys.stderr)
+            names = ", ".join(str(path.relative_to(ROOT)) for path in stale)
+            print(f"differs from results/: {names}; run `make readme`", file=sys.stderr)
         return 1 if stale else 0
-    path.write_text(wanted, encoding="utf-8")
-    CARD.write_text(card(), encoding="utf-8")
-    for draw in (draw_training, draw_regeneration, draw_methods, draw_bytes):
+    for path in stale:
+        path.write_text(wanted[path], encoding="utf-8")
+    for draw in (draw_flagship, draw_training, draw_regeneration, draw_methods, draw_bytes):
         try:
             draw()
         except FileNotFoundError as error:

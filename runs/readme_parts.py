@@ -1,8 +1,9 @@
-"""The README's generated parts: each a function from results/*.json to Markdown, and a line in `PARTS`."""
+"""The generated parts of README.md and docs/: each a function from results/*.json to Markdown, and a line in `PARTS`."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -57,22 +58,95 @@ def headline() -> str:
     return table(header, body)
 
 
+FLAGSHIP = "smollm2-135m"
+"""Folder of results/ and models/ with the flagship's figures and adapters."""
+
+
 def flagship() -> str:
-    """The same of SmolLM2-135M-Instruct's compressor, in one pass, and what it was trained on."""
-    found = results("smollm2-135m/regeneration.json")
-    by = {(row["tokens"], row["length"]): row for row in found["rows"]}
-    tokens, lengths = (sorted({key[place] for key in by}) for place in (0, 1))
+    """ROUGE-L and BLEU of SmolLM2-135M-Instruct's compressor, in one pass, and what it was trained on."""
+    by, tokens, lengths = _flagship_rows()
     body = [
         [f"{k} memory token{'s' * (k > 1)}", *(_regenerated(by[k, length]) for length in lengths)]
         for k in reversed(tokens)
     ]
-    body.append(["n", *(str(by[tokens[0], length]["n"]) for length in lengths)])
-    end = [row for row in log_rows("smollm2-135m/regenerate-log.jsonl") if "passages" in row][-1]
-    trained = (
-        f"Trained on {end['passages']:,} passages in {end['step']:,} steps, {end['seconds'] / 3600:.1f} hours of one "
-        "CPU core with bfloat16 instructions."
+    end = [row for row in log_rows(f"{FLAGSHIP}/regenerate-log.jsonl") if "passages" in row][-1]
+    return table(["ROUGE-L, BLEU", *(f"{length} tokens" for length in lengths)], body) + (
+        f"\n\nSmolLM2-135M-Instruct, {by[tokens[0], lengths[0]]['n']} unseen abstracts of 2026 a cell, one pass, 95% "
+        f"bootstrap intervals. Regeneration was trained\non {end['passages']:,} passages in {end['step']:,} steps, "
+        f"{end['seconds'] / 3600:.1f} hours of one CPU core. Dashed and dotted in the picture: the published\nfigures "
+        "of an 8B base."
     )
-    return table(["ROUGE-L, BLEU", *(f"{length} tokens" for length in lengths)], body) + f"\n\n{trained}"
+
+
+def _flagship_rows() -> tuple[dict[tuple[int, int], dict[str, Any]], list[int], list[int]]:
+    """The flagship's rows by tokens and length, and both of these in rising order."""
+    by = {(row["tokens"], row["length"]): row for row in results(f"{FLAGSHIP}/regeneration.json")["rows"]}
+    tokens, lengths = (sorted({key[place] for key in by}) for place in (0, 1))
+    return by, tokens, lengths
+
+
+def flagship_details() -> str:
+    """All figures of the flagship's regeneration."""
+    data = results(f"{FLAGSHIP}/regeneration.json")
+    return markdown_table(data["rows"], data["figures"], intervals=False)
+
+
+def which_k() -> str:
+    """What comes back of the flagship's passages of 96 tokens for each k."""
+    by, tokens, _ = _flagship_rows()
+    body = [
+        [str(k), f"{96 / k:.0f}x", *_figures(by[k, 96], ("rouge_l", 3), ("bleu", 1), ("token_accuracy", 3))]
+        for k in reversed(tokens)
+    ]
+    return table(["k", "fewer positions", "ROUGE-L", "BLEU", "tokens predicted right"], body)
+
+
+def _figures(row: dict[str, Any], *wanted: tuple[str, int]) -> list[str]:
+    return [f"{row[name]:.{decimals}f}" for name, decimals in wanted]
+
+
+def bytes_kept() -> str:
+    """Bytes of the flagship's memories for each byte of text."""
+    by, tokens, _ = _flagship_rows()
+    shares = ", ".join(f"{1 / by[k, 96]['byte_ratio']:.0f} (k = {k})" for k in reversed(tokens))
+    return f"Bytes of keys and values for each byte of a passage of 96 tokens on SmolLM2-135M, uncoded: {shares}."
+
+
+def out_of_domain() -> str:
+    """The flagship's regeneration of other text beside that of abstracts."""
+    other, (by, tokens, _) = results(f"{FLAGSHIP}/out-of-domain.json")["rows"], _flagship_rows()
+    apart = {row["tokens"]: row for row in other if row["length"] == 96}
+    body = [[f"k = {k}", _regenerated(by[k, 96]), _regenerated(apart[k])] for k in reversed(tokens)]
+    return table(["ROUGE-L, BLEU at 96 tokens", "abstracts", "SQuAD's paragraphs"], body)
+
+
+def share() -> str:
+    """Trained parameters of the bundled compressors, as their cards have them."""
+    lines = []
+    for name in (FLAGSHIP, "arxiv-mini"):
+        card = (ROOT / "models" / name / "compressor" / "README.md").read_text(encoding="utf-8")
+        found = re.search(r"[\d,]+ trained parameters, [\d.]+% of the base's", card)
+        lines.append(f"- `models/{name}/compressor`: {found[0] if found else 'its card does not say'}.")
+    return "\n".join(lines)
+
+
+def qa_short() -> str:
+    """Answers from memories of windows of 96 tokens between the bounds, of the flagship where it has been measured."""
+    try:
+        rows, base = results(f"{FLAGSHIP}/qa-windows.json")["rows"], "SmolLM2-135M-Instruct"
+    except FileNotFoundError:
+        rows, base = results("qa-windows.json")["rows"], "arxiv-mini, the 7M base"
+    shown = {"kv": (16, 4, 1), "recite": (16,), "full": (None,), "none": (None,)}
+    body = []
+    for method, sizes in shown.items():
+        for k in sizes:
+            mine = {row["dataset"]: row for row in rows if (row["method"], row["tokens"]) == (method, k)}
+            cells = [c for d in DATA for c in (_interval(mine[d], "f1", 1), _interval(mine[d], "em", 1))] if mine else []
+            body += [[LABELS[method], str(k or "-"), *cells]] if cells else []
+    header = ["what the base reads", "k", *(f"{label} {figure}" for label in DATA.values() for figure in ("F1", "EM"))]
+    n = {row["dataset"]: row["n"] for row in rows}
+    counts = " and ".join(f"{n[name]} questions of {label}" for name, label in DATA.items())
+    return f"{table(header, body)}\n\n{base}; {counts}; F1 and exact match, 95% bootstrap intervals."
 
 
 REFINED_STEPS = 20
@@ -378,6 +452,12 @@ def tasks() -> str:
 PARTS: dict[str, Callable[[], str]] = {
     "headline": headline,
     "flagship": flagship,
+    "flagship-details": flagship_details,
+    "qa-short": qa_short,
+    "which-k": which_k,
+    "bytes": bytes_kept,
+    "out-of-domain": out_of_domain,
+    "share": share,
     "snippet": snippet,
     "base": base,
     "mini": mini,
