@@ -1,4 +1,4 @@
-"""Fill the generated parts of README.md and docs/ and the model cards from results/*.json, or check that they are current.
+"""Fill the generated parts of README.md, docs/ and model cards from results/*.json, or check that they are current.
 
     python runs/readme.py           rewrite them, and draw the pictures
     python runs/readme.py --check   exit with status 1 if one of them and results/ differ
@@ -91,7 +91,9 @@ def part(name: str) -> str:
 
 def documents() -> dict[Path, str]:
     """README.md and the pages of docs/, with their text; each generated part is in exactly one of them."""
-    texts = {path: path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
+    texts = {
+        path: path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+    }
     for name in PARTS:
         places = [path.name for path, text in texts.items() if f"<!-- begin: {name} -->" in text]
         if len(places) != 1:
@@ -184,14 +186,14 @@ def draw_bytes() -> None:
     canvas.savefig(ROOT / "results" / "rate-distortion.png")
 
 
-def main() -> int:
-    if "--snippet" in sys.argv[1:]:
+def main(arguments: list[str]) -> int:
+    if "--snippet" in arguments:
         print(snippet_code())
         return 0
     texts = documents() | {CARD: CARD.read_text(encoding="utf-8")}
     wanted = {path: card() if path == CARD else fill(text) for path, text in texts.items()}
     stale = [path for path, text in texts.items() if text != wanted[path]]
-    if "--check" in sys.argv[1:]:
+    if "--check" in arguments:
         if stale:
             names = ", ".join(str(path.relative_to(ROOT)) for path in stale)
             print(f"differs from results/: {names}; run `make readme`", file=sys.stderr)
@@ -207,4 +209,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

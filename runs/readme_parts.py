@@ -1,4 +1,4 @@
-"""The generated parts of README.md and docs/: each a function from results/*.json to Markdown, and a line in `PARTS`."""
+"""The generated parts of README.md and docs/: each a function from results/ to Markdown, and a line in `PARTS`."""
 
 from __future__ import annotations
 
@@ -141,7 +141,9 @@ def qa_short() -> str:
     for method, sizes in shown.items():
         for k in sizes:
             mine = {row["dataset"]: row for row in rows if (row["method"], row["tokens"]) == (method, k)}
-            cells = [c for d in DATA for c in (_interval(mine[d], "f1", 1), _interval(mine[d], "em", 1))] if mine else []
+            cells = (
+                [c for d in DATA for c in (_interval(mine[d], "f1", 1), _interval(mine[d], "em", 1))] if mine else []
+            )
             body += [[LABELS[method], str(k or "-"), *cells]] if cells else []
     header = ["what the base reads", "k", *(f"{label} {figure}" for label in DATA.values() for figure in ("F1", "EM"))]
     n = {row["dataset"]: row["n"] for row in rows}

@@ -1,4 +1,4 @@
-"""The README: its figures are those of results/, its commands exist and run, its Python prints what it shows."""
+"""README and docs: their figures are those of results/, their commands run, their Python prints what they show."""
 
 from __future__ import annotations
 
@@ -11,31 +11,73 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
+
+from compressor.commands.cli import main as cli
+from compressor.commands.demo import demo_main
+from compressor.model.bases import FLAGSHIP_BASE, NAMED, default_checkpoint
+from compressor.model.gguf_cache import CACHE, cached
 
 ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text()
+PAGES = {
+    str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
+    for path in (
+        ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
+        ROOT / "AGENTS.md",
+        *sorted((ROOT / "docs").glob("*.md")),
+    )
+    if path.name != "log.md"
+}
+README = PAGES["README.md"]
+FLAGSHIP_HERE = pytest.mark.skipif(
+    cached(NAMED[FLAGSHIP_BASE].sha256) is None, reason=f"compressor fetch {FLAGSHIP_BASE} gets it"
+)
 
 
-def blocks() -> list[str]:
-    """Command lines of the README's plain code blocks, continuation lines joined."""
+def blocks(text: str) -> list[str]:
+    """Command lines of a page's plain code blocks, continuation lines joined."""
     lines = []
-    prose = re.sub(r"^```\w+\n.*?^```", "", README, flags=re.S | re.M)
+    prose = re.sub(r"^```\w+\n.*?^```", "", text, flags=re.S | re.M)
     for block in re.findall(r"^```\n(.*?)^```", prose, re.S | re.M):
         lines += [line.split("  #")[0].strip() for line in block.replace("\\\n", " ").splitlines()]
     return [line for line in lines if re.match(r"(make|python|compressor|accelerate) ", line)]
+
+
+COMMANDS = [(page, line) for page, text in PAGES.items() for line in blocks(text)]
+
+
+def lines_with(*parts: str) -> list[str]:
+    return [line for _, line in COMMANDS if any(part in line for part in parts)]
 
 
 def run(*command: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
-def test_figures_are_those_of_the_results() -> None:
-    check = run(sys.executable, "runs/readme.py", "--check")
-    assert check.returncode == 0, check.stderr
+@pytest.fixture(scope="module")
+def generator() -> Any:
+    """runs/readme.py as a module."""
+    spec = importlib.util.spec_from_file_location("readme", ROOT / "runs" / "readme.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
+def test_figures_are_those_of_the_results(generator: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert generator.main(["--check"]) == 0, capsys.readouterr().err
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.splitlines()) <= 160
+
+
+@FLAGSHIP_HERE
 def test_the_snippet_prints_what_the_readme_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code = re.search(r"```python\n(.*?)```", README, re.S)
     assert code is not None
@@ -48,18 +90,25 @@ def test_the_snippet_prints_what_the_readme_shows(tmp_path: Path, monkeypatch: p
     assert printed.getvalue().strip() in README
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_python_is_python(page: str) -> None:
+    for number, code in enumerate(re.findall(r"```python\n(.*?)```", PAGES[page], re.S)):
+        compile(code, f"{page}, block {number}", "exec")
+
+
 def test_the_commands_are_found() -> None:
     for kind in ("make demo", "make test", "make train-mini", "train.py", "compressor corpus", "python evaluate.py"):
-        assert any(kind in line for line in blocks()), kind
+        assert lines_with(kind), kind
+    known = ("make", "python demo.py", "python evaluate.py", "accelerate", "compressor")
+    assert not [line for _, line in COMMANDS if not line.startswith(known)]
 
 
 def test_every_make_target_exists() -> None:
-    for line in blocks():
-        if line.startswith("make "):
-            assert run("make", "--dry-run", line.split()[1]).returncode == 0, line
+    for line in lines_with("make "):
+        assert run("make", "--dry-run", line.split()[1]).returncode == 0, line
 
 
-@pytest.mark.parametrize("line", [line for line in blocks() if "train.py" in line])
+@pytest.mark.parametrize("line", lines_with("train.py"))
 def test_training_commands_are_valid(line: str) -> None:
     arguments = shlex.split(line.split("train.py", 1)[1])
     printed = run(sys.executable, "train.py", *arguments, "--print_config")
@@ -68,11 +117,42 @@ def test_training_commands_are_valid(line: str) -> None:
     assert launch is None or (ROOT / launch.group(1)).exists()
 
 
-@pytest.mark.parametrize("line", [line for line in blocks() if line.startswith("compressor corpus")])
-def test_corpus_commands_are_valid(line: str) -> None:
-    arguments = shlex.split(line)[2:]
-    printed = run(sys.executable, "-m", "compressor", "corpus", *arguments, "--print_config")
-    assert printed.returncode == 0, printed.stderr
+@pytest.mark.parametrize("line", lines_with("compressor corpus", "compressor questions"))
+def test_data_commands_are_valid(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit) as ended:
+        cli([*shlex.split(line)[1:], "--print_config"])
+    assert ended.value.code == 0
+
+
+SHORT = {"calibrate": ["--limit", "16", "--lengths", "64"], "compress": ["--no_measure"]}
+"""What makes a command quick."""
+
+
+@pytest.mark.parametrize("page", [page for page, text in PAGES.items() if page != "docs/training.md" and blocks(text)])
+def test_commands_run_in_their_order(
+    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In a folder with the files they name, and without the flagship's base: the small one is quicker."""
+    text = "We study heat in graphene ribbons. A new model is proposed, and tested on data of two kinds."
+    (tmp_path / "notes.txt").write_text(text)
+    (tmp_path / "corpus.jsonl").write_text("".join(json.dumps({"id": i, "text": text}) + "\n" for i in range(2)))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(CACHE, str(tmp_path / "cache"))
+    assert default_checkpoint() == "models/arxiv-mini/compressor"
+    served: list[Any] = []
+    monkeypatch.setattr("compressor.commands.web.serve", served.append)
+    for line in blocks(PAGES[page]):
+        program, *arguments = shlex.split(line)
+        if program == "compressor" and arguments[0] not in ("corpus", "questions"):
+            output = arguments[arguments.index("-o") + 1] if "-o" in arguments else ""
+            again = ["--overwrite"] if output and Path(output).is_file() else []
+            assert cli([*arguments, *SHORT.get(arguments[0], []), *again]) == 0, (line, capsys.readouterr().err)
+        elif line.startswith("python demo.py"):
+            assert demo_main(arguments[1:]) == 0, (line, capsys.readouterr().err)
+    assert len(served) == sum("--web" in line for line in blocks(PAGES[page]))
+    if "regenerate --memory notes.memory --exact" in PAGES[page]:
+        assert text in capsys.readouterr().out
 
 
 SMALL = {
@@ -90,7 +170,13 @@ COLUMNS = {
 }
 
 
-@pytest.mark.parametrize("line", [line for line in blocks() if line.startswith("python evaluate.py")])
+@pytest.mark.parametrize(
+    "line",
+    [
+        pytest.param(line, marks=[FLAGSHIP_HERE] if "smollm2" in line else [])
+        for line in lines_with("python evaluate.py")
+    ],
+)
 def test_evaluation_commands_run(line: str, tmp_path: Path) -> None:
     arguments = shlex.split(line)[2:]
     task = arguments[arguments.index("--task") + 1]
@@ -102,18 +188,40 @@ def test_evaluation_commands_run(line: str, tmp_path: Path) -> None:
         assert {row["n"] for row in rows if row.get("dataset") != "macro"} == {2}
 
 
-def test_files_and_pictures_it_names_exist() -> None:
-    for path in re.findall(r"\]\(([^)h#][^)]*)\)", README):
-        assert (ROOT / path).exists(), path
-    for path in re.findall(r"`((?:compressor|configs|runs|results|docs|data|models)/[\w./-]+)`", README):
+def anchors(text: str) -> set[str]:
+    """Names that links to headings of a page go by, as the host of the code makes them."""
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.S | re.M)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in re.findall(r"^#+ (.*)$", prose, re.M)}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_files_pictures_and_headings_it_names_exist(page: str) -> None:
+    for link in re.findall(r"\]\(((?!https?:)[^)]+)\)", PAGES[page]):
+        path, _, heading = link.partition("#")
+        target = (ROOT / page).parent / path if path else ROOT / page
+        assert target.exists(), link
+        if heading:
+            assert heading in anchors(target.read_text(encoding="utf-8")), link
+    for path in re.findall(r"`((?:compressor|configs|runs|results|docs|data|models|tests)/[\w./-]+)`", PAGES[page]):
         assert (ROOT / path).exists(), path
 
 
-def test_an_old_figure_is_noticed() -> None:
-    spec = importlib.util.spec_from_file_location("readme", ROOT / "runs" / "readme.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    stale = re.sub(r"(<!-- begin: details -->\n).*?(<!-- end)", r"\1old\n\2", README, flags=re.S)
-    assert module.fill(stale) == module.fill(README) != stale
+def test_the_guards_of_the_traps_exist() -> None:
+    named = re.findall(r"`(tests/\w+\.py)::(\w+)`", PAGES["AGENTS.md"])
+    assert len(re.findall(r"^\d+\. \*\*", PAGES["AGENTS.md"], re.M)) == 10 <= len(named)
+    for file, test in named:
+        assert f"def {test}(" in (ROOT / file).read_text(encoding="utf-8"), f"{file}::{test}"
+
+
+def test_hosted_checks_run_what_contributors_run_and_pin_what_they_use() -> None:
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8"))
+    steps = workflow["jobs"]["check"]["steps"]
+    assert ".ci/run" in [step.get("run") for step in steps]
+    assert all(re.fullmatch(r"[\w/-]+@[0-9a-f]{40}", step["uses"]) for step in steps if "uses" in step)
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert f'version = "{cited["version"]}"' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+
+
+def test_an_old_figure_is_noticed(generator: Any) -> None:
+    stale = re.sub(r"(<!-- begin: flagship -->\n).*?(<!-- end)", r"\1old\n\2", README, flags=re.S)
+    assert generator.fill(stale) == generator.fill(README) != stale
