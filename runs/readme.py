@@ -86,7 +86,7 @@ def part(name: str) -> str:
     try:
         return PARTS[name]()
     except FileNotFoundError as error:
-        return f"Not measured yet: there is no `{Path(str(error.filename)).relative_to(ROOT)}`."
+        return f"Not measured yet: there is no {Path(str(error.filename)).relative_to(ROOT)}."
 
 
 def documents() -> dict[Path, str]:

@@ -18,8 +18,8 @@ import yaml
 
 from compressor.commands.cli import main as cli
 from compressor.commands.demo import demo_main
-from compressor.model.bases import FLAGSHIP_BASE, NAMED, default_checkpoint
-from compressor.model.gguf_cache import CACHE, cached
+from compressor.model.bases import FLAGSHIP, FLAGSHIP_BASE, NAMED, default_checkpoint
+from compressor.model.gguf_cache import cached
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = {
@@ -83,6 +83,7 @@ def test_the_snippet_prints_what_the_readme_shows(tmp_path: Path, monkeypatch: p
     assert code is not None
     assert len(code.group(1).strip().splitlines()) <= 8
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("compressor.model.bases.FLAGSHIP", FLAGSHIP)
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         exec(code.group(1), {})
@@ -133,12 +134,11 @@ SHORT = {"calibrate": ["--limit", "16", "--lengths", "64"], "compress": ["--no_m
 def test_commands_run_in_their_order(
     page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """In a folder with the files they name, and without the flagship's base: the small one is quicker."""
+    """In a folder with the files they name, on the small base."""
     text = "We study heat in graphene ribbons. A new model is proposed, and tested on data of two kinds."
     (tmp_path / "notes.txt").write_text(text)
     (tmp_path / "corpus.jsonl").write_text("".join(json.dumps({"id": i, "text": text}) + "\n" for i in range(2)))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv(CACHE, str(tmp_path / "cache"))
     assert default_checkpoint() == "models/arxiv-mini/compressor"
     served: list[Any] = []
     monkeypatch.setattr("compressor.commands.web.serve", served.append)
