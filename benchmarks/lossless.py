@@ -31,8 +31,8 @@ from compressor import __version__
 from compressor.data.sources import read_rows
 from compressor.data.sources import resolve as resolve_data
 from compressor.errors import CompressorError
-from compressor.files import write_json
-from compressor.model.base import load_base, resolve
+from compressor.files import bundled, write_json
+from compressor.model.base import load_base
 from compressor.model.config import BaseConfig
 from compressor.packing.float64 import ExactBase
 from compressor.packing.lossless import pack_bytes, unpack_bytes
@@ -174,7 +174,7 @@ def main() -> int:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     exact = ExactBase(load_base(BaseConfig(path=options.base)))
-    weights = sum(path.stat().st_size for path in Path(resolve(options.base)).glob("*") if path.is_file())
+    weights = sum(path.stat().st_size for path in Path(bundled(options.base)).glob("*") if path.is_file())
     report: dict[str, Any] = {
         "command": " ".join(["python", "benchmarks/lossless.py", *sys.argv[1:]]),
         "version": __version__,

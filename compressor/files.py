@@ -26,8 +26,16 @@ from safetensors import SafetensorError
 
 from compressor.errors import NO_WRITE, CompressorError, WriteError
 
+_PACKAGE = Path(__file__).resolve().parent
+PROJECT = shipped if (shipped := _PACKAGE / "shipped").is_dir() else _PACKAGE.parent
+"""Where models/, data/ and results/ are: this checkout, or what a wheel carries of it."""
 _SHOWN = 3
 _OPEN_FILE = re.compile(r"/dev/(std(in|out|err)|fd/\d+)|/proc/\w+/fd/\d+")
+
+
+def bundled(path: str) -> str:
+    """A bundled model's path relative to the project, wherever the command runs; else `path` as it is."""
+    return str(PROJECT / path) if not Path(path).exists() and (PROJECT / path).exists() else path
 
 
 class FolderKind(NamedTuple):

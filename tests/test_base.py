@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from compressor.errors import CompressorError
-from compressor.model.base import PROJECT, Base, load_base, resolve
+from compressor.files import PROJECT, bundled
+from compressor.model.base import Base, load_base
 from compressor.model.config import BaseConfig
 
 
@@ -76,8 +77,8 @@ def test_a_base_that_is_not_there_is_refused_with_what_to_do() -> None:
 
 def test_bundled_paths_are_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert resolve("data/arxiv-train.parquet") == str(PROJECT / "data" / "arxiv-train.parquet")
-    assert resolve("owner/model") == "owner/model"
+    assert bundled("data/arxiv-train.parquet") == str(PROJECT / "data" / "arxiv-train.parquet")
+    assert bundled("owner/model") == "owner/model"
 
 
 def test_quantisation_without_the_package_says_what_to_install(

@@ -19,9 +19,9 @@ from typing import Any, NamedTuple
 from compressor.data.bad_records import BadRecord, BadRecords
 from compressor.data.text_files import MOST_LINE, raw_lines, read_text, text_lines
 from compressor.errors import CompressorError
-from compressor.files import read_json, unreadable
+from compressor.files import PROJECT, read_json, unreadable
 
-SHIPPED = Path(__file__).resolve().parents[2] / "data"
+SHIPPED = PROJECT / "data"
 SPLITS = ("train", "validation", "test")
 MANIFEST = "manifest.json"
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt")

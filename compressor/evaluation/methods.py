@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from compressor.api import Compressor
 from compressor.errors import CompressorError
 from compressor.evaluation.settings import EvaluationConfig
+from compressor.files import bundled
 from compressor.methods.interface import Method, check_tokens
 from compressor.methods.table import (
     READINGS,
@@ -26,7 +27,6 @@ from compressor.methods.table import (
     untrained_method,
 )
 from compressor.model.base import Base, load_base
-from compressor.model.base import resolve as resolve_path
 from compressor.model.checkpoint import fetch_checkpoint, find_base, read_settings
 from compressor.model.config import BaseConfig
 
@@ -47,7 +47,7 @@ class Methods:
         self._refuse_repeated([name for name, _ in specs])
         needed = not specs or config.base is None or any(name not in UNTRAINED for name, _ in specs)
         self.settings: dict[str, Any] | None = None
-        if needed or Path(resolve_path(config.checkpoint)).is_dir():
+        if needed or Path(bundled(config.checkpoint)).is_dir():
             self.settings = read_settings(fetch_checkpoint(config.checkpoint))
         self.own: str = self.settings["config"].get("method", "kv") if self.settings else "kv"
         self.specs = [(name, self._place(name, place)) for name, place in specs] or [(self.own, config.checkpoint)]
@@ -78,7 +78,7 @@ class Methods:
         assert self.settings is not None
         if place is None:
             place = str(Path(self.config.checkpoint).parent / "methods" / name)
-            if not Path(resolve_path(place)).is_dir():
+            if not Path(bundled(place)).is_dir():
                 raise CompressorError(
                     f"there is no checkpoint of the method {name} at {place}: write {name}=CHECKPOINT, or train one "
                     "(configs/arxiv-mini/methods.yaml)"

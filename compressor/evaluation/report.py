@@ -14,8 +14,7 @@ from matplotlib.figure import Figure as Canvas
 
 from compressor.errors import CompressorError
 from compressor.evaluation.metrics import FIGURES
-from compressor.files import atomic_file, read_json
-from compressor.model.base import PROJECT
+from compressor.files import PROJECT, atomic_file, read_json
 
 Row = Mapping[str, Any]
 

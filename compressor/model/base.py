@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from pathlib import Path
 from typing import Any, cast, get_args, get_type_hints
 
 import torch
@@ -19,7 +18,6 @@ from compressor.model.config import BaseConfig
 from compressor.model.kernels import GROUPED, lighten_norms
 from compressor.processes import bars_on_terminals, fast_bfloat16
 
-PROJECT = Path(__file__).resolve().parents[2]
 FULL_HASH_VALUES = 65_536
 UNSUPPORTED_ROPE = {
     "dynamic": "its frequencies change with the length of the input, so keys cannot be moved",
@@ -406,13 +404,6 @@ def fingerprint(model: nn.Module) -> str:
         stride = max(1, flat.numel() // FULL_HASH_VALUES)
         digest.update(flat[::stride].to(torch.bfloat16).contiguous().cpu().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def resolve(path: str) -> str:
-    """A bundled model's path relative to the project, wherever the command runs; else `path` as it is."""
-    if not Path(path).exists() and (PROJECT / path).exists():
-        return str(PROJECT / path)
-    return path
 
 
 def first_line(error: BaseException) -> str:

@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 
 from compressor.errors import CompressorError
-from compressor.files import sha256
+from compressor.files import bundled, sha256
 from compressor.model.gguf_cache import SourceError, cached, converted, say
 
 
@@ -66,14 +66,12 @@ def locate(path: str, revision: str | None = None) -> str:
     """
     if path in NAMED:
         return _named(path)
-    from compressor.model.base import resolve
-
-    if not path.lower().endswith(".gguf") or Path(resolve(path)).is_dir():
-        return resolve(path)
+    if not path.lower().endswith(".gguf") or Path(bundled(path)).is_dir():
+        return bundled(path)
     if not Path(path).exists() and (parts := _HUB_FILE.fullmatch(path)):
         file = _from_hub(parts[1], parts[2], revision)
     else:
-        file = Path(resolve(path))
+        file = Path(bundled(path))
     if not file.is_file():
         raise CompressorError(f"base.path = {path!r}: there is no such GGUF file; give its path, or REPO_ID:FILE.gguf")
     digest = sha256(file)

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from compressor import __version__
 from compressor.errors import CompressorError, require
-from compressor.files import FolderKind, atomic_folder, read_json, sha256, unreadable, write_json
-from compressor.model.base import Base, load_base, resolve
+from compressor.files import FolderKind, atomic_folder, bundled, read_json, sha256, unreadable, write_json
+from compressor.model.base import Base, load_base
 from compressor.model.bases import NAMED, default_checkpoint
 from compressor.model.config import BaseConfig, BaseMismatch, CompressorConfig
 from compressor.model.gguf_cache import say
@@ -172,7 +172,7 @@ def find_base(
     trained_on = read_settings(folder)["base"]
     if not isinstance(base, Base):
         name = base or trained_on["path"]
-        known = name in NAMED or Path(resolve(name)).exists()
+        known = name in NAMED or Path(bundled(name)).exists()
         if base is None and not known and (folder.parent / "base").exists():
             name = str(folder.parent / "base")
         if quantisation is None:
@@ -253,8 +253,8 @@ def read_settings(folder: Path) -> dict[str, Any]:
 
 def fetch_checkpoint(path: str, revision: str | None = None) -> Path:
     """The folder of a checkpoint, downloaded if `path` is a hub id."""
-    if Path(resolve(path)).is_dir():
-        return Path(resolve(path))
+    if Path(bundled(path)).is_dir():
+        return Path(bundled(path))
     from huggingface_hub import snapshot_download
 
     try:
