@@ -79,12 +79,11 @@ def regenerated(model: Compressor, memories: list[Memory], ids: list[list[int]],
     base = model.base
     wanted = [base.tokenizer.decode(one, skip_special_tokens=True) for one in ids]
     nats = []
-    with model.adapters(on=False):
-        written = regenerate(base, memories, batch_size=batch)
-        for start in range(0, len(ids), batch):
-            some = [[*one, base.eos] for one in ids[start : start + batch]]
-            prefix = memory_prefix(base, memories[start : start + batch])
-            nats += [-float(row[:, 0].double().sum()) for row in score(base, prefix, [[base.bos]] * len(some), some)]
+    written = regenerate(base, memories, batch_size=batch)
+    for start in range(0, len(ids), batch):
+        some = [[*one, base.eos] for one in ids[start : start + batch]]
+        prefix = memory_prefix(base, memories[start : start + batch])
+        nats += [-float(row[:, 0].double().sum()) for row in score(base, prefix, [[base.bos]] * len(some), some)]
     return [rouge_l(a, b) for a, b in zip(written, wanted, strict=True)], nats
 
 

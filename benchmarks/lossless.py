@@ -27,7 +27,6 @@ from typing import Any
 
 import torch
 
-from compressor import __version__
 from compressor.data.sources import read_rows
 from compressor.data.sources import resolve as resolve_data
 from compressor.errors import CompressorError
@@ -36,6 +35,7 @@ from compressor.model.base import load_base
 from compressor.model.config import BaseConfig
 from compressor.packing.float64 import ExactBase
 from compressor.packing.lossless import pack_bytes, unpack_bytes
+from compressor.provenance import VERSION
 from compressor.streams import exits_cleanly
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -177,7 +177,7 @@ def main() -> int:
     weights = sum(path.stat().st_size for path in Path(bundled(options.base)).glob("*") if path.is_file())
     report: dict[str, Any] = {
         "command": " ".join(["python", "benchmarks/lossless.py", *sys.argv[1:]]),
-        "version": __version__,
+        "version": VERSION,
         "commit": commit(),
         "torch": torch.__version__,
         "threads": options.threads,

@@ -28,15 +28,15 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from compressor.api import Compressor
 from compressor.data.batches import padded_width, regeneration_pair, stack_pairs
 from compressor.data.passages import load_passages
 from compressor.files import write_json
-from compressor.model.base import held_dtype, load_base
+from compressor.model.base import load_base
 from compressor.model.config import BaseConfig, CompressorConfig
 from compressor.model.encoder import pad
-from compressor.processes import current_device
+from compressor.processes import current_device, held_dtype
 from compressor.streams import exits_cleanly
+from compressor.training.objectives import Trainee
 
 OURS, PUBLISHED = "ours", "published recipe"
 VARIANTS = {
@@ -50,7 +50,7 @@ VARIANTS = {
 TOKENS = 512
 
 
-def build(variant: str, base: str, device: torch.device) -> Compressor:
+def build(variant: str, base: str, device: torch.device) -> Trainee:
     """The model of a variant, ready to train."""
     held = "float32" if variant == "autocast" else held_dtype("auto", device)
     attention: Any = "sdpa" if variant in ("fused attention", PUBLISHED) else "auto"
@@ -61,7 +61,7 @@ def build(variant: str, base: str, device: torch.device) -> Compressor:
         settings |= {"lora_targets": _named(loaded, ("q_proj", "v_proj"))}
     else:
         settings = {"lora_rank": 32, "writer_rank": 32, "lora_alpha": 32.0}
-    model = Compressor(loaded, CompressorConfig(**settings)).train()
+    model = Trainee(loaded, CompressorConfig(**settings)).train()
     model.activation_checkpointing = variant == "activation checkpointing"
     return model
 
@@ -71,7 +71,7 @@ def _named(base: Any, names: tuple[str, ...]) -> Any:
     return [name for name in names if name in leaves] or "all-linear"
 
 
-def batches(model: Compressor, passages: list[list[int]], variant: str) -> list[dict[str, Any]]:
+def batches(model: Trainee, passages: list[list[int]], variant: str) -> list[dict[str, Any]]:
     """Micro-batches of the passages, as the trainer makes them: sorted by length, up to `TOKENS` tokens each."""
     groups: list[list[list[int]]] = [[]]
     for ids in sorted(passages, key=len):
@@ -98,7 +98,7 @@ def batches(model: Compressor, passages: list[list[int]], variant: str) -> list[
     return made
 
 
-def run(model: Compressor, data: list[dict[str, Any]], variant: str) -> None:
+def run(model: Trainee, data: list[dict[str, Any]], variant: str) -> None:
     """Forward and backward pass over all of the micro-batches."""
     device, precision = model.base.device, nullcontext()  # type: AbstractContextManager[Any]
     for batch in data:

@@ -57,6 +57,11 @@ class Stopped(KeyboardInterrupt):
         self.number = number
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's message, or its kind if it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def require(condition: bool, key: str, value: Any, allowed: str) -> None:
     """Raise a `CompressorError` that names the key, the value got and the allowed range."""
     if not condition:

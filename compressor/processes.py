@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
-from compressor.errors import CompressorError
+from compressor.errors import CompressorError, first_line
 from compressor.progress import is_quiet, note
 
 LONGEST_WAIT = timedelta(hours=6)
@@ -111,3 +111,34 @@ def bars_on_terminals() -> Iterator[None]:
             datasets.enable_progress_bars()
         if before[1]:
             transformers_logging.enable_progress_bar()
+
+
+def check_device(device: str | torch.device) -> None:
+    """Raise a `CompressorError` if nothing can be put on this device."""
+    try:
+        torch.zeros(1, device=device)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise CompressorError(
+            f"device {str(device)!r} cannot be used here ({first_line(error)}): give cpu, or the name of a device that "
+            "this machine and this build of torch have (cuda, cuda:0, mps)"
+        ) from None
+
+
+def held_dtype(dtype: str, device: torch.device) -> str:
+    """The type a base's weights are held in on a device, where `auto` leaves the choice (`BaseConfig.dtype`)."""
+    if dtype == "auto":
+        return "bfloat16" if fast_bfloat16(device) else "float32"
+    return dtype
+
+
+def precise(device: torch.device) -> torch.dtype:
+    """The type that figures are summed in on a device: float64, but on Apple's, which have none, float32."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def summed(values: torch.Tensor, accelerator: Accelerator) -> list[float]:
+    """The sums over all processes of what each has."""
+    device = accelerator.device
+    return accelerator.reduce(values.to(precise(device)).to(device), "sum").tolist()

@@ -6,6 +6,7 @@ A bar on a terminal. Elsewhere nothing for the first ten seconds, then a line ev
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 import time
@@ -47,6 +48,12 @@ def note(line: str) -> None:
     """Print a line about the work to standard error: by one of processes started together, unless `-q` is given."""
     if not is_quiet() and _first_process():
         print(line, file=sys.stderr, flush=True)
+
+
+@functools.cache
+def note_once(line: str) -> None:
+    """`note`, the first time that this line comes."""
+    note(line)
 
 
 class Progress:

@@ -11,6 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+VERSION = "0.1.0"
 LIBRARIES = (
     "torch",
     "transformers",
@@ -38,10 +39,8 @@ def commit() -> str:
 
 def versions() -> dict[str, str]:
     """Versions of this package, Python and the libraries that figures depend on."""
-    import compressor
-
     return {
-        "compressor": compressor.__version__,
+        "compressor": VERSION,
         "python": platform.python_version(),
         **{name: metadata.version(name) for name in LIBRARIES},
     }

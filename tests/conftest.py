@@ -280,11 +280,11 @@ def make_tiny_compressor(tiny_base_folder: Path) -> Callable[..., Any]:
     """
     import torch
 
-    from compressor.api import Compressor
     from compressor.model.base import load_base
     from compressor.model.config import BaseConfig, CompressorConfig
+    from compressor.training.objectives import Trainee
 
-    def make(stirred: bool = True, base: Any = None, seed: int = 0, **settings: Any) -> Compressor:
+    def make(stirred: bool = True, base: Any = None, seed: int = 0, **settings: Any) -> Trainee:
         settings = {
             "memory_tokens": 8,
             "lora_rank": 4,
@@ -293,7 +293,7 @@ def make_tiny_compressor(tiny_base_folder: Path) -> Callable[..., Any]:
             "max_passage_tokens": 64,
         } | settings
         base = load_base(BaseConfig(path=str(tiny_base_folder))) if base is None else base
-        model = Compressor(base, CompressorConfig(**settings), seed)
+        model = Trainee(base, CompressorConfig(**settings), seed)
         if stirred:
             generator = torch.Generator().manual_seed(1)
             with torch.no_grad():

@@ -134,18 +134,17 @@ def test_answer_and_distillation_losses_are_likelihood_and_divergence(make_stage
         likelihood = float(answer_loss(model, prefix, batch | {"distillation_weight": 0.0}))
         rows = [ids[:n].tolist() for ids, n in zip(batch["input_ids"], batch["lengths"].tolist(), strict=True)]
         wanted = nll = divergence = 0.0
-        with model.adapters(on=False):
-            for row, owner in enumerate(batch["answer_owners"].tolist()):
-                chosen = batch["answer_labels"][row] != IGNORED
-                inputs = batch["answer_inputs"][row : row + 1]
-                student = decode(base, prefix.select(torch.tensor([owner])), inputs)[0, chosen].log_softmax(-1)
-                # The teacher reads the whole passage as it would stand in a prompt.
-                plain = torch.tensor([[base.bos, *rows[owner], *inputs[0].tolist()]])
-                logits = base.model(input_ids=plain).logits[0, 1 + len(rows[owner]) :]
-                teacher = logits[chosen].log_softmax(-1)
-                nll -= float(student.gather(1, batch["answer_labels"][row, chosen][:, None]).sum())
-                divergence += float((teacher.exp() * (teacher - student)).sum())
-                wanted += 1
+        for row, owner in enumerate(batch["answer_owners"].tolist()):
+            chosen = batch["answer_labels"][row] != IGNORED
+            inputs = batch["answer_inputs"][row : row + 1]
+            student = decode(base, prefix.select(torch.tensor([owner])), inputs)[0, chosen].log_softmax(-1)
+            # The teacher reads the whole passage as it would stand in a prompt.
+            plain = torch.tensor([[base.bos, *rows[owner], *inputs[0].tolist()]])
+            logits = base.model(input_ids=plain).logits[0, 1 + len(rows[owner]) :]
+            teacher = logits[chosen].log_softmax(-1)
+            nll -= float(student.gather(1, batch["answer_labels"][row, chosen][:, None]).sum())
+            divergence += float((teacher.exp() * (teacher - student)).sum())
+            wanted += 1
     assert likelihood == pytest.approx(2 * nll, rel=1e-4)
     assert both - likelihood == pytest.approx(0.5 * divergence, rel=1e-3)
     assert divergence > 0

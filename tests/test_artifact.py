@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 
 from compressor.commands.cli import main as cli
 from compressor.errors import CompressorError
-from compressor.model.memory import Memory
+from compressor.model import checkpoint, fingerprints
+from compressor.model.memory import Memory, check_base, signed
 from compressor.storage import container
 from compressor.storage import memory_file as artifact
 from compressor.storage.calibration import Calibration
@@ -232,29 +233,29 @@ def test_another_base_or_tokenizer_is_refused(
     tiny_compressor: Any, tiny_base_folder: Path, texts: list[str], from_scratch: Any
 ) -> None:
     base = tiny_compressor.base
-    memory = artifact.signed(tiny_compressor.compress("We measure dust."), base, "tiny@1")
-    artifact.check_base(memory, base)
+    memory = signed(tiny_compressor.compress("We measure dust."), base, "tiny@1")
+    check_base(memory, base)
     assert memory.base_name == tiny_base_folder.name
     with pytest.raises(CompressorError, match=r"another base \(tiny-base, weights"):
-        artifact.check_base(replace(memory, base="f" * 64), base)
+        check_base(replace(memory, base="f" * 64), base)
 
     class Other:
         name, fingerprint, tokenizer = base.name, base.fingerprint, from_scratch.train_tokenizer(texts[:50], 512)
 
     with pytest.raises(CompressorError, match="another tokenizer"):
-        artifact.check_base(memory, Other())  # type: ignore[arg-type]
+        check_base(memory, Other())  # type: ignore[arg-type]
 
 
 def test_fingerprints(make_tiny_compressor: Any, tiny_base_folder: Path) -> None:
     first, second = make_tiny_compressor(), make_tiny_compressor()
     other = make_tiny_compressor(seed=1)
-    assert artifact.compressor_name(first, "/some/where/mini") == artifact.compressor_name(second, "mini")
-    assert artifact.compressor_fingerprint(first) != artifact.compressor_fingerprint(other)
+    assert checkpoint.compressor_name(first, "/some/where/mini") == checkpoint.compressor_name(second, "mini")
+    assert checkpoint.compressor_fingerprint(first) != checkpoint.compressor_fingerprint(other)
     tokenizer = first.base.tokenizer
-    before = artifact.tokenizer_fingerprint(tokenizer)
-    assert before == artifact.tokenizer_fingerprint(second.base.tokenizer)
+    before = fingerprints.tokenizer_fingerprint(tokenizer)
+    assert before == fingerprints.tokenizer_fingerprint(second.base.tokenizer)
     tokenizer.add_tokens(["naïve"])
-    assert artifact.tokenizer_fingerprint(tokenizer) != before
+    assert fingerprints.tokenizer_fingerprint(tokenizer) != before
 
 
 def test_a_codec_object_and_its_name_write_the_same(fuzzing: ModuleType, tmp_path: Path) -> None:

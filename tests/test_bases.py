@@ -29,12 +29,13 @@ from compressor.model.base import Base, load_base
 from compressor.model.bases import NAMED, NamedBase, fetch, locate
 from compressor.model.config import BaseConfig
 from compressor.model.gguf_cache import CACHE, cached
+from compressor.progress import note_once
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache folder; lines that were said before may be said again."""
-    gguf_cache.say.cache_clear()
+    note_once.cache_clear()
     monkeypatch.setenv(CACHE, str(tmp_path / "cache"))
     return tmp_path / "cache" / "bases"
 

@@ -430,7 +430,7 @@ def test_calibrating_a_compressor(tiny_compressor: Any, texts: list[str]) -> Non
     back = round_trip(Codec.parse("lowrank:4", fitted), memory)
 
     def logits(one: Memory) -> torch.Tensor:
-        with torch.no_grad(), model.adapters(on=False):
+        with torch.no_grad():
             return decode(model.base, memory_prefix(model.base, [one]), torch.tensor([[model.base.bos, *passages[22]]]))
 
     spread = float((logits(memory) - logits(made_like(memory))).square().mean())

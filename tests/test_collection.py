@@ -256,7 +256,7 @@ def test_a_calibrated_collection_carries_its_calibration(
     checkpoint: Path, passages: list[dict[str, str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from compressor.api import Compressor
-    from compressor.storage.memory_file import compressor_name
+    from compressor.model.checkpoint import compressor_name
 
     model = Compressor.from_pretrained(checkpoint)
     ids = model.base.tokenizer([passage["text"] for passage in passages], add_special_tokens=False)["input_ids"]

@@ -13,10 +13,11 @@ import yaml
 
 from compressor.data.builders.arxivqa import ArxivQAConfig
 from compressor.data.builders.corpora import CorpusConfig
+from compressor.data.config import LengthRange
 from compressor.errors import CompressorError
 from compressor.model.config import CompressorConfig
 from compressor.parsing import known_keys, parse_config
-from compressor.training.config import LengthRange, RunConfig, TokensShare
+from compressor.training.config import RunConfig, TokensShare
 
 PROJECT = Path(__file__).resolve().parents[1]
 CONFIGS = PROJECT / "configs"

@@ -31,7 +31,7 @@ from compressor.evaluation.tasks import regeneration as tasks_module
 from compressor.evaluation.tasks.interface import make_batches
 from compressor.files import sha256
 from compressor.methods.interface import MemoryMethod
-from compressor.training.objectives import target_loss
+from compressor.model.generation import label_nats
 
 FIGURES = ("bleu", "rouge_l", "exact_match", "token_accuracy", "nll_per_token", "token_ratio", "byte_ratio")
 
@@ -275,7 +275,7 @@ def test_whole_passages_are_segmented_and_scored_in_full(tiny_compressor: Any, t
             prefix = tiny_compressor.prefix(*tiny_compressor.encode(segment, lengths, 4), lengths)
             inputs = torch.tensor([[base.bos, *segment[0].tolist()]])
             labels = torch.tensor([[*segment[0].tolist(), base.eos]])
-            nats += float(target_loss(tiny_compressor, prefix, inputs, labels))
+            nats += float(label_nats(tiny_compressor.base, prefix, inputs, labels))
     assert long["nats"] == pytest.approx(nats, rel=1e-5)
     assert math.isfinite(short["nats"])
 

@@ -13,15 +13,16 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedTokenizerFast
 
-from compressor.api import Compressor
 from compressor.data.batches import regeneration_pair, stack_pairs
 from compressor.errors import CompressorError
 from compressor.methods.interface import token_prefix
-from compressor.model.base import Base, load_base, refuse_unsupported, window_of
+from compressor.model.base import Base, load_base
 from compressor.model.config import BaseConfig, CompressorConfig
 from compressor.model.encoder import pad
 from compressor.model.generation import Sampling, decode, generate
 from compressor.model.memory import Memory, Prefix, memory_prefix
+from compressor.model.support import refuse_unsupported, window_of
+from compressor.training.objectives import Trainee
 
 PASSAGES = [list(range(10, 34)), list(range(40, 51)), list(range(60, 79))]
 
@@ -39,7 +40,7 @@ def training_batch(base: Base, tokens: int) -> dict[str, Any]:
     }
 
 
-def stir(model: Compressor) -> None:
+def stir(model: Trainee) -> None:
     """LoRA starts as no change at all: give its B matrices values."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -55,7 +56,7 @@ def small(**settings: Any) -> CompressorConfig:
 def test_whole_path_works(family: str, make_family_base: Callable[..., Base]) -> None:
     base = make_family_base(family)
     frozen = {name: tensor.clone() for name, tensor in base.model.state_dict().items()}
-    model = Compressor(base, small())
+    model = Trainee(base, small())
     stir(model)
     model.train()
     batch = training_batch(base, tokens=4)
@@ -90,21 +91,20 @@ def test_whole_path_works(family: str, make_family_base: Callable[..., Base]) ->
         torch.testing.assert_close(alone.keys, memory.keys, atol=1e-4, rtol=1e-3)
         torch.testing.assert_close(alone.values, memory.values, atol=1e-4, rtol=1e-3)
         assert memory.keys.shape == (base.layers, base.kv_heads, 4, base.head_size)
-    with model.adapters(on=False):
-        together = generate(base, memory_prefix(base, memories), [[base.bos], [5, 6], [base.bos, 7, 8]], [6, 6, 6])
-        for memory, prompt, expected in zip(memories, [[base.bos], [5, 6], [base.bos, 7, 8]], together, strict=True):
-            assert generate(base, memory_prefix(base, [memory]), [prompt], [6])[0].ids == expected.ids
-        sampled = generate(base, memory_prefix(base, memories), [[base.bos]] * 3, [6] * 3, Sampling(1.0, seed=4))
+    together = generate(base, memory_prefix(base, memories), [[base.bos], [5, 6], [base.bos, 7, 8]], [6, 6, 6])
+    for memory, prompt, expected in zip(memories, [[base.bos], [5, 6], [base.bos, 7, 8]], together, strict=True):
+        assert generate(base, memory_prefix(base, [memory]), [prompt], [6])[0].ids == expected.ids
+    sampled = generate(base, memory_prefix(base, memories), [[base.bos]] * 3, [6] * 3, Sampling(1.0, seed=4))
     assert all(len(one.ids) == 6 or one.finished for one in sampled)
     assert len(model.regenerate(memories, sampling=Sampling(1.0))) == 3
 
 
 def test_decoding_step_by_step_equals_one_forward(family: str, make_family_base: Callable[..., Base]) -> None:
     base = make_family_base(family)
-    model = Compressor(base, small(layout="after"))
+    model = Trainee(base, small(layout="after"))
     stir(model)
     memory = model.compress_ids(PASSAGES[:1])[0]
-    with model.adapters(on=False), torch.no_grad():
+    with torch.no_grad():
         written = generate(base, memory_prefix(base, [memory]), [[base.bos]], [8])[0]
         ids = torch.tensor([[base.bos, *written.ids]])
         logprobs = decode(base, memory_prefix(base, [memory]), ids).log_softmax(-1)[0]
@@ -122,12 +122,12 @@ def test_a_memory_moved_with_its_decoder_gives_the_same_logits(
     family: str, make_family_base: Callable[..., Base]
 ) -> None:
     base = make_family_base(family)
-    model = Compressor(base, small(layout="after"))
+    model = Trainee(base, small(layout="after"))
     stir(model)
     memory = model.compress_ids(PASSAGES[:1])[0]
     prefix, positions = memory_prefix(base, [memory]), memory.positions()[0][None]
     ids = torch.tensor([[base.bos, 7, 8, 9]])
-    with model.adapters(on=False), torch.no_grad():
+    with torch.no_grad():
         here = decode(base, prefix, ids)
         there = decode(base, moved(prefix, base, positions, 131), ids)
         nearer = decode(
@@ -185,7 +185,7 @@ def test_what_fits_into_a_sliding_window_is_read_as_the_model_reads_it_and_no_mo
 
 
 def test_a_compressor_on_a_windowed_base_refuses_what_does_not_fit(make_family_base: Callable[..., Base]) -> None:
-    model = Compressor(make_family_base("gemma3", sliding_window=64), small(layout="after"))
+    model = Trainee(make_family_base("gemma3", sliding_window=64), small(layout="after"))
     short = model.compress_ids([list(range(10, 30))])[0]
     assert isinstance(model.regenerate(short), str)
     together = Memory.concatenate([short, short, short])
@@ -335,7 +335,7 @@ def test_tokens_without_an_embedding_are_left_out(make_family_base: Callable[...
         warnings.simplefilter("always")
         base = Base(plain.model, tokenizer, "llama")
     assert [bool(re.search(warned, str(one.message))) for one in caught] == [True] * bool(warned)
-    model, text = Compressor(base, small()), "graphene <mask> and <|user|> graphene"
+    model, text = Trainee(base, small()), "graphene <mask> and <|user|> graphene"
     ids = base.tokenizer(text, add_special_tokens=False)["input_ids"]
     assert ids == plain.tokenizer(text, add_special_tokens=False)["input_ids"]
     assert isinstance(model.answer(model.compress(text), "graphene?"), str)
@@ -361,7 +361,7 @@ def test_a_tokenizer_of_another_base_is_refused(make_family_base: Callable[..., 
 def test_lora_targets_can_be_named_and_unknown_names_list_those_there_are(
     make_family_base: Callable[..., Base],
 ) -> None:
-    model = Compressor(make_family_base("llama"), small(lora_targets=["q_proj", "v_proj"]))
+    model = Trainee(make_family_base("llama"), small(lora_targets=["q_proj", "v_proj"]))
     adapted = {name.split(".lora_A")[0] for name, p in model.named_parameters() if "lora_A" in name}
     tails = {name.split("layers.")[-1] for name in adapted}
     # Not the last layer's queries: no memory depends on them.
@@ -369,9 +369,9 @@ def test_lora_targets_can_be_named_and_unknown_names_list_those_there_are(
         f"{i}.self_attn.{n}" for i, n in [(0, "q_proj"), (0, "v_proj"), (1, "q_proj"), (1, "v_proj"), (2, "v_proj")]
     }
     with pytest.raises(CompressorError, match=r"names 'q_proj', which gpt-neox does not have.*query_key_value"):
-        Compressor(make_family_base("gpt-neox"), small(lora_targets=["q_proj"]))
+        Trainee(make_family_base("gpt-neox"), small(lora_targets=["q_proj"]))
     with pytest.raises(CompressorError, match="key and value projections"):
-        Compressor(make_family_base("llama", num_hidden_layers=1), small(lora_targets=["o_proj"]))
+        Trainee(make_family_base("llama", num_hidden_layers=1), small(lora_targets=["o_proj"]))
 
 
 def test_eager_attention_equals_sdpa(make_family_base: Callable[..., Base]) -> None:
@@ -379,7 +379,7 @@ def test_eager_attention_equals_sdpa(make_family_base: Callable[..., Base]) -> N
     for attention in ("sdpa", "eager"):
         base = make_family_base("qwen3", attn_implementation=attention)
         assert base.model.config._attn_implementation == attention
-        model = Compressor(base, small())
+        model = Trainee(base, small())
         stir(model)
         results.append((model.compress_ids(PASSAGES)[1].values, model(training_batch(base, 4)).detach()))
     torch.testing.assert_close(results[0], results[1], atol=1e-4, rtol=1e-4)

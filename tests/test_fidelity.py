@@ -57,10 +57,9 @@ def test_edits_are_the_fewest() -> None:
 def _share(model: Compressor, memory: Memory, ids: list[int]) -> float:
     """Share of a passage of one or more segments that comes back, from what `regenerate` writes."""
     wrong = total = 0
-    with model.adapters(on=False):
-        for part, segment in memory.split_with(ids):
-            back = regenerate_ids(model.base, [part])[0]
-            wrong, total = wrong + _plain_edits(segment, back), total + max(len(segment), len(back))
+    for part, segment in memory.split_with(ids):
+        back = regenerate_ids(model.base, [part])[0]
+        wrong, total = wrong + _plain_edits(segment, back), total + max(len(segment), len(back))
     return 1 - wrong / total
 
 
@@ -84,7 +83,7 @@ def test_a_fidelity_that_only_right_tokens_before_would_reach_is_not_accepted(
 ) -> None:
     monkeypatch.setattr(compressor.model.fidelity, "sizes_to_try", lambda *_: [16])
     ids, memory, share = (column[0] for column in measured)
-    with torch.no_grad(), bundled.adapters(on=False):
+    with torch.no_grad():
         scores = passage_scores(bundled.base, memory_prefix(bundled.base, [memory]), [ids])[0]
     teacher_forced = float(scores[:, 1].mean())
     assert share < teacher_forced - 0.01

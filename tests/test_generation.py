@@ -259,22 +259,21 @@ def test_segments_are_written_apart_and_joined(make_tiny_compressor: Callable[..
     model = make_tiny_compressor(max_passage_tokens=12)
     memories = model.compress_ids(PASSAGES)
     assert [len(memory.segments) for memory in memories] == [3, 1, 2]
-    with model.adapters(on=False):
-        written = regenerate_ids(model.base, memories)
-        for size in (1, 2):
-            assert regenerate_ids(model.base, memories, batch_size=size) == written
-        for memory, ids in zip(memories, written, strict=True):
-            parts = [
-                generate(
-                    model.base,
-                    memory_prefix(model.base, [part]),
-                    [[model.base.bos]],
-                    [regeneration_limit(part.passage_tokens)],
-                )[0].ids
-                for part in memory.split()
-            ]
-            assert ids == [token for part in parts for token in part]
-        texts = regenerate(model.base, memories)
+    written = regenerate_ids(model.base, memories)
+    for size in (1, 2):
+        assert regenerate_ids(model.base, memories, batch_size=size) == written
+    for memory, ids in zip(memories, written, strict=True):
+        parts = [
+            generate(
+                model.base,
+                memory_prefix(model.base, [part]),
+                [[model.base.bos]],
+                [regeneration_limit(part.passage_tokens)],
+            )[0].ids
+            for part in memory.split()
+        ]
+        assert ids == [token for part in parts for token in part]
+    texts = regenerate(model.base, memories)
     assert texts == [model.base.tokenizer.decode(ids, skip_special_tokens=True) for ids in written]
     # The public call switches the adapters off by itself, and takes one memory or many.
     assert model.regenerate(memories) == texts

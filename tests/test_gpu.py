@@ -83,7 +83,7 @@ def test_a_memory_moves_between_devices(tiny_base_folder: Path, make_tiny_compre
         assert other.keys.device.type == "cuda"
         torch.testing.assert_close(one.keys, other.keys.cpu(), atol=1e-3, rtol=1e-3)
         ids = torch.tensor([[1, 7, 8]])
-        with there.adapters(on=False), here.adapters(on=False), torch.no_grad():
+        with torch.no_grad():
             near = decode(here.base, memory_prefix(here.base, [other.to("cpu")]), ids)
             far = decode(there.base, memory_prefix(there.base, [one]), ids.cuda())
         torch.testing.assert_close(near, far.cpu(), atol=1e-2, rtol=1e-2)
@@ -93,10 +93,9 @@ def test_batches_equal_singles_on_the_gpu(tiny_base_folder: Path, make_tiny_comp
     model: Compressor = make_tiny_compressor(base=load_base(BaseConfig(path=str(tiny_base_folder)), "cuda"))
     memories = model.compress_ids(PASSAGES)
     prompts = [[1], [5, 6, 7], [1, 9]]
-    with model.adapters(on=False):
-        together = generate(model.base, memory_prefix(model.base, memories), prompts, [8, 8, 8])
-        for memory, prompt, expected in zip(memories, prompts, together, strict=True):
-            assert generate(model.base, memory_prefix(model.base, [memory]), [prompt], [8])[0].ids == expected.ids
+    together = generate(model.base, memory_prefix(model.base, memories), prompts, [8, 8, 8])
+    for memory, prompt, expected in zip(memories, prompts, together, strict=True):
+        assert generate(model.base, memory_prefix(model.base, [memory]), [prompt], [8])[0].ids == expected.ids
 
 
 def test_refinement_on_the_gpu(tiny_base_folder: Path) -> None:
@@ -107,8 +106,7 @@ def test_refinement_on_the_gpu(tiny_base_folder: Path) -> None:
     plain, refined = (model.compress_ids(PASSAGES, 4, refine_steps=steps) for steps in (0, 20))
     nats = []
     for memories in (plain, refined):
-        with model.adapters(on=False):
-            scored = passage_scores(base, memory_prefix(base, memories), PASSAGES)
+        scored = passage_scores(base, memory_prefix(base, memories), PASSAGES)
         nats.append(-sum(float(one[:, 0].sum()) for one in scored))
     assert nats[1] < nats[0]
     assert refined[0].keys.dtype == plain[0].keys.dtype

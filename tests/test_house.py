@@ -1,10 +1,56 @@
-"""`benchmarks/house.py`: figures of a checkout whose shape is known."""
+"""The order of imports in the package; and `benchmarks/house.py`, which reads them, on a checkout of a known shape."""
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
+
+ROWS = (
+    ("__main__",),
+    ("commands",),
+    ("evaluation", "training"),
+    ("api", "serving"),
+    ("packing",),
+    ("methods",),
+    ("storage",),
+    ("model",),
+    ("data",),
+    ("errors", "files", "parsing", "processes", "progress", "provenance", "streams", "unfinished"),
+)
+"""Folders and root modules of the package, the highest first. Each imports itself and what stands in rows below it;
+those of the lowest row import one another."""
+EXCEPTION = "model.memory", ("storage.memory_file", "storage.codec", "storage.calibration")
+"""`Memory.save` and `Memory.load` know memory files, for who holds a memory."""
+
+
+def test_imports_go_down_and_in_no_circle(project: Path) -> None:
+    """Those inside functions and for types alone count as much as the others."""
+    spec = importlib.util.spec_from_file_location("house", project / "benchmarks" / "house.py")
+    assert spec is not None
+    assert spec.loader is not None
+    house = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(house)
+    trees = {
+        house.module_of(path): tree for path, tree in house.sources(project).items() if path.parts[0] == "compressor"
+    }
+    found = {module: house.imported(tree, module, set(trees)) for module, tree in trees.items()}
+    del found["compressor"]  # the door from outside: it imports what is asked of it
+    graph = {
+        m.removeprefix("compressor."): {n.removeprefix("compressor.") for n in named} for m, named in found.items()
+    }
+    graph[EXCEPTION[0]] -= set(EXCEPTION[1])
+    assert house.circles(graph) == []
+    row = {part: number for number, parts in enumerate(ROWS) for part in parts}
+    up = [
+        f"{module} imports {imported}"
+        for module, named in graph.items()
+        for imported in named
+        if (one := module.split(".")[0]) != (other := imported.split(".")[0])
+        and row.get(other, -1) <= row[one] < len(ROWS) - 1
+    ]
+    assert not up
 
 
 def test_circles_and_counts(project: Path, tmp_path: Path) -> None:

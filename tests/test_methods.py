@@ -18,7 +18,7 @@ from compressor.api import Compressor
 from compressor.data.batches import regeneration_pair, stack_pairs
 from compressor.errors import CompressorError
 from compressor.methods import table as registry
-from compressor.methods.interface import MemoryMethod, Method, Piece, TokenMethod, token_prefix
+from compressor.methods.interface import MemoryMethod, Method, MethodSettings, Piece, TokenMethod, token_prefix
 from compressor.methods.keywords import Keywords, with_new_words
 from compressor.methods.recite import recited_prefix
 from compressor.methods.summary import Summary, textrank
@@ -27,7 +27,6 @@ from compressor.methods.table import (
     TRAINED,
     TUNED,
     UNTRAINED,
-    MethodSettings,
     memory_method,
     untrained_method,
 )
@@ -35,10 +34,9 @@ from compressor.model import generation
 from compressor.model.base import Base, load_base
 from compressor.model.config import METHOD_LAYOUTS, BaseConfig
 from compressor.model.encoder import pad
-from compressor.model.generation import after, generate, score
+from compressor.model.generation import after, generate, label_nats, score
 from compressor.model.layouts import memory_positions
 from compressor.model.memory import Memory, memory_prefix
-from compressor.training.objectives import target_loss
 
 Make = Callable[..., Compressor]
 MAKING = [name for name in TRAINED if name not in TUNED]
@@ -91,8 +89,7 @@ def nats(method: Method, contexts: list[list[Piece]]) -> list[float]:
     """Negative log-likelihood of a fixed text after each context: what the decoder makes of the memory."""
     prefix = method.prefix(contexts)
     prompts = after(method.base, prefix, [[7, 8]] * len(contexts))
-    with method.decoding():
-        scored = score(method.base, prefix, prompts, [[9, 10, 11, 12]] * len(contexts))
+    scored = score(method.base, prefix, prompts, [[9, 10, 11, 12]] * len(contexts))
     return [-float(one[:, 0].sum()) for one in scored]
 
 
@@ -121,8 +118,7 @@ def test_passages_of_any_length_are_held_decoded_and_independent_of_their_batch(
         assert [len(pieces) for pieces in of_size] == ([1, 1, 1, 3] if name in (*TRAINED, *READINGS) else [1] * 4)
 
         prefix = method.prefix(of_size)
-        with method.decoding():
-            written = generate(method.base, prefix, after(method.base, prefix, [[method.base.bos]] * 4), [5] * 4)
+        written = generate(method.base, prefix, after(method.base, prefix, [[method.base.bos]] * 4), [5] * 4)
         assert all(1 <= len(one.logprobs) <= 5 for one in written)
         assert all(math.isfinite(value) for one in written for value in one.logprobs)
 
@@ -180,7 +176,7 @@ def test_gradients_reach_all_that_trains_and_the_base_stays(
     optimizer = torch.optim.AdamW(trained.values(), lr=1e-2, weight_decay=0.1)
     for step in range(2):
         prefix = model.prefix(*model.encode(ids, lengths, 8), lengths)
-        target_loss(model, prefix, pairs["inputs"], pairs["labels"]).sum().backward()
+        label_nats(model.base, prefix, pairs["inputs"], pairs["labels"]).sum().backward()
         if step == 0:
             for n, parameter in trained.items():
                 assert parameter.grad is not None, n
@@ -389,13 +385,12 @@ def test_recite_reads_the_texts_that_the_memories_regenerate(
         assert "".join(parts) == text
         assert sum(piece.nbytes for piece in pieces) == memory.to(dtype=torch.bfloat16).nbytes  # what is kept
     assert any(piece.held for pieces in contexts for piece in pieces)
-    with model.adapters(on=False):
-        wanted = token_prefix(base, base.tokenizer(texts, add_special_tokens=False)["input_ids"])
-        for prefix in (method.prefix(contexts), recited_prefix(base, memories)):
-            torch.testing.assert_close(prefix.keys, wanted.keys)
-            torch.testing.assert_close(prefix.values, wanted.values)
-            assert prefix.start.tolist() == wanted.start.tolist()
-        plain = generation.answer(base, wanted, ["Why?"] * 4, model.config.question_template)
+    wanted = token_prefix(base, base.tokenizer(texts, add_special_tokens=False)["input_ids"])
+    for prefix in (method.prefix(contexts), recited_prefix(base, memories)):
+        torch.testing.assert_close(prefix.keys, wanted.keys)
+        torch.testing.assert_close(prefix.values, wanted.values)
+        assert prefix.start.tolist() == wanted.start.tolist()
+    plain = generation.answer(base, wanted, ["Why?"] * 4, model.config.question_template)
     assert model.answer(memories, ["Why?"] * 4, recite=True) == [one.text for one in plain]
 
 

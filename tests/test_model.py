@@ -25,6 +25,7 @@ from compressor.model.checkpoint import read_settings
 from compressor.model.config import BaseConfig, CompressorConfig
 from compressor.model.encoder import encoder_attention, pad
 from compressor.model.lora import READER, WRITER, AdaptedLinear, adapter
+from compressor.model.refinement import refine
 
 PASSAGES = [[(7 * i + j) % 400 + 5 for i in range(n)] for j, n in enumerate((30, 9, 17))]
 Make = Callable[..., Compressor]
@@ -134,9 +135,8 @@ def test_adapters_off_equals_an_untouched_base_exactly(make: Make, tiny_base_fol
     model, untouched = make(), load_base(BaseConfig(path=str(tiny_base_folder)))
     ids = torch.tensor([PASSAGES[0]])
     with torch.no_grad():
-        with model.adapters(on=False):
-            assert torch.equal(model.base.model(ids).logits, untouched.model(ids).logits)
-        with model.adapters(on=True):
+        assert torch.equal(model.base.model(ids).logits, untouched.model(ids).logits)
+        with adapter(READER):
             assert not torch.allclose(model.base.model(ids).logits, untouched.model(ids).logits, atol=1e-2)
 
 
@@ -166,12 +166,12 @@ def test_the_adapter_switch_nests_and_survives_exceptions(make: Make) -> None:
 
     with torch.no_grad():
         off = logits()
-        with model.adapters(on=True):
+        with adapter(READER):
             on = logits()
             assert not torch.equal(on, off)
-            with model.adapters(on=False):
+            with adapter(None):
                 assert torch.equal(logits(), off)
-            with pytest.raises(RuntimeError, match="inside"), model.adapters(on=False):
+            with pytest.raises(RuntimeError, match="inside"), adapter(None):
                 raise RuntimeError("inside")
             assert torch.equal(logits(), on)
         assert torch.equal(logits(), off)
@@ -187,7 +187,7 @@ def test_threads_that_share_a_compressor_do_not_meet(make: Make) -> None:
         if i % 4 == 0:
             return model.compress_ids(passage)[0].keys.tolist()
         if i % 4 == 1:
-            return model.refine([memory], passage, 2)[0].keys.tolist()
+            return refine(model.base, [memory], passage, 2)[0].keys.tolist()
         return model.regenerate(memory) if i % 4 == 2 else model.answer(memory, "What?", limit=8)
 
     serial = [work(i) for i in range(24)]

@@ -60,10 +60,9 @@ def test_the_loss_is_the_cost_of_the_passage_under_its_stored_memory(
     cost = 0.0
     for passage, count in zip(PASSAGES, counts, strict=True):
         memory = model.compress_ids([passage], count)[0]
-        with model.adapters(on=False):
-            scores = score(
-                model.base, memory_prefix(model.base, [memory]), [[model.base.bos]], [[*passage, model.base.eos]]
-            )
+        scores = score(
+            model.base, memory_prefix(model.base, [memory]), [[model.base.bos]], [[*passage, model.base.eos]]
+        )
         cost -= float(scores[0][:, 0].sum())
     assert trained == pytest.approx(cost, rel=1e-4)
 

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from compressor.data.config import DataConfig, LengthRange
 from compressor.data.passages import BatchPlan, Piece, load_passages
 from compressor.errors import CompressorError
-from compressor.training.config import DataConfig, LengthRange
 
 RECORDS = np.array([5, 40, 200, 17, 90, 300, 64, 0, 33, 120])
 

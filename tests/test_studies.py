@@ -78,7 +78,7 @@ def test_flops_are_those_that_torch_counts(
     """Reading and decoding after a cache to the last operation; compressing leaves out what no memory depends on."""
     base, shape = eager.base, shape_of(eager)
     assert (shape.layers, shape.heads, shape.kv_heads, shape.mlp_matrices) == (3, 4, 2, 3)
-    with eager.adapters(on=False), torch.no_grad():
+    with torch.no_grad():
         with FlopCounterMode(display=False) as counter:
             prefix = token_prefix(base, [list(range(5, 24))])
         assert counter.get_total_flops() == shape.forward_flops(20)
@@ -105,7 +105,7 @@ def test_flops_are_those_that_torch_counts(
 def test_setting_adds_up_a_whole_run(eager: Compressor) -> None:
     shape = shape_of(eager)
     setting = Setting(shape, passage=30, new_tokens=5, value_bytes=4)
-    with FlopCounterMode(display=False) as counter, eager.adapters(on=False):
+    with FlopCounterMode(display=False) as counter:
         prefix = token_prefix(eager.base, [list(range(5, 35))])
         steps = list(stream(eager.base, prefix, [[1]], [5], ends=False))
     assert len(steps) == 5
@@ -156,7 +156,7 @@ def test_removing_does_what_it_says(tiny_compressor: Compressor) -> None:
     base = tiny_compressor.base
     ids = torch.arange(20, 30)[None]
     own = method.prefix([one])
-    with tiny_compressor.adapters(on=False), torch.no_grad():
+    with torch.no_grad():
         before = decode(base, own, ids)
         # A memory without any token is no context at all, at the same position.
         nothing = empty_prefix(base, 1)
@@ -185,11 +185,10 @@ def test_probe_agrees_with_scores(tiny_compressor: Compressor) -> None:
     method, (one, long) = _pieces(tiny_compressor, range(10, 40), range(100, 220))
     prompts, targets = [[1], [1]], [list(range(10, 40)), list(range(5, 60))]
     found = probe(method, [one, long], prompts, targets)
-    with tiny_compressor.adapters(on=False):
-        own = method.prefix([long])
-        for place, prefix in ((0, own), (1 + 5, without_token(own, 5, 8)), (-1, without_token(own, None, 8))):
-            wanted = -float(score(tiny_compressor.base, prefix, prompts[1:], targets[1:])[0][:, 0].double().sum())
-            assert float(found[1]["nats"][place]) == pytest.approx(wanted, rel=1e-5)
+    own = method.prefix([long])
+    for place, prefix in ((0, own), (1 + 5, without_token(own, 5, 8)), (-1, without_token(own, None, 8))):
+        wanted = -float(score(tiny_compressor.base, prefix, prompts[1:], targets[1:])[0][:, 0].double().sum())
+        assert float(found[1]["nats"][place]) == pytest.approx(wanted, rel=1e-5)
     assert found[1]["nats"].shape == (1 + 8 + 3 + 1,)
     assert [one["tokens"] for one in found] == [30, 55]
 

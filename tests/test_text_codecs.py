@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import zlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,12 @@ def load(tiny_base_folder: Path, checkpoint: str) -> Load:
     def get(name: str, **settings: Any) -> Words | Embedding:
         key = (name, *settings.items())
         if key not in made:
-            made[key] = text_codec(name, str(tiny_base_folder), checkpoint, **{"tokens": 4, **settings})
+            made[key] = text_codec(
+                name,
+                str(tiny_base_folder),
+                partial(Compressor.from_pretrained, checkpoint),
+                **{"tokens": 4, **settings},
+            )
         return made[key]
 
     return get

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from compressor.commands.demo import DemoConfig, read_passage
+from compressor.commands.demonstration import DemoConfig, read_passage
 from compressor.commands.memory import is_corpus
 from compressor.data.records import load_texts
 from compressor.data.sources import read_rows

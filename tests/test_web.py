@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from compressor.api import Compressor
-from compressor.commands.demo import demo_main, differences
+from compressor.commands.demo import demo_main
+from compressor.commands.demonstration import differences
 from compressor.commands.web import described, page
 from compressor.errors import CompressorError
 

@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compressor import __version__
 from compressor.data.prompts import QUESTION
 from compressor.errors import CompressorError
 from compressor.model.config import BaseMismatch
 from compressor.progress import SHORT, note
+from compressor.provenance import VERSION
 from compressor.streams import check_output, exits_cleanly, write_output
 
 if TYPE_CHECKING:
@@ -160,9 +160,8 @@ def _memory_and_base(options: MemoryOptions) -> tuple[Memory, Base]:
     """The memory that the options name, and its base."""
     from compressor.model.base import load_base
     from compressor.model.config import BaseConfig
-    from compressor.model.memory import Memory
+    from compressor.model.memory import Memory, check_base, on_base
     from compressor.storage.collection import Collection, is_collection
-    from compressor.storage.memory_file import check_base, on_base
 
     if is_collection(options.memory):
         if options.id is None:
@@ -320,7 +319,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(usage())
         return 0 if arguments else 2
     if arguments[0] == "--version":
-        print(f"compressor {__version__}")
+        print(f"compressor {VERSION}")
         return 0
     command = COMMANDS.get(arguments[0])
     if command is None:

@@ -192,12 +192,13 @@ def how_made(options: CompressOptions, model: Compressor) -> dict[str, float]:
 
 def compress_text(options: CompressOptions) -> str:
     """Compress one passage into a memory file; returns a line about it."""
-    from compressor.commands.demo import tokens_named
+    from compressor.commands.demonstration import tokens_named
     from compressor.data.text_files import read_text
 
     passage, codec = read_text(options.text, as_written=options.keep_text), chosen_codec(options)
     from compressor.api import Compressor
-    from compressor.storage.memory_file import compressor_name, signed
+    from compressor.model.checkpoint import compressor_name
+    from compressor.model.memory import signed
 
     model = Compressor.from_pretrained(
         options.checkpoint, base=options.base, device=options.device, base_mismatch=options.base_mismatch
@@ -288,9 +289,11 @@ def _compress_corpus(options: CompressOptions, codec: Any, accelerator: Any) -> 
     from compressor.api import Compressor
     from compressor.data.left_out import LeftOut
     from compressor.data.records import load_texts
+    from compressor.model.checkpoint import compressor_name
+    from compressor.model.fingerprints import public_name
+    from compressor.model.memory import signed
     from compressor.storage.collection import Collection, CollectionWriter, missing, text_hash
     from compressor.storage.inspection import describe
-    from compressor.storage.memory_file import compressor_name, public_name, signed
 
     device: Any = options.device
     if accelerator.num_processes > 1:
@@ -359,9 +362,9 @@ def calibrate_codecs(options: CalibrateOptions, again: bool = False) -> str:
     """
     from compressor.api import Compressor
     from compressor.data.records import load_texts
+    from compressor.model.checkpoint import compressor_name
     from compressor.storage.fitting import calibrate
     from compressor.storage.inspection import describe
-    from compressor.storage.memory_file import compressor_name
     from compressor.unfinished import Unfinished
 
     parts = Unfinished(Path(f"{options.output}.unfinished"), options.resume, again)

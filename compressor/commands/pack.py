@@ -177,9 +177,14 @@ def _text(data: bytes, options: argparse.Namespace) -> bytes:
 
     from compressor.packing.text_codecs import pack_text, text_codec, unpack_text
 
+    def checkpoint() -> Any:
+        from compressor.api import Compressor
+
+        return Compressor.from_pretrained(options.checkpoint, device=options.device)
+
     def load(name: str) -> Any:
         chosen = (options.tokens, options.bits, options.summariser)
-        return text_codec(name, options.base, options.checkpoint, options.device, *chosen)
+        return text_codec(name, options.base, checkpoint, options.device, *chosen)
 
     if options.decompress:
         return unpack_text(data, load).encode()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
-from compressor.commands.demo import (
+from compressor.commands.demonstration import (
     EXAMPLE_TOKENS,
     DemoConfig,
     answers_of,

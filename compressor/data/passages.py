@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from datasets import Dataset
 
+from compressor.data.config import DataConfig
 from compressor.data.left_out import LeftOut
 from compressor.data.records import load_texts
 from compressor.data.rounds import ROUND, Rounds
 from compressor.errors import CompressorError
 from compressor.processes import bars_on_terminals
-from compressor.training.config import DataConfig
 
 DIGESTED = 20_000
 """Records whose tokens a digest reads at least, where there are so many."""

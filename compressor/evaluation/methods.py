@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import gc
-import hashlib
-import json
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +13,17 @@ from compressor.api import Compressor
 from compressor.errors import CompressorError
 from compressor.evaluation.settings import EvaluationConfig
 from compressor.files import bundled
-from compressor.methods.interface import Method, check_tokens
+from compressor.methods.interface import Method, MethodSettings, check_tokens
 from compressor.methods.table import (
     READINGS,
     TRAINED,
     UNTRAINED,
-    MethodSettings,
     memory_method,
     split_spec,
     untrained_method,
 )
 from compressor.model.base import Base, load_base
-from compressor.model.checkpoint import fetch_checkpoint, find_base, read_settings
+from compressor.model.checkpoint import compressor_fingerprint, fetch_checkpoint, find_base, read_settings
 from compressor.model.config import BaseConfig
 
 
@@ -131,7 +127,7 @@ class Methods:
                 dtype=config.dtype,
                 base_mismatch=config.base_mismatch,
             )
-            self._fingerprints[name] = checkpoint_fingerprint(model)
+            self._fingerprints[name] = compressor_fingerprint(model, settings=True)
             self._note_base(model.base)
             method = memory_method(name)(
                 model, config.batch_size, config.segment_tokens, config.refine_steps, config.refine_from
@@ -173,12 +169,3 @@ class Methods:
     def base_record(self) -> dict[str, Any]:
         """The base of the method that was loaded last; all have the same."""
         return self._base
-
-
-def checkpoint_fingerprint(model: Compressor) -> str:
-    """SHA-256 over the settings and trained weights of a compressor."""
-    digest = hashlib.sha256(json.dumps(asdict(model.config), sort_keys=True).encode())
-    for name, tensor in sorted(model.trainable_state().items()):
-        digest.update(f"{name}{tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()

@@ -9,6 +9,7 @@ from compressor.model.base import Base
 from compressor.model.config import CompressorConfig
 from compressor.model.encoder import AdaptedBase, Encoder
 from compressor.model.layouts import memory_positions
+from compressor.model.lora import READER, adapter
 
 
 class AnchorEncoder(Encoder):
@@ -43,6 +44,6 @@ class AnchorEncoder(Encoder):
         gone[:, :width] |= columns >= lengths[:, None]
         itself = torch.eye(width + tokens, dtype=torch.bool, device=passages.device)
         allowed = (sees & ~gone[:, None, :]) | itself
-        with model.adapters(on=True):
+        with adapter(READER):
             keys, values = base.keys_and_values(torch.cat([embedded, marked], dim=1), order, allowed, tokens)
         return base.rotate(keys, anchors, inverse=True), values

@@ -6,22 +6,31 @@ Tasks see `Method` alone, so that every method is measured by the same code and 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
-from compressor.api import Compressor
 from compressor.errors import CompressorError
-from compressor.methods.table import MethodSettings
 from compressor.model.base import Base
 from compressor.model.encoder import encoder_attention, pad
 from compressor.model.memory import Memory, Prefix, empty_prefix, memory_prefix
-from compressor.model.refinement import random_start
+from compressor.model.network import Network
+from compressor.model.refinement import random_start, refine
 
 BF16 = 2
 """Bytes of one bfloat16 value."""
+
+
+@dataclass(frozen=True)
+class MethodSettings:
+    """What methods without a checkpoint can be told."""
+
+    summariser: str | None = None
+    """Folder or hub id of a seq2seq summariser; by default sentences are extracted."""
+    keyword_language: str = "en"
+    llmlingua: str = "microsoft/llmlingua-2-bert-base-multilingual-cased-meetingbank"
+    """Folder or hub id of LLMLingua-2's token classifier."""
 
 
 @dataclass(frozen=True)
@@ -64,9 +73,6 @@ class Method(Protocol):
     def reach(self, pieces: Sequence[Piece]) -> int:
         """Position of the decoder's first token after a row of `prefix`."""
 
-    def decoding(self) -> AbstractContextManager[None]:
-        """The state the base must be in while it decodes after `prefix`."""
-
 
 class MemoryMethod:
     """A trained method: a passage becomes a `Memory`.
@@ -85,7 +91,7 @@ class MemoryMethod:
 
     def __init__(
         self,
-        compressor: Compressor,
+        compressor: Network,
         batch_size: int = 16,
         segment_tokens: int | None = None,
         refine_steps: int = 0,
@@ -109,7 +115,7 @@ class MemoryMethod:
             sizes = [self._memories(passages, count) for count in tokens]
         if self.refine_from == "random":
             sizes = [[random_start(memory) for memory in one] for one in sizes]
-        sizes = [self.compressor.refine(one, passages, self.refine_steps, self.batch_size) for one in sizes]
+        sizes = [refine(self.base, one, passages, self.refine_steps, self.batch_size) for one in sizes]
         return [
             [self._pieces(ids, memory) for ids, memory in zip(passages, memories, strict=True)] for memories in sizes
         ]
@@ -132,9 +138,6 @@ class MemoryMethod:
 
     def reach(self, pieces: Sequence[Piece]) -> int:
         return memory_reach(pieces)
-
-    def decoding(self) -> AbstractContextManager[None]:
-        return self.compressor.adapters(on=False)
 
 
 class TokenMethod:
@@ -173,9 +176,6 @@ class TokenMethod:
 
     def reach(self, pieces: Sequence[Piece]) -> int:
         return token_reach(pieces)
-
-    def decoding(self) -> AbstractContextManager[None]:
-        return nullcontext()
 
 
 class TextMethod(TokenMethod):

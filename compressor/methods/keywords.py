@@ -7,8 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from compressor.errors import CompressorError
-from compressor.methods.interface import TextMethod
-from compressor.methods.table import MethodSettings
+from compressor.methods.interface import MethodSettings, TextMethod
 from compressor.model.base import Base
 
 CANDIDATES = 4

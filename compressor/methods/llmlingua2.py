@@ -6,8 +6,7 @@ from functools import lru_cache
 from typing import Any
 
 from compressor.errors import CompressorError
-from compressor.methods.interface import TokenMethod
-from compressor.methods.table import MethodSettings
+from compressor.methods.interface import MethodSettings, TokenMethod
 from compressor.model.base import Base
 
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from compressor.model.base import Base
 from compressor.model.config import CompressorConfig, Layout
 from compressor.model.encoder import AdaptedBase, Encoder, encoder_attention, prefill
+from compressor.model.lora import READER, adapter
 
 
 class MeanPoolEncoder(Encoder):
@@ -40,7 +41,7 @@ class MeanPoolEncoder(Encoder):
         batch, width = passages.shape
         positions = torch.arange(width, device=passages.device).expand(batch, -1)
         allowed = encoder_attention(lengths, width, 0, self.config.passage_attention == "bidirectional")
-        with model.adapters(on=True):
+        with adapter(READER):
             states = model.base.hidden_states(model.base.embeddings(passages), positions, allowed)
         pooled = block_means(lengths, width, tokens).to(states.dtype) @ states
         return prefill(model, self.map(pooled.float()), lengths, self.memory_layout, self.config.memory_tokens)

@@ -23,8 +23,7 @@ class Recite(MemoryMethod):
     def compress(self, passages: Sequence[list[int]], tokens: Sequence[int]) -> list[list[list[Piece]]]:
         """See `Method.compress`: pieces hold what was written back, and count the memories' bytes."""
         sizes = super().compress(passages, tokens)
-        with super().decoding():
-            return [self._recited(rows) for rows in sizes]
+        return [self._recited(rows) for rows in sizes]
 
     def _recited(self, rows: Sequence[Sequence[Piece]]) -> list[list[Piece]]:
         written = iter(recite(self.base, [piece.held for row in rows for piece in row], self.batch_size))
@@ -35,12 +34,11 @@ class Recite(MemoryMethod):
 
     def prefix(self, rows: Sequence[Sequence[Piece]]) -> Prefix:
         """Keys and values of `BOS tokens`, as the base reads them in a prompt."""
-        with self.decoding():
-            return token_prefix(self.base, [[token for piece in row for token in piece.held] for row in rows])
+        return token_prefix(self.base, [[token for piece in row for token in piece.held] for row in rows])
 
 
 def recite(base: Base, memories: Sequence[Memory], batch_size: int = 16) -> list[list[int]]:
-    """Token ids of the texts that memories regenerate, greedily; adapters must be off."""
+    """Token ids of the texts that memories regenerate, greedily."""
     texts = regenerate(base, memories, batch_size=batch_size)
     return (
         [list(ids) for ids in base.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]]
@@ -50,5 +48,5 @@ def recite(base: Base, memories: Sequence[Memory], batch_size: int = 16) -> list
 
 
 def recited_prefix(base: Base, memories: Sequence[Memory]) -> Prefix:
-    """What the decoder reads instead of the memories: `BOS text`, with each memory's text; adapters must be off."""
+    """What the decoder reads instead of the memories: `BOS text`, with each memory's text."""
     return token_prefix(base, recite(base, memories))

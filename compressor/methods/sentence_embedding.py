@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from compressor.errors import CompressorError
-from compressor.model.base import Base, fingerprint
+from compressor.model.base import Base
 from compressor.model.config import CompressorConfig, Layout
 from compressor.model.encoder import AdaptedBase, Encoder, encoder_attention, prefill
+from compressor.model.fingerprints import fingerprint
 
 
 class SentenceEmbeddingEncoder(Encoder):
@@ -58,8 +59,7 @@ class SentenceEmbeddingEncoder(Encoder):
             batch, width = passages.shape
             positions = torch.arange(width, device=passages.device).expand(batch, -1)
             allowed = encoder_attention(lengths, width, 0, bidirectional=False)
-            with model.adapters(on=False):
-                states = base.hidden_states(base.embeddings(passages), positions, allowed)
+            states = base.hidden_states(base.embeddings(passages), positions, allowed)
             weights = (positions < lengths[:, None])[..., None].float()
             return (states.float() * weights).sum(1) / weights.sum(1)
         encoder, tokenizer = self._frozen

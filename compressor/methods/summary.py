@@ -12,8 +12,7 @@ import torch
 
 from compressor.data.builders.cloze import split_sentences
 from compressor.errors import CompressorError
-from compressor.methods.interface import TextMethod
-from compressor.methods.table import MethodSettings
+from compressor.methods.interface import MethodSettings, TextMethod
 from compressor.model.base import Base
 
 DAMPING = 0.85

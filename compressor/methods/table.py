@@ -7,16 +7,15 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
-from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from compressor.errors import CompressorError
-from compressor.model.encoder import Encoder
 
 if TYPE_CHECKING:
-    from compressor.methods.interface import MemoryMethod, Method
+    from compressor.methods.interface import MemoryMethod, Method, MethodSettings
     from compressor.model.base import Base
+    from compressor.model.encoder import Encoder
 
 TRAINED: dict[str, str] = {
     "kv": "kv:KVEncoder",
@@ -45,17 +44,6 @@ READINGS: dict[str, str] = {"recite": "recite:Recite"}
 """Other ways for the decoder to read the memories of a trained method: where their `MemoryMethod` is."""
 
 
-@dataclass(frozen=True)
-class MethodSettings:
-    """What methods without a checkpoint can be told."""
-
-    summariser: str | None = None
-    """Folder or hub id of a seq2seq summariser; by default sentences are extracted."""
-    keyword_language: str = "en"
-    llmlingua: str = "microsoft/llmlingua-2-bert-base-multilingual-cased-meetingbank"
-    """Folder or hub id of LLMLingua-2's token classifier."""
-
-
 def encoder_class(name: str) -> type[Encoder]:
     """The encoder of a trained method."""
     return _load(TRAINED[check_name(name, TRAINED)])
@@ -69,10 +57,7 @@ def split_spec(spec: str) -> tuple[str, str | None]:
 
 def memory_method(name: str) -> type[MemoryMethod]:
     """How the memories of a checkpoint are read under this name: as they are, or as one of `READINGS`."""
-    from compressor.methods.interface import MemoryMethod
-
-    others = READINGS | TUNED
-    return _load(others[name]) if name in others else MemoryMethod
+    return _load((READINGS | TUNED).get(name, "interface:MemoryMethod"))
 
 
 def untrained_method(name: str, base: Base, settings: MethodSettings) -> Method:

@@ -62,28 +62,27 @@ class TunedEncoder(Encoder):
     def encode(self, model: AdaptedBase, passages: Tensor, lengths: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
         """See `Encoder.encode`; the slots are BOS, the cartridge's and, where it is read, the passage's."""
         base, batch = model.base, len(passages)
-        with model.adapters(on=False):
-            first = _position_free(base, torch.full((1, 1), base.bos, device=passages.device))
-            shape = (self.config.memory_tokens, base.layers, 2, base.kv_heads, base.head_size)
-            trained = self.cartridge.weight.to(base.dtype).view(shape).permute(2, 1, 3, 0, 4)
-            keys, values = (
-                torch.cat([start, part[:, None]], dim=3).expand(-1, batch, -1, -1, -1)
-                for start, part in zip(first, trained, strict=True)
-            )
-            if not self.reads:
-                return keys, values
-            before, width = keys.shape[3], passages.shape[1]
-            placed = torch.arange(before, device=passages.device).expand(batch, -1)
-            cache = DynamicCache()
-            for layer, (key, value) in enumerate(zip(base.rotate(keys, placed), values, strict=True)):
-                cache.update(key, value, layer)
-            # Padding on the right is seen by padding alone.
-            positions = torch.arange(before, before + width, device=passages.device).expand(batch, -1)
-            columns = torch.arange(before + width, device=passages.device)
-            allowed = columns <= positions[:, :, None]
-            found = base.keys_and_values(base.embeddings(passages), positions, allowed, cache=cache)
-            every = columns.expand(batch, -1)
-            return base.rotate(found[0], every, inverse=True), found[1]
+        first = _position_free(base, torch.full((1, 1), base.bos, device=passages.device))
+        shape = (self.config.memory_tokens, base.layers, 2, base.kv_heads, base.head_size)
+        trained = self.cartridge.weight.to(base.dtype).view(shape).permute(2, 1, 3, 0, 4)
+        keys, values = (
+            torch.cat([start, part[:, None]], dim=3).expand(-1, batch, -1, -1, -1)
+            for start, part in zip(first, trained, strict=True)
+        )
+        if not self.reads:
+            return keys, values
+        before, width = keys.shape[3], passages.shape[1]
+        placed = torch.arange(before, device=passages.device).expand(batch, -1)
+        cache = DynamicCache()
+        for layer, (key, value) in enumerate(zip(base.rotate(keys, placed), values, strict=True)):
+            cache.update(key, value, layer)
+        # Padding on the right is seen by padding alone.
+        positions = torch.arange(before, before + width, device=passages.device).expand(batch, -1)
+        columns = torch.arange(before + width, device=passages.device)
+        allowed = columns <= positions[:, :, None]
+        found = base.keys_and_values(base.embeddings(passages), positions, allowed, cache=cache)
+        every = columns.expand(batch, -1)
+        return base.rotate(found[0], every, inverse=True), found[1]
 
     def places(self, lengths: Tensor, slots: int, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """See `Encoder.places`: slots stand where they were read, whatever number of tokens is asked for."""

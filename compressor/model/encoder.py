@@ -8,7 +8,7 @@ the same for all of them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import ClassVar, NamedTuple, Protocol
 
@@ -23,15 +23,13 @@ from compressor.model.lora import READER, WRITER, adapter
 
 
 class AdaptedBase(Protocol):
-    """What an encoder runs: a base, with adapters that can be switched."""
+    """What an encoder runs: a base with adapters, of which `lora.adapter` runs one."""
 
     base: Base
     config: CompressorConfig
 
     has_writer: bool
     """Whether memory tokens have an adapter of their own."""
-
-    def adapters(self, on: bool) -> AbstractContextManager[None]: ...
 
 
 class Encoder(nn.Module):
@@ -110,7 +108,7 @@ class Encoder(nn.Module):
 
 
 def prefill(model: AdaptedBase, embedded: Tensor, lengths: Tensor, layout: Layout, most: int) -> tuple[Tensor, Tensor]:
-    """Position-free keys and values of input embeddings that the base, adapters off, reads instead of a passage.
+    """Position-free keys and values of input embeddings that the base reads instead of a passage.
 
     Args:
         embedded: `[batch, k, hidden]`.
@@ -124,8 +122,7 @@ def prefill(model: AdaptedBase, embedded: Tensor, lengths: Tensor, layout: Layou
     batch, slots = embedded.shape[:2]
     positions = memory_positions(layout, lengths, slots, most)
     causal = torch.ones(slots, slots, dtype=torch.bool, device=embedded.device).tril().expand(batch, -1, -1)
-    with model.adapters(on=False):
-        keys, values = model.base.keys_and_values(embedded.to(model.base.dtype), positions, causal)
+    keys, values = model.base.keys_and_values(embedded.to(model.base.dtype), positions, causal)
     return model.base.rotate(keys, positions, inverse=True), values
 
 

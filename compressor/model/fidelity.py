@@ -13,7 +13,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -23,9 +22,8 @@ from compressor.errors import CompressorError
 from compressor.model.base import Base
 from compressor.model.generation import generate, regeneration_limit, score
 from compressor.model.memory import Memory, Prefix, memory_prefix
-
-if TYPE_CHECKING:
-    from compressor.api import Compressor
+from compressor.model.network import Network
+from compressor.model.refinement import refine
 
 
 def passage_scores(base: Base, prefix: Prefix, passages: Sequence[Sequence[int]]) -> list[Tensor]:
@@ -34,15 +32,14 @@ def passage_scores(base: Base, prefix: Prefix, passages: Sequence[Sequence[int]]
 
 
 def fidelities(
-    model: Compressor, memories: Sequence[Memory], passages: Sequence[Sequence[int]], batch_size: int = 16
+    model: Network, memories: Sequence[Memory], passages: Sequence[Sequence[int]], batch_size: int = 16
 ) -> list[float]:
     """Fidelity of each memory, 0 to 1; of one with several segments that of all of them together.
 
     Args:
         passages: token ids that the memories were compressed from.
     """
-    with model.adapters(on=False):
-        return fidelities_under(model.base, memories, passages, batch_size)
+    return fidelities_under(model.base, memories, passages, batch_size)
 
 
 def fidelities_under(
@@ -92,7 +89,7 @@ def edits(wanted: Sequence[int], found: Sequence[int]) -> int:
     return int(row[-1])
 
 
-def sizes_to_try(model: Compressor, tokens: int | None = None) -> list[int]:
+def sizes_to_try(model: Network, tokens: int | None = None) -> list[int]:
     """Powers of two below `tokens` (by default all the compressor has), then `tokens`, that it is trained for.
 
     Raises:
@@ -108,7 +105,7 @@ def sizes_to_try(model: Compressor, tokens: int | None = None) -> list[int]:
 
 
 def compress_to_fidelity(
-    model: Compressor,
+    model: Network,
     passages: Sequence[Sequence[int]],
     target: float,
     tokens: int | None = None,
@@ -148,7 +145,7 @@ def compress_to_fidelity(
     for size in sizes:
         texts = [passages[i] for i in left]
         if truncatable:
-            memories = model.refine([largest[i].truncate(size) for i in left], texts, refine_steps, batch_size)
+            memories = refine(model.base, [largest[i].truncate(size) for i in left], texts, refine_steps, batch_size)
         else:
             memories = model.compress_ids(texts, size, batch_size, segment_tokens, refine_steps)
         reached = fidelities(model, [stored(memory) for memory in memories], texts, batch_size)

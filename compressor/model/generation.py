@@ -1,6 +1,6 @@
 """The one place that decodes from a prefix: masks, positions, scoring, greedy and sampled generation, streaming.
 
-Every function runs the base as it is: callers switch adapters off around it (`Compressor.adapters`).
+Every function runs the base as it is: adapters run inside an encoder alone (`lora.adapter`).
 """
 
 from __future__ import annotations

@@ -7,7 +7,6 @@ file gives the same weights everywhere: float32 as dequantised, then bfloat16.
 
 from __future__ import annotations
 
-import functools
 import os
 import shutil
 import sys
@@ -17,9 +16,9 @@ from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
-from compressor.errors import CompressorError, WriteError
+from compressor.errors import CompressorError, WriteError, first_line
 from compressor.files import FolderKind, atomic_folder, read_json, sha256, write_json
-from compressor.progress import note
+from compressor.progress import note_once
 
 CACHE = "KV_COMPRESSOR_CACHE"
 """Environment variable that names the cache folder."""
@@ -31,12 +30,6 @@ CONVERTED = FolderKind("a converted base", (RECORD, "*"))
 
 class SourceError(CompressorError):
     """A GGUF file cannot be had from where it was looked for; it may be elsewhere."""
-
-
-@functools.cache
-def say(line: str) -> None:
-    """Print a line to standard error: once, and by one process of those that were started together."""
-    note(line)
 
 
 def cache_folders() -> list[Path]:
@@ -70,7 +63,9 @@ def _writable_cache() -> Path:
             made = _made(folder)
         except OSError:
             continue
-        say(f"the cache {first} cannot be written ({reason.strerror}): using {folder} (choose another with ${CACHE})")
+        note_once(
+            f"the cache {first} cannot be written ({reason.strerror}): using {folder} (choose another with ${CACHE})"
+        )
         return made
     raise CompressorError(
         f"the cache {first} cannot be written ({reason.strerror}): set {CACHE} to a folder with about three times the "
@@ -122,7 +117,7 @@ def converted(name: str, digest: str, origin: str, source: Callable[[Path], Path
     try:
         lock.acquire(timeout=0.1)
     except Timeout:
-        say(f"another process is converting {name}: waiting for it")
+        note_once(f"another process is converting {name}: waiting for it")
         lock.acquire()
     try:
         if (found := cached(digest)) is not None:
@@ -137,7 +132,7 @@ def converted(name: str, digest: str, origin: str, source: Callable[[Path], Path
                     f"{path.name} ({origin}) is damaged or another file: its SHA-256 is {actual[:12]}…, not "
                     f"{digest[:12]}…: fetch it again"
                 )
-            say(f"converting {name} ({origin}) to {target}: once, for about half a minute")
+            note_once(f"converting {name} ({origin}) to {target}: once, for about half a minute")
             _convert(path, target, {"format": FORMAT, "source": origin, "file": name, "sha256": digest})
         return target
     finally:
@@ -158,7 +153,7 @@ def _convert(path: Path, target: Path, record: dict[str, Any]) -> None:
     import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from compressor.model.base import fingerprint, first_line
+    from compressor.model.fingerprints import fingerprint
 
     try:
         with _quiet():

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,10 +15,13 @@ from transformers import DynamicCache
 from compressor.errors import CompressorError, require_whole
 from compressor.model.base import Base
 from compressor.model.config import Layout
+from compressor.model.fingerprints import public_name, tokenizer_fingerprint
 from compressor.model.layouts import TRUNCATABLE, decoder_start, memory_positions
-from compressor.storage.calibration import Calibration
-from compressor.storage.codec import Codec
-from compressor.storage.memory_file import check_base, load_memory, save_memory
+from compressor.progress import note_once
+
+if TYPE_CHECKING:
+    from compressor.storage.calibration import Calibration
+    from compressor.storage.codec import Codec
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,7 @@ class Memory:
     base: str
     """Fingerprint of the base that can read this memory."""
     compressor: str = ""
-    """Name and hash of the compressor that made it, `NAME@SHA256` (`memory_file.signed`); empty if not recorded."""
+    """Name and hash of the compressor that made it, `NAME@SHA256` (`signed`); empty if not recorded."""
     tokenizer: str = ""
     """Fingerprint of the base's tokenizer; empty where not recorded."""
     base_name: str = ""
@@ -94,6 +98,8 @@ class Memory:
             codec: a name such as `bf16` or `int4+ans`, or a `Codec`; by default the type the memory is held in.
             passage_bytes: length of the passage's text in UTF-8, which `compressor inspect` compares with.
         """
+        from compressor.storage.memory_file import save_memory  # the one import upward, for who holds a memory
+
         save_memory(self, path, codec, passage_bytes)
 
     @staticmethod
@@ -103,6 +109,8 @@ class Memory:
         Args:
             calibration: what the codec was fitted with, or its file; by default `calibration.safetensors` beside it.
         """
+        from compressor.storage.memory_file import load_memory
+
         return load_memory(path, calibration)
 
     def split(self) -> list[Memory]:
@@ -206,6 +214,50 @@ class Memory:
             seen += segment.tokens
         start = decoder_start(self.layout, torch.tensor([offset], device=device), self.tokens)[0]
         return torch.cat(placed), start
+
+
+def signed(memory: Memory, base: Base, compressor_name: str) -> Memory:
+    """The memory with the names and hashes of where it came from, which its file then states."""
+    return replace(
+        memory,
+        compressor=compressor_name,
+        base_name=public_name(base.name),
+        tokenizer=tokenizer_fingerprint(base.tokenizer),
+    )
+
+
+def check_base(memory: Memory, base: Base) -> None:
+    """Raise a `CompressorError` unless this base, with this tokenizer, reads the memory."""
+    if memory.base != base.fingerprint:
+        raise CompressorError(
+            f"this memory was made with another base ({memory.base_name or 'unnamed'}, weights {memory.base[:12]}) "
+            f"than {base.name} (weights {base.fingerprint[:12]}): load the base it was made with; `compressor ask` and "
+            "`regenerate` read it with this one all the same with --base-mismatch allow"
+        )
+    if memory.tokenizer and memory.tokenizer != (found := tokenizer_fingerprint(base.tokenizer)):
+        raise CompressorError(
+            f"this memory was made with another tokenizer ({memory.tokenizer[:12]}) than that of {base.name} "
+            f"({found[:12]}): load the tokenizer that belongs to the base it was made with"
+        )
+
+
+def on_base(memory: Memory, base: Base) -> Memory:
+    """The memory as one of this base, with a warning if it was made with other weights or another tokenizer.
+
+    Raises:
+        CompressorError: keys and values of another shape than the base's.
+    """
+    layers, heads, _, size = memory.keys.shape
+    if (layers, heads, size) != (base.layers, base.kv_heads, base.head_size):
+        raise CompressorError(
+            f"this memory is one of {layers} layers and {heads} heads of {size}, {base.name} has {base.layers} and "
+            f"{base.kv_heads} of {base.head_size}: load the base it was made with ({memory.base_name or 'unnamed'})"
+        )
+    try:
+        check_base(memory, base)
+    except CompressorError as error:
+        note_once(f"warning: {str(error).split(': ')[0]}: what comes back may be worse")
+    return replace(memory, base=base.fingerprint, tokenizer=tokenizer_fingerprint(base.tokenizer))
 
 
 @dataclass

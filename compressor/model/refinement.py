@@ -34,7 +34,7 @@ def refine(
     steps: int,
     batch_size: int = 16,
 ) -> list[Memory]:
-    """Memories from which the base is more likely to write their passages; adapters must be off.
+    """Memories from which the base is more likely to write their passages.
 
     Gradient descent with Nesterov momentum on the negative log-likelihood of each passage and its EOS. In every layer
     the gradient of the keys, and of the values, is scaled to one norm, which falls linearly to 0; Adam, with a rate for

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from transformers import DynamicCache
 
-from compressor.model.base import FULL_HASH_VALUES, Base
+from compressor.model.base import Base
+from compressor.model.fingerprints import FULL_HASH_VALUES
 from compressor.model.generation import decode
 from compressor.model.memory import Prefix, empty_prefix
 from compressor.packing.frequencies import check_vocabulary

@@ -19,16 +19,19 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from compressor.errors import CompressorError
+from compressor.errors import CompressorError, first_line
 from compressor.methods.keywords import Keywords
+from compressor.methods.sentence_embedding import SentenceEmbeddingEncoder
 from compressor.methods.summary import Summary
-from compressor.model.base import check_device, first_line, start_token
 from compressor.model.bases import locate, remedy
+from compressor.model.checkpoint import compressor_fingerprint
 from compressor.model.encoder import equal_segments, pad
 from compressor.model.generation import Sampling
+from compressor.model.network import Network
+from compressor.model.support import start_token
 from compressor.packing.blocks import Damaged, read_varint, varint
 from compressor.packing.float64 import IDENTITY_BYTES, double_precision, identity_of
-from compressor.storage.memory_file import compressor_fingerprint
+from compressor.processes import check_device
 from compressor.storage.quantise import pack, unpack
 
 MAGIC, VERSION = 0xCD, 0x20
@@ -146,14 +149,15 @@ class Embedding:
 
     sampling: ClassVar[Sampling] = Sampling()
 
-    def __init__(self, model: Any, tokens: int | None = None, bits: int = 8):
-        """`model`: a `Compressor`; `bits`: of a number of the embedding, 8, 4, 3 or 2."""
-        if model.config.method != "sentence-embedding":
+    def __init__(self, model: Network, tokens: int | None = None, bits: int = 8):
+        """`bits`: of a number of the embedding, 8, 4, 3 or 2."""
+        if not isinstance(model.encoder, SentenceEmbeddingEncoder):
             raise CompressorError(
                 "the codec sentence-embedding needs a checkpoint of the method sentence-embedding, this one is of "
                 f"{model.config.method}: name one with --checkpoint"
             )
-        self.model, self.tokens, self.bits = model, tokens or model.config.memory_tokens, bits
+        self.model, self.encoder = model, model.encoder
+        self.tokens, self.bits = tokens or model.config.memory_tokens, bits
         if not 1 <= self.tokens <= model.config.memory_tokens or bits not in (8, 4, 3, 2):
             raise CompressorError(
                 f"tokens = {tokens}, bits = {bits}: the checkpoint has 1 to {model.config.memory_tokens} tokens, and "
@@ -166,7 +170,7 @@ class Embedding:
         """Hash of the checkpoint, bits, tokens, number of segments, their lengths, and the embeddings' integers."""
         ids = self.model.base.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         padded, lengths = pad(self.model.segment(ids), self.model.base.device)
-        found, half = self.model.encoder.embed(self.model, padded, lengths).double().cpu(), 1 << (self.bits - 1)
+        found, half = self.encoder.embed(self.model, padded, lengths).double().cpu(), 1 << (self.bits - 1)
         found = found - found.mean(dim=1, keepdim=True)
         scaled = found / found.abs().amax(dim=1, keepdim=True).clamp(min=1e-30) * half
         integers = torch.floor(scaled).clamp(-half, half - 1).to(torch.int64).flatten().numpy()
@@ -175,7 +179,7 @@ class Embedding:
 
     def decode(self, body: bytes, sampling: Sampling) -> str:
         """The text that the base writes from a body."""
-        reader, encoder, most = Reader(body), self.model.encoder, self.model.config.memory_tokens
+        reader, encoder, most = Reader(body), self.encoder, self.model.config.memory_tokens
         if (theirs := reader.bytes(_DIGEST)) != self.digest:
             raise CompressorError(
                 f"this file was packed with another checkpoint ({theirs.hex()[:12]}) than this one "
@@ -205,17 +209,15 @@ CODECS: dict[str, int] = {"keywords": 1, "summary": 2, "sentence-embedding": 4}
 def text_codec(
     name: str,
     base: str,
-    checkpoint: str,
+    load: Callable[[], Network],
     device: str = "cpu",
     tokens: int | None = None,
     bits: int = 8,
     summariser: str | None = None,
 ) -> Words | Embedding:
-    """The codec of a name in `CODECS`, with the model that writes: `base`, or the checkpoint's."""
+    """The codec of a name in `CODECS`, with the model that writes: `base`, or the one that `load` gives."""
     if name == "sentence-embedding":
-        from compressor.api import Compressor
-
-        return Embedding(Compressor.from_pretrained(checkpoint, device=device), tokens, bits)
+        return Embedding(load(), tokens, bits)
     choose = Keywords if name == "keywords" else (lambda writer: Summary(writer, summariser))
     return Words(Writer.load(base, device), tokens or 16, choose)
 

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-import compressor
 from compressor.errors import CompressorError
 from compressor.model.layouts import TRUNCATABLE
+from compressor.provenance import VERSION
 from compressor.storage import container, entropy
 from compressor.storage.lowrank import Transform
 from compressor.storage.quantise import STEPS
@@ -69,7 +69,7 @@ class Calibration:
     def _serialise(self) -> tuple[bytes, str]:
         settings = {
             "format": FORMAT,
-            "version": compressor.__version__,
+            "version": VERSION,
             **{name: getattr(self, name) for name in ("base", "layout", "most", "compressor", "passages")},
         }
         tensors = {name: getattr(self, name) for name in _TENSORS[:3]}

@@ -11,14 +11,15 @@ import torch
 from torch import Tensor
 
 from compressor.errors import CompressorError
+from compressor.model.generation import decode
+from compressor.model.memory import Memory, Segment, memory_prefix
+from compressor.model.network import Network
 from compressor.storage import entropy
 from compressor.storage.calibration import Calibration, flatten_tokens
 from compressor.storage.lowrank import FEWEST_STEPS, Transform, fit
 from compressor.storage.quantise import CODES, STEPS, symbols
 
 if TYPE_CHECKING:
-    from compressor.api import Compressor
-    from compressor.model.memory import Memory
     from compressor.unfinished import Unfinished
 
 _FLOOR = 0.1
@@ -93,7 +94,7 @@ def _levels(transform: Transform, tokens: Tensor) -> tuple[tuple[int, ...], tupl
 
 
 def measure_sensitivity(
-    model: Compressor,
+    model: Network,
     passages: Sequence[Sequence[int]],
     memories: Sequence[Memory],
     batch_size: int = 16,
@@ -122,11 +123,8 @@ def measure_sensitivity(
     return (total / len(whole)).sqrt()
 
 
-def _squared_gradients(model: Compressor, chosen: Sequence[tuple[Sequence[int], Memory]]) -> dict[str, Tensor]:
+def _squared_gradients(model: Network, chosen: Sequence[tuple[Sequence[int], Memory]]) -> dict[str, Tensor]:
     """`squares` of a batch: mean over tokens of the squared gradients, `[batch, 2, layers, kv_heads, head_size]`."""
-    from compressor.model.generation import decode
-    from compressor.model.memory import memory_prefix
-
     base = model.base
     leaves = [
         replace(m, keys=m.keys.detach().requires_grad_(), values=m.values.detach().requires_grad_()) for _, m in chosen
@@ -137,8 +135,7 @@ def _squared_gradients(model: Compressor, chosen: Sequence[tuple[Sequence[int], 
     for row, (ids, _) in enumerate(chosen):
         read[row, : len(ids) + 1] = torch.tensor([base.bos, *ids])
         wanted[row, : len(ids) + 1] = torch.tensor([*ids, base.eos])
-    with model.adapters(on=False):
-        logits = decode(base, memory_prefix(base, leaves), read.to(base.device))
+    logits = decode(base, memory_prefix(base, leaves), read.to(base.device))
     loss = torch.nn.functional.cross_entropy(
         logits.float().flatten(0, 1), wanted.flatten().to(logits.device), ignore_index=-100, reduction="sum"
     )
@@ -148,7 +145,7 @@ def _squared_gradients(model: Compressor, chosen: Sequence[tuple[Sequence[int], 
 
 
 def calibrate(
-    model: Compressor,
+    model: Network,
     passages: Sequence[Sequence[int]],
     tokens: int | None = None,
     rank: int = 384,
@@ -165,12 +162,10 @@ def calibrate(
         tokens: memory tokens; by default all the compressor has, which serves fewer too where the layout can be
             truncated.
         sensitivity_passages: how many of them to measure the sensitivity on; 0 weighs all channels alike.
-        compressor_name: see `artifact.signed`.
+        compressor_name: see `signed`.
         progress: called with the number of passages compressed since the last call.
         parts: what an interrupted run has done, and where what is done is written.
     """
-    from compressor.model.memory import Memory, Segment
-
     passages = [segment for ids in passages for segment in model.segment(list(ids))]
     memories: list[Memory] = []
     for start in range(0, len(passages), 32):
@@ -197,7 +192,7 @@ def calibrate(
     return replace(fit_calibration(memories, sensitivity, rank), compressor=compressor_name)
 
 
-def _compressed(model: Compressor, passages: Sequence[Sequence[int]], tokens: int | None) -> dict[str, Tensor]:
+def _compressed(model: Network, passages: Sequence[Sequence[int]], tokens: int | None) -> dict[str, Tensor]:
     """`keys` and `values` of passages of one segment each, `[passages, layers, kv_heads, tokens, head_size]`."""
     memories = [memory.to("cpu") for memory in model.compress_ids(passages, tokens)]
     return {

@@ -7,29 +7,22 @@ file. Reading needs the base, not the adapters, and for calibrated codecs the ca
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
-from weakref import WeakKeyDictionary
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
-import compressor
 from compressor.errors import CompressorError
 from compressor.model.config import Layout
-from compressor.model.gguf_cache import say
+from compressor.model.memory import Memory, Segment
+from compressor.provenance import VERSION
 from compressor.storage import container
 from compressor.storage.calibration import Calibration
 from compressor.storage.codec import FLOATS, Codec
-
-if TYPE_CHECKING:
-    from compressor.api import Compressor
-    from compressor.model.base import Base
-    from compressor.model.memory import Memory
 
 FORMAT = 2
 BESIDE = "calibration.safetensors"
@@ -47,88 +40,6 @@ TEXT = "text"
 """Name of the tensor that holds a memory's passage, packed."""
 _RESIDUAL = "residual"
 """Tensor of files before 0.2.0 that made regeneration exact."""
-_PROBE = "The 3 quick brown foxes—naïve, 𝛼≤β—jump over\n\n\t12,345.67 lazy dogs; can't they?  $x_{i}^2$ <s></s>"
-
-
-_KNOWN: WeakKeyDictionary[Any, tuple[Any, str]] = WeakKeyDictionary()
-
-
-def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """SHA-256 that tells tokenizers apart: vocabulary, special tokens, and how a difficult text is cut."""
-    state = (len(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id)
-    before, known = _KNOWN.get(tokenizer, (None, ""))
-    if before == state:
-        return known
-    digest = hashlib.sha256()
-    for token, number in sorted(tokenizer.get_vocab().items(), key=lambda pair: (pair[1], pair[0])):
-        digest.update(f"{number}:{token}\0".encode("utf-8", "surrogatepass"))
-    ids = tokenizer(_PROBE, add_special_tokens=False, verbose=False)["input_ids"]
-    digest.update(repr((tokenizer.bos_token_id, tokenizer.eos_token_id, list(ids))).encode())
-    _KNOWN[tokenizer] = (state, digest.hexdigest())
-    return digest.hexdigest()
-
-
-def compressor_fingerprint(model: Compressor) -> str:
-    """SHA-256 over the names, shapes and values of a compressor's trained weights."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.trainable_state().items()):
-        digest.update(f"{name}{tuple(tensor.shape)}".encode())
-        digest.update(tensor.float().contiguous().cpu().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def public_name(path: str) -> str:
-    """A path or hub id as files may show it: of an absolute path, which names this machine's folders, the last part."""
-    return Path(path).name if Path(path).is_absolute() else path
-
-
-def compressor_name(model: Compressor, checkpoint: str) -> str:
-    """What memory files call a compressor: `NAME@SHA256`."""
-    return f"{public_name(checkpoint)}@{compressor_fingerprint(model)}"
-
-
-def signed(memory: Memory, base: Base, compressor_name: str) -> Memory:
-    """The memory with the names and hashes of where it came from, which its file then states."""
-    return replace(
-        memory,
-        compressor=compressor_name,
-        base_name=public_name(base.name),
-        tokenizer=tokenizer_fingerprint(base.tokenizer),
-    )
-
-
-def check_base(memory: Memory, base: Base) -> None:
-    """Raise a `CompressorError` unless this base, with this tokenizer, reads the memory."""
-    if memory.base != base.fingerprint:
-        raise CompressorError(
-            f"this memory was made with another base ({memory.base_name or 'unnamed'}, weights {memory.base[:12]}) "
-            f"than {base.name} (weights {base.fingerprint[:12]}): load the base it was made with; `compressor ask` and "
-            "`regenerate` read it with this one all the same with --base-mismatch allow"
-        )
-    if memory.tokenizer and memory.tokenizer != (found := tokenizer_fingerprint(base.tokenizer)):
-        raise CompressorError(
-            f"this memory was made with another tokenizer ({memory.tokenizer[:12]}) than that of {base.name} "
-            f"({found[:12]}): load the tokenizer that belongs to the base it was made with"
-        )
-
-
-def on_base(memory: Memory, base: Base) -> Memory:
-    """The memory as one of this base, with a warning if it was made with other weights or another tokenizer.
-
-    Raises:
-        CompressorError: keys and values of another shape than the base's.
-    """
-    layers, heads, _, size = memory.keys.shape
-    if (layers, heads, size) != (base.layers, base.kv_heads, base.head_size):
-        raise CompressorError(
-            f"this memory is one of {layers} layers and {heads} heads of {size}, {base.name} has {base.layers} and "
-            f"{base.kv_heads} of {base.head_size}: load the base it was made with ({memory.base_name or 'unnamed'})"
-        )
-    try:
-        check_base(memory, base)
-    except CompressorError as error:
-        say(f"warning: {str(error).split(': ')[0]}: what comes back may be worse")
-    return replace(memory, base=base.fingerprint, tokenizer=tokenizer_fingerprint(base.tokenizer))
 
 
 def as_held(memory: Memory) -> str:
@@ -144,7 +55,7 @@ def settings_of(memory: Memory, codec: Codec, details: Mapping[str, Any]) -> dic
     layers, heads, _, size = memory.keys.shape
     return {
         "format": FORMAT,
-        "version": compressor.__version__,
+        "version": VERSION,
         "base": {"name": memory.base_name, "weights": memory.base},
         "tokenizer": memory.tokenizer,
         "compressor": memory.compressor,
@@ -250,8 +161,6 @@ def restore(
     Raises:
         CompressorError: they do not describe a memory.
     """
-    from compressor.model.memory import Memory, Segment
-
     try:
         kept = tensors.get(TEXT)
         if kept is not None and (kept.dtype != torch.uint8 or kept.dim() != 1 or not len(kept)):

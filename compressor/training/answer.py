@@ -14,12 +14,12 @@ from compressor.data.questions import load_questions
 from compressor.errors import CompressorError
 from compressor.methods.interface import token_prefix
 from compressor.model.encoder import pad
-from compressor.model.generation import after, generate
+from compressor.model.generation import after, generate, label_nats
 from compressor.model.memory import Prefix, empty_prefix
+from compressor.processes import summed
 from compressor.progress import note
 from compressor.training.checkpoints import VALIDATION
 from compressor.training.config import RunConfig
-from compressor.training.objectives import target_loss
 from compressor.training.regenerate import CompressionStage
 from compressor.training.stage import Batch
 
@@ -118,9 +118,7 @@ class AnswerStage(CompressionStage):
         for group in groups[accelerator.process_index :: accelerator.num_processes]:
             values, targets = self._validate_group(group, counts, accelerator)
             sums += torch.tensor([*values, targets], dtype=torch.float64)
-        if accelerator.device.type == "mps":
-            sums = sums.float()  # there is no float64 there
-        totals = accelerator.reduce(sums.to(accelerator.device), "sum").tolist()
+        totals = summed(sums, accelerator)
         found = {name: value / max(1.0, totals[-1]) for name, value in zip(names, totals, strict=False)}
         # The base is frozen: what it does with the whole passage, or without, never changes.
         self._bounds = self._bounds or {name: found.pop(name) for name in ("answer_full", "answer_none")}
@@ -147,11 +145,10 @@ class AnswerStage(CompressionStage):
             for count in counts:
                 keys, slots = model.encode(ids, lengths, count)
                 prefix = model.prefix(keys, slots, lengths).select(owners)
-                values.append(float(target_loss(model, prefix, inputs, labels).sum()))
+                values.append(float(label_nats(base, prefix, inputs, labels).sum()))
             if not self._bounds:
-                with model.adapters(on=False):
-                    full = token_prefix(base, [self.held_out_questions[i].ids for i in group]).select(owners)
-                values.append(float(target_loss(model, full, inputs, labels).sum()))
+                full = token_prefix(base, [self.held_out_questions[i].ids for i in group]).select(owners)
+                values.append(float(label_nats(base, full, inputs, labels).sum()))
                 nothing = empty_prefix(base, len(owners))
                 pairs = [
                     answer_pair([base.bos, *prompt], answer, base.eos)
@@ -159,7 +156,7 @@ class AnswerStage(CompressionStage):
                 ]
                 stacked = stack_pairs(pairs)
                 shown = stacked["inputs"].to(device), stacked["labels"].to(device)
-                values.append(float(target_loss(model, nothing, *shown).sum()))
+                values.append(float(label_nats(base, nothing, *shown).sum()))
         return values, batch["targets"]
 
     def _answers(self, drawn: Sequence[Draw]) -> list[list[int]]:
@@ -174,9 +171,8 @@ class AnswerStage(CompressionStage):
         with accelerator.autocast():
             keys, values = model.encode(ids, lengths, tokens)
             memory = model.prefix(keys, values, lengths)
-            with model.adapters(on=False):
-                full = token_prefix(base, [one.ids for one in chosen])
-                written = [self._written(prefix, prompts) for prefix in (memory, full)]
+            full = token_prefix(base, [one.ids for one in chosen])
+            written = [self._written(prefix, prompts) for prefix in (memory, full)]
         lines = []
         for one, prompt, from_memory, from_full in zip(chosen, prompts, *written, strict=True):
             question, right = (" ".join(base.tokenizer.decode(t).split()) for t in (prompt, one.answers[0]))

@@ -9,69 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from compressor.data.config import DataConfig
 from compressor.errors import require
 from compressor.model.config import BaseConfig, BaseMismatch, CompressorConfig
-
-
-@dataclass
-class LengthRange:
-    """Passages are cut to a length drawn uniformly from low..high tokens; `weight` is its share."""
-
-    low: int
-    high: int
-    weight: float = 1.0
-
-    def __post_init__(self) -> None:
-        require(1 <= self.low <= self.high, "data.lengths", f"{self.low}..{self.high}", "1 <= low <= high")
-        require(self.weight > 0, "data.lengths.weight", self.weight, "positive")
-
-
-@dataclass
-class DataConfig:
-    """Passages to train and validate on: a corpus folder, files, or a hub data set id."""
-
-    train: list[str] = field(default_factory=lambda: ["arxiv-train"])
-    validation: list[str] = field(default_factory=lambda: ["arxiv-validation"])
-    text_field: str | None = None
-    """Column that holds the text; by default `text` or `abstract`."""
-    limit: int | None = None
-    """Use only the first so many training records."""
-    validation_limit: int = 200
-    """Use only the first so many validation records."""
-    lengths: list[LengthRange] = field(default_factory=lambda: [LengthRange(16, 500)])
-    """Mixture of passage lengths in tokens. Mixing from the start avoids a jump between lengths."""
-    random_start: float = 0.25
-    """Share of the passages cut from a random place instead of the beginning of the text."""
-    questions: list[str] = field(default_factory=list)
-    """Questions to train on (stage `answer`): files, folders, shipped names or hub ids. Those of the last
-    `validation_limit` contexts are validated on instead."""
-    question_columns: dict[str, str] = field(default_factory=dict)
-    """Names of the questions' columns where they are not the usual ones, for instance `{context: abstract}`."""
-    question_share: float = 0.5
-    """Share of the micro-batches that hold questions; the others hold passages (stage `answer`)."""
-    question_tokens: int | None = None
-    """Contexts of questions are cut to at most so many tokens, and a question goes to the stretch that holds its
-    answer; by default to as many as the compressor takes. Where none holds it the question is left out and counted."""
-    keep_unanswerable: bool = False
-    """Train on questions that the data says have no answer (SQuAD 2.0), too: the right answer is nothing but EOS."""
-    workers: int = 1
-    """Processes that tokenise."""
-
-    def __post_init__(self) -> None:
-        require(bool(self.train), "data.train", self.train, "a non-empty list of sources")
-        require(bool(self.validation), "data.validation", self.validation, "a non-empty list of sources")
-        require(bool(self.lengths), "data.lengths", self.lengths, "a non-empty list")
-        require(0 < self.question_share <= 1, "data.question_share", self.question_share, "above 0, up to 1")
-        require(
-            self.question_tokens is None or self.question_tokens >= 1,
-            "data.question_tokens",
-            self.question_tokens,
-            "at least 1",
-        )
-        require(0 <= self.random_start <= 1, "data.random_start", self.random_start, "in [0, 1]")
-        require(self.limit is None or self.limit >= 1, "data.limit", self.limit, "at least 1")
-        require(self.validation_limit >= 1, "data.validation_limit", self.validation_limit, "at least 1")
-        require(self.workers >= 1, "data.workers", self.workers, "at least 1")
 
 
 @dataclass

@@ -20,9 +20,8 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from compressor.errors import CompressorError, WriteError
-from compressor.model.base import first_line, held_dtype
-from compressor.processes import current_device, make_accelerator
+from compressor.errors import CompressorError, WriteError, first_line
+from compressor.processes import current_device, held_dtype, make_accelerator, precise, summed
 from compressor.progress import note
 from compressor.training.checkpoints import Checkpoints
 from compressor.training.config import RunConfig, TrainingConfig
@@ -134,9 +133,8 @@ def run_step(
     indices = [first + a * world + accelerator.process_index for a in range(settings.accumulation)]
     batches = [stage.micro_batch(index) for index in indices]
     counts = [sum(batch[name] for batch in batches) for name in ("targets", "passages")]
-    precise = torch.float32 if device.type == "mps" else torch.float64  # there is no float64 there
-    targets, passages = accelerator.reduce(torch.tensor(counts, dtype=precise).to(device), "sum").tolist()
-    loss_sum = torch.zeros((), dtype=precise, device=device)
+    targets, passages = summed(torch.tensor(counts, dtype=torch.float64), accelerator)
+    loss_sum = torch.zeros((), dtype=precise(device), device=device)
     for index, batch in zip(indices, batches, strict=True):
         # Dropout depends on the micro-batch alone, not on which process runs it or what ran before.
         torch.manual_seed(config.seed * 1_000_003 + index)
@@ -144,9 +142,9 @@ def run_step(
             loss = module(_move(batch, device))
             # DDP averages gradients over processes; the loss is a mean over all targets of the step.
             accelerator.backward(loss * (world / targets))
-        loss_sum += loss.detach().to(precise)
-    asked = torch.full((), float(stop.requested), dtype=precise, device=device)
-    total_loss, stops = accelerator.reduce(torch.stack([loss_sum, asked]), "sum").tolist()
+        loss_sum += loss.detach().to(loss_sum)
+    asked = torch.full_like(loss_sum, float(stop.requested))
+    total_loss, stops = summed(torch.stack([loss_sum, asked]), accelerator)
     _refuse_non_finite(total_loss, "loss", step, batches, accelerator)
     trainable = [p for p in stage.module.parameters() if p.requires_grad]
     norm = float(accelerator.clip_grad_norm_(trainable, settings.clip))

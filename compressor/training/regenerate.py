@@ -12,18 +12,18 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from compressor.api import Compressor
 from compressor.data.batches import continuation_pair, padded_width, regeneration_pair, stack_pairs
 from compressor.data.left_out import LeftOut
 from compressor.data.passages import BatchPlan, Piece, load_passages, passages_digest
 from compressor.errors import CompressorError
 from compressor.model.base import load_base
 from compressor.model.encoder import pad
-from compressor.model.generation import generate, regeneration_limit
-from compressor.storage.memory_file import tokenizer_fingerprint
+from compressor.model.fingerprints import tokenizer_fingerprint
+from compressor.model.generation import generate, label_nats, regeneration_limit
+from compressor.processes import summed
 from compressor.training.checkpoints import VALIDATION
 from compressor.training.config import RunConfig
-from compressor.training.objectives import target_loss
+from compressor.training.objectives import Trainee
 from compressor.training.stage import Batch
 
 CONTINUATION_TOKENS = 64
@@ -41,9 +41,9 @@ class CompressionStage:
         self.config = config
         self.left_out: defaultdict[str, LeftOut] = defaultdict(LeftOut)
         """What is left out of the data, by its use and split; `run.json` holds it."""
-        self.module: Compressor
+        self.module: Trainee
         if config.init is not None:
-            self.module = Compressor.from_pretrained(
+            self.module = Trainee.from_pretrained(
                 config.init,
                 device=accelerator.device,
                 dtype=config.base.dtype,
@@ -53,7 +53,7 @@ class CompressionStage:
             )
         else:
             base = load_base(config.base, accelerator.device)
-            self.module = Compressor(base, config.compressor, config.seed)
+            self.module = Trainee(base, config.compressor, config.seed)
         self.module.train()
         self.module.activation_checkpointing = config.training.activation_checkpointing
         most = self.module.config.memory_tokens
@@ -206,17 +206,15 @@ class CompressionStage:
                 for place, tokens in enumerate(counts):
                     keys, values = model.encode(ids, lengths, tokens)
                     prefix = model.prefix(keys, values, lengths)
-                    nats = float(target_loss(model, prefix, inputs, labels).sum())
+                    nats = float(label_nats(model.base, prefix, inputs, labels).sum())
                     sums[place] += nats
                     if place == 0 and len(cut) > 1:
                         other = torch.arange(len(cut), device=device).roll(1)
                         swapped = model.prefix(keys[:, other], values[:, other], lengths[other])
-                        swapped_nats = float(target_loss(model, swapped, inputs, labels).sum())
+                        swapped_nats = float(label_nats(model.base, swapped, inputs, labels).sum())
                         sums[-3:] += torch.tensor([nats, swapped_nats, stacked["targets"]], dtype=torch.float64)
             sums[len(counts)] += stacked["targets"]
-        if device.type == "mps":
-            sums = sums.float()  # there is no float64 there
-        totals = accelerator.reduce(sums.to(device), "sum").tolist()
+        totals = summed(sums, accelerator)
         loss = {tokens: value / totals[len(counts)] for tokens, value in zip(counts, totals, strict=False)}
         own, swapped_loss = (value / max(1.0, totals[-1]) for value in totals[-3:-1])
         weights = {share.tokens: share.weight for share in self.config.objective.tokens}
@@ -240,8 +238,7 @@ class CompressionStage:
         limits = [regeneration_limit(len(one)) for one in cut]
         with accelerator.autocast():
             prefix = model.prefix(*model.encode(ids, lengths, tokens), lengths)
-            with model.adapters(on=False):
-                written = [one.ids for one in generate(base, prefix, [[base.bos]] * len(cut), limits)]
+            written = [one.ids for one in generate(base, prefix, [[base.bos]] * len(cut), limits)]
         lines = []
         for passage, back in zip(cut, written, strict=True):
             for label, one in (("passage", passage), ("regenerated", back)):

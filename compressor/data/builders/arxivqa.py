@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from compressor import __version__
 from compressor.data.bad_records import BadRecords
 from compressor.data.builders import generators
 from compressor.data.builders.abstracts import Fields, read_abstract
@@ -32,6 +31,7 @@ from compressor.data.sources import MANIFEST, SPLITS, Hub, Row, read_rows, resol
 from compressor.errors import CompressorError, require
 from compressor.files import FolderKind, atomic_folder, check_folder, owned, sha256, write_json
 from compressor.progress import Progress, counted
+from compressor.provenance import VERSION
 
 QUESTIONS = FolderKind(
     "questions that this command built",
@@ -176,7 +176,7 @@ def _abstracts(config: ArxivQAConfig) -> tuple[dict[str, list[dict[str, str]]], 
         "format": 1,
         "name": config.name,
         "licence": config.licence,
-        "built_with": f"kv-compressor {__version__}",
+        "built_with": f"kv-compressor {VERSION}",
         "generator": config.generator,
         "model": config.model,
         "questions": config.questions,

@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from compressor import __version__
 from compressor.data.bad_records import BadRecords
 from compressor.data.builders.abstracts import Fields, read_abstract
 from compressor.data.builders.selection import Selection
@@ -26,6 +25,7 @@ from compressor.data.sources import MANIFEST, SPLITS, Hub, Row, read_rows, resol
 from compressor.errors import CompressorError, require
 from compressor.files import FolderKind, atomic_folder, check_folder, owned, write_json
 from compressor.progress import Progress
+from compressor.provenance import VERSION
 
 CORPUS = FolderKind("a corpus", (MANIFEST, *(f"{split}-*-of-*.parquet" for split in SPLITS)))
 
@@ -198,7 +198,7 @@ def _build(config: CorpusConfig, sources: list[_Source], folder: Path) -> dict[s
         "format": 1,
         "name": config.name,
         "licence": config.licence,
-        "built_with": f"kv-compressor {__version__}",
+        "built_with": f"kv-compressor {VERSION}",
         "sources": [source.description() for source in sources],
         "cuts": {name: f"before {cut}" for name, cut in zip(SPLITS, config.cuts(), strict=True)},
         "words": {"min": config.min_words, "max": config.max_words},

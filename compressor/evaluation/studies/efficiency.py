@@ -23,11 +23,11 @@ from transformers import LlamaConfig
 from compressor.api import Compressor
 from compressor.errors import CompressorError
 from compressor.evaluation.flops import Cost, Setting, Shape
-from compressor.evaluation.methods import checkpoint_fingerprint
 from compressor.evaluation.report import figure
 from compressor.evaluation.settings import EvaluationConfig
 from compressor.evaluation.studies import Findings
 from compressor.methods.interface import check_tokens, token_prefix
+from compressor.model.checkpoint import compressor_fingerprint
 from compressor.model.generation import stream
 from compressor.model.lora import READER, WRITER
 from compressor.model.memory import memory_prefix
@@ -99,7 +99,7 @@ def efficiency(config: EvaluationConfig, accelerator: Accelerator, parts: Unfini
         settings.passage_attention == "bidirectional",
         lora_parameters(model, WRITER) if model.has_writer else None,
     )
-    parts.expect({"weights": checkpoint_fingerprint(model)})
+    parts.expect({"weights": compressor_fingerprint(model, settings=True)})
     rows: list[dict[str, Any]] = []
     for length in lengths:
         timed = kept_times(parts, length)
@@ -123,7 +123,7 @@ def efficiency(config: EvaluationConfig, accelerator: Accelerator, parts: Unfini
         "published": published_rows(),
         "machine": {"threads": torch.get_num_threads(), "device": device_name(base.device)},
         "notes": notes(config, base.device),
-        "checkpoint": {"path": config.checkpoint, "fingerprint": checkpoint_fingerprint(model)},
+        "checkpoint": {"path": config.checkpoint, "fingerprint": compressor_fingerprint(model, settings=True)},
         "base": {"path": base.name, "fingerprint": base.fingerprint, "dtype": config.dtype},
     }
     return Findings(metrics, lambda folder: draw(rows, sizes[0], folder))
@@ -208,19 +208,17 @@ def time_once(model: Compressor, passage: Sequence[int], tokens: int | None, new
 
     marks, started = {1, *new_tokens}, clock()
     if tokens is None:
-        with model.adapters(on=False):
-            prefix = token_prefix(model.base, [passage])
+        prefix = token_prefix(model.base, [passage])
         read = clock()
     else:
         kept = model.compress_ids([passage], tokens)[0]
         read = clock()
         prefix = memory_prefix(model.base, [kept])
     times = Times(read - started)
-    with model.adapters(on=False):
-        steps = stream(model.base, prefix, [[model.base.bos]], [max(marks)], ends=False)
-        for count, _ in enumerate(steps, start=1):
-            if count in marks:
-                times.written[count] = clock() - read
+    steps = stream(model.base, prefix, [[model.base.bos]], [max(marks)], ends=False)
+    for count, _ in enumerate(steps, start=1):
+        if count in marks:
+            times.written[count] = clock() - read
     return times
 
 

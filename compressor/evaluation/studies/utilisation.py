@@ -21,7 +21,6 @@ from torch import nn
 from compressor.api import Compressor
 from compressor.data.prompts import QUESTION, answer_text
 from compressor.errors import CompressorError
-from compressor.evaluation.methods import checkpoint_fingerprint
 from compressor.evaluation.metrics import LEVEL, bootstrap, ratio
 from compressor.evaluation.report import figure
 from compressor.evaluation.runner import data_names, describe_data, items_hash, run_batches
@@ -31,6 +30,7 @@ from compressor.evaluation.tasks import Item, QuestionAnswering, Regeneration, R
 from compressor.evaluation.tasks.interface import LEFT_OUT
 from compressor.methods.interface import MemoryMethod, Method, Piece, check_tokens
 from compressor.model.base import Base
+from compressor.model.checkpoint import compressor_fingerprint
 from compressor.model.generation import score
 from compressor.model.memory import Prefix
 from compressor.unfinished import Unfinished
@@ -69,7 +69,7 @@ def utilisation(config: EvaluationConfig, accelerator: Accelerator, parts: Unfin
     verdicts: list[str] = []
     for number, (source, (task, records)) in enumerate(loaded.items()):
         items = [replace(item, dataset=source) for item in task.items(records, model.base.tokenizer, config)]
-        parts.expect({f"items of {source}": items_hash(items), "weights": checkpoint_fingerprint(model)})
+        parts.expect({f"items of {source}": items_hash(items), "weights": compressor_fingerprint(model, settings=True)})
         found = run_batches(task, method, items, [tokens], config.batch_size, accelerator, parts, f", {names[source]}")
         if found is not None:
             results = [one for one in found[tokens] if LEFT_OUT not in one]
@@ -89,7 +89,7 @@ def utilisation(config: EvaluationConfig, accelerator: Accelerator, parts: Unfin
             f"n: items; [low, high]: {LEVEL:.0%} bootstrap interval over items; {tokens} memory tokens.",
             *verdicts,
         ],
-        "checkpoint": {"path": config.checkpoint, "fingerprint": checkpoint_fingerprint(model)},
+        "checkpoint": {"path": config.checkpoint, "fingerprint": compressor_fingerprint(model, settings=True)},
         "base": {"path": model.base.name, "fingerprint": model.base.fingerprint, "dtype": config.dtype},
         "data": [describe_data(source, config, records) for source, (_, records) in loaded.items()],
     }
@@ -175,12 +175,11 @@ def probe(
     def losses(prefix: Prefix) -> list[float]:
         return [-float(one[:, 0].double().sum()) for one in score(base, prefix, prompts, targets)]
 
-    with method.decoding():
-        columns = [losses(own), *(losses(without_token(own, token, count)) for token in range(count))]
-        for layer in range(base.layers):
-            with hidden_from(base, layer, own.slots):
-                columns.append(losses(own))
-        columns.append(losses(without_token(own, None, count)))
+    columns = [losses(own), *(losses(without_token(own, token, count)) for token in range(count))]
+    for layer in range(base.layers):
+        with hidden_from(base, layer, own.slots):
+            columns.append(losses(own))
+    columns.append(losses(without_token(own, None, count)))
     nats = torch.tensor(columns, dtype=torch.float64)
     return [{"nats": nats[:, row], "tokens": len(target)} for row, target in enumerate(targets)]
 

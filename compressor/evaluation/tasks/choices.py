@@ -53,13 +53,12 @@ def choose(method: Method, items: Sequence[Item], contexts: Sequence[list[Piece]
     found: list[list[float]] = [[] for _ in items]
     for place in range(max(len(item.asked["labels"]) for item in items)):
         rows = [row for row, item in enumerate(items) if place < len(item.asked["labels"])]
-        with method.decoding():
-            scored = score(
-                base,
-                prefix.select(torch.tensor(rows, device=base.device)),
-                [prompts[row] for row in rows],
-                [items[row].asked["label_ids"][place] for row in rows],
-            )
+        scored = score(
+            base,
+            prefix.select(torch.tensor(rows, device=base.device)),
+            [prompts[row] for row in rows],
+            [items[row].asked["label_ids"][place] for row in rows],
+        )
         for row, one in zip(rows, scored, strict=True):
             found[row].append(float(one[:, 0].double().mean()))
     results: list[Result] = []

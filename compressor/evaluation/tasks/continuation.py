@@ -66,8 +66,7 @@ class Continuation(Regeneration):
         following = [item.asked["following"] for item in items]
         prefix = method.prefix(contexts)
         prompts = after(base, prefix, [ids[:1] for ids in following])
-        with method.decoding():
-            scored = score(base, prefix, prompts, [ids[1:] for ids in following])
+        scored = score(base, prefix, prompts, [ids[1:] for ids in following])
         return [
             {
                 "following": base.tokenizer.decode(ids, skip_special_tokens=True),

@@ -95,9 +95,8 @@ class QuestionAnswering(Task):
         answers = answer_ids(base.tokenizer, [item.asked["answers"] for item in items])
         prefix = method.prefix(contexts)
         prompts = after(base, prefix, [item.asked["prompt"] for item in items])
-        with method.decoding():
-            written = generate(base, prefix, prompts, [ANSWER_TOKENS] * len(items))
-            scored = score(base, prefix, prompts, [[*answer, base.eos] for answer in answers])
+        written = generate(base, prefix, prompts, [ANSWER_TOKENS] * len(items))
+        scored = score(base, prefix, prompts, [[*answer, base.eos] for answer in answers])
         nats = passage_nats(method, contexts)
         results = []
         for row, item in enumerate(items):

@@ -21,8 +21,7 @@ def passage_nats(method: Method, contexts: Sequence[Sequence[Piece]]) -> list[fl
     if not pieces:
         return [None] * len(contexts)
     prefix = method.prefix([[piece] for piece in pieces])
-    with method.decoding():
-        scored = passage_scores(method.base, prefix, [piece.ids for piece in pieces])
+    scored = passage_scores(method.base, prefix, [piece.ids for piece in pieces])
     found = {id(piece): (-float(one[:, 0].double().sum()), len(one)) for piece, one in zip(pieces, scored, strict=True)}
     nats: list[float | None] = []
     for row in contexts:

@@ -137,9 +137,8 @@ class Regeneration(Task):
             chosen = order[start : start + len(items)]
             prefix = method.prefix([[flat[i]] for i in chosen])
             prompts = after(base, prefix, [[base.bos]] * len(chosen))
-            with method.decoding():
-                generations = generate(base, prefix, prompts, [regeneration_limit(len(flat[i].ids)) for i in chosen])
-                targets = score(base, prefix, prompts, [[*flat[i].ids, base.eos] for i in chosen])
+            generations = generate(base, prefix, prompts, [regeneration_limit(len(flat[i].ids)) for i in chosen])
+            targets = score(base, prefix, prompts, [[*flat[i].ids, base.eos] for i in chosen])
             for i, generation, target in zip(chosen, generations, targets, strict=True):
                 written[i], finished[i] = generation.ids, generation.finished
                 scores[i] = [-float(target[:, 0].double().sum()), float(target[:, 1].sum()), len(target)]

@@ -106,8 +106,7 @@ class Retrieve(Task):
             rows = len(contexts[start : start + ROWS])
             for place, item in enumerate(items):
                 prompts = after(base, prefix, [item.asked["prompt"]] * rows)
-                with method.decoding():
-                    scored = score(base, prefix, prompts, [item.asked["query"]] * rows)
+                scored = score(base, prefix, prompts, [item.asked["query"]] * rows)
                 found[place, start : start + rows] = torch.stack([one[:, 0].double().sum() for one in scored])
         results = []
         for place, (item, pieces) in enumerate(zip(items, contexts, strict=True)):

@@ -68,9 +68,8 @@ class Summarise(Task):
         wanted = base.tokenizer(firsts, add_special_tokens=False, verbose=False)["input_ids"]
         prefix = method.prefix(contexts)
         prompts = after(base, prefix, [item.asked["prompt"] for item in items])
-        with method.decoding():
-            written = generate(base, prefix, prompts, [SUMMARY_TOKENS] * len(items))
-            scored = score(base, prefix, prompts, [[*ids, base.eos] for ids in wanted])
+        written = generate(base, prefix, prompts, [SUMMARY_TOKENS] * len(items))
+        scored = score(base, prefix, prompts, [[*ids, base.eos] for ids in wanted])
         results = []
         for item, pieces, generation, target in zip(items, contexts, written, scored, strict=True):
             prediction = base.tokenizer.decode(generation.ids, skip_special_tokens=True).strip()

@@ -1,0 +1,171 @@
+"""The network: LoRA on a frozen base, and an encoder that makes memories with it.
+
+Encoder: the base with its adapters on reads the passage (and, in most methods, learned memory tokens after it), and the
+encoder takes keys and values of k slots from it. Decoder: the same base with its adapters off, which they are outside
+the encoder, reads these instead of the passage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from compressor.errors import CompressorError, require_whole
+from compressor.model.base import Base
+from compressor.model.config import CompressorConfig
+from compressor.model.encoder import Encoder, equal_segments, pad
+from compressor.model.lora import add_adapters
+from compressor.model.memory import Memory, Prefix, Segment
+from compressor.model.refinement import refine
+from compressor.progress import Progress
+
+
+class Network(nn.Module):
+    """A frozen base and an encoder of passages over it.
+
+    Args:
+        base: the frozen base; its linear layers get LoRA wrappers in place.
+        config: sizes, layout, LoRA settings.
+        encoder: the method (`methods.table.encoder_class`).
+        seed: of the initial adapters and memory tokens.
+    """
+
+    def __init__(self, base: Base, config: CompressorConfig, encoder: type[Encoder], seed: int = 0):
+        super().__init__()
+        if any(isinstance(module, BaseTunerLayer) for module in base.model.modules()):
+            raise CompressorError(f"the base {base.name} already carries a compressor's adapters: load it again")
+        self.base, self.config = base, config
+        self.has_writer = encoder.writes and config.writer_rank > 0
+        self.peft: PeftModel | None = None
+        with torch.random.fork_rng(devices=[base.device] if base.device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            if encoder.adapted:
+                self.peft = add_adapters(base, config, encoder.reads_hidden_states, self.has_writer)
+            self.encoder = encoder(base, config)
+        self._lora_layers = [module for module in base.model.modules() if isinstance(module, BaseTunerLayer)]
+        self.to(base.device)
+
+    def train(self, mode: bool = True) -> Self:
+        """Training mode for the adapters only: the frozen base keeps its own dropout off."""
+        super().train(mode)
+        self.base.model.eval()
+        for layer in self._lora_layers:
+            layer.train(mode)
+        return self
+
+    def encode(self, passages: Tensor, lengths: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+        """Compress a batch of passages; differentiable.
+
+        Args:
+            passages: token ids, int64 `[batch, width]`, padded on the right with any valid id.
+            lengths: passage tokens, int64 `[batch]`.
+            tokens: memory tokens k.
+
+        Returns:
+            Position-free keys and values, each `[layers, batch, kv_heads, k, head_size]`.
+        """
+        return self.encoder.encode(self, passages, lengths, tokens)
+
+    def prefix(self, keys: Tensor, values: Tensor, lengths: Tensor, tokens: Tensor | None = None) -> Prefix:
+        """The decoder's context from what `encode` returned; differentiable.
+
+        Args:
+            keys, values: `[layers, batch, kv_heads, k, head_size]`.
+            lengths: passage tokens, int64 `[batch]`.
+            tokens: memory tokens that each row may use, int64 `[batch]`; by default all k. Fewer than k is what
+                truncating gives, and needs a layout that can be truncated.
+        """
+        slots = keys.shape[3]
+        if tokens is None:
+            tokens = torch.full_like(lengths, slots)
+        positions, used, start = self.encoder.places(lengths, slots, tokens)
+        return Prefix(keys=list(self.base.rotate(keys, positions)), values=list(values), mask=used, start=start)
+
+    def segment(self, ids: Sequence[int], most: int | None = None) -> list[list[int]]:
+        """Cut token ids into the fewest segments of at most `most` tokens, as equal as can be.
+
+        Args:
+            most: at most, and by default, `max_passage_tokens`.
+        """
+        if not ids:
+            raise CompressorError("cannot compress an empty passage: give at least one token of text")
+        if most is not None and most < 1:
+            raise CompressorError(f"segments of {most} tokens hold nothing: give segment_tokens of at least 1")
+        most = min(most or self.config.max_passage_tokens, self.config.max_passage_tokens)
+        return equal_segments(ids, most)
+
+    @torch.no_grad()
+    def compress_ids(
+        self,
+        passages: Sequence[Sequence[int]],
+        tokens: int | None = None,
+        batch_size: int = 16,
+        segment_tokens: int | None = None,
+        refine_steps: int = 0,
+    ) -> list[Memory]:
+        """Memories of tokenised passages, in their order.
+
+        Args:
+            passages: token ids. Those over `max_passage_tokens` are compressed in segments.
+            tokens: memory tokens for each segment; by default all there are.
+            batch_size: segments encoded together.
+            segment_tokens: most tokens of a segment, by default `max_passage_tokens`.
+            refine_steps: gradient steps on each memory (`refinement.refine`).
+
+        Raises:
+            CompressorError: an empty passage, or more memory tokens than there are.
+        """
+        if not self.encoder.makes_memories:
+            raise CompressorError(
+                f"the method {self.config.method} is a bound to compare with and makes no memories: evaluate it "
+                f"(evaluate.py --methods {self.config.method}=CHECKPOINT), or load another checkpoint"
+            )
+        tokens = self.config.memory_tokens if tokens is None else tokens
+        require_whole("tokens", tokens, 0)
+        require_whole("batch_size", batch_size)
+        require_whole("refine_steps", refine_steps, 0)
+        if segment_tokens is not None:
+            require_whole("segment_tokens", segment_tokens)
+        if not 1 <= tokens <= self.config.memory_tokens:
+            raise CompressorError(
+                f"cannot compress to {tokens} memory tokens: this compressor has 1 to {self.config.memory_tokens}"
+            )
+        most = min(segment_tokens or self.config.max_passage_tokens, self.config.max_passage_tokens)
+        owners, segments = [], []
+        for owner, ids in enumerate(passages):
+            for segment in self.segment(ids, segment_tokens):
+                owners.append(owner)
+                segments.append(segment)
+        parts: list[Memory | None] = [None] * len(segments)
+        order = sorted(range(len(segments)), key=lambda i: len(segments[i]))
+        with Progress("compressing", len(order), "segments") as progress:
+            for start in range(0, len(order), batch_size):
+                chosen = order[start : start + batch_size]
+                padded, lengths = pad([segments[i] for i in chosen], self.base.device)
+                keys, values = self.encode(padded, lengths, tokens)
+                for row, i in enumerate(chosen):
+                    parts[i] = Memory(
+                        keys[:, row].clone(),
+                        values[:, row].clone(),
+                        (Segment(tokens, len(segments[i])),),
+                        self.encoder.memory_layout,
+                        self.config.memory_tokens,
+                        self.base.fingerprint,
+                        made={"tokens": tokens, "segment_tokens": most, "refine_steps": 0},
+                    )
+                progress.add(len(chosen))
+        grouped: list[list[Memory]] = [[] for _ in passages]
+        for owner, part in zip(owners, parts, strict=True):
+            assert part is not None
+            grouped[owner].append(part)
+        whole = [Memory.concatenate(group) for group in grouped]
+        return refine(self.base, whole, passages, refine_steps, batch_size)
+
+    def trainable_state(self) -> dict[str, Tensor]:
+        """Adapter weights and memory tokens by parameter name."""
+        return {name: p.detach() for name, p in self.named_parameters() if p.requires_grad}
