@@ -58,6 +58,9 @@ def make_stage(options: list[str], tmp_path: Path) -> Callable[..., AnswerStage]
     return make
 
 
+PARTS = ("regeneration_", "answer_")
+
+
 def test_an_answer_is_what_follows_the_prompt() -> None:
     assert answer_pair([5, 6, 7], [8, 9], 2) == ([5, 6, 7, 8, 9], [IGNORED, IGNORED, 8, 9, 2])
 
@@ -86,6 +89,26 @@ def test_micro_batches_of_questions_come_among_those_of_passages(make_stage: Cal
             assert prompt == f"\nQuestion: Which is word {place}? Answer:"
             assert answer == " " + context.split()[place]
     assert 4 < asking < 14
+
+
+def test_passages_with_questions_are_regenerated_too(make_stage: Callable[..., AnswerStage]) -> None:
+    """One encoding of each, as among the passages without questions; both losses add up."""
+    stage = make_stage("--objective.asked_regeneration=0.5")
+    model, batch = stage.module, _question_batch(stage)
+    width = int(batch["lengths"].max()) + 1
+    for row, length in enumerate(batch["lengths"].tolist()):
+        passage = batch["input_ids"][row, :length].tolist()
+        assert batch["regeneration_inputs"][row, : length + 1].tolist() == [model.base.bos, *passage]
+        assert batch["regeneration_labels"][row, : length + 1].tolist() == [*passage, model.base.eos]
+        assert batch["regeneration_labels"][row, length + 1 : width].tolist() == [IGNORED] * (width - length - 1)
+    labels = (batch["answer_labels"], batch["regeneration_labels"])
+    assert batch["targets"] == sum(int((one != IGNORED).sum()) for one in labels)
+    with torch.no_grad():
+        both = float(model(batch))
+        more = float(model(batch | {"regeneration_weight": 1.0}))
+        apart = [float(model({k: v for k, v in batch.items() if not k.startswith(name)})) for name in PARTS]
+    assert both == pytest.approx(sum(apart), rel=1e-5)
+    assert more == pytest.approx(apart[0] + 2 * apart[1], rel=1e-5)
 
 
 def test_held_out_contexts_are_not_trained_on(make_stage: Callable[..., AnswerStage]) -> None:

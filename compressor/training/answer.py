@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 
 from compressor.data.asked import Asked, Draw, QuestionPlan, ask, questions_digest
-from compressor.data.batches import answer_pair, padded_width, stack_pairs
+from compressor.data.batches import IGNORED, answer_pair, padded_width, regeneration_pair, stack_pairs
 from compressor.data.questions import load_questions
 from compressor.errors import CompressorError
 from compressor.methods.interface import token_prefix
@@ -79,7 +79,7 @@ class AnswerStage(CompressionStage):
         answers = [chosen[owner].answers[q] for owner, q in rows]
         pairs = [answer_pair(prompt, answer, base.eos) for prompt, answer in zip(prompts, answers, strict=True)]
         stacked = stack_pairs(pairs)
-        return {
+        batch: Batch = {
             "input_ids": ids,
             "lengths": lengths,
             "memory_tokens": torch.tensor(tokens),
@@ -94,6 +94,13 @@ class AnswerStage(CompressionStage):
             "answer_weight": objective.answer,
             "distillation_weight": objective.distillation,
         }
+        if objective.asked_regeneration:
+            # One encoding teaches both, and no step of an optimiser that scales gradients is the answers' alone.
+            stacked = stack_pairs([regeneration_pair(base.bos, base.eos, self.padded(one.ids)) for one in chosen])
+            batch |= {"regeneration_inputs": stacked["inputs"], "regeneration_labels": stacked["labels"]}
+            batch |= {"regeneration_weight": objective.asked_regeneration}
+            batch["targets"] += stacked["targets"]
+        return batch
 
     def origin(self) -> dict[str, str]:
         """See `Stage`."""
@@ -157,7 +164,7 @@ class AnswerStage(CompressionStage):
                 stacked = stack_pairs(pairs)
                 shown = stacked["inputs"].to(device), stacked["labels"].to(device)
                 values.append(float(label_nats(base, nothing, *shown).sum()))
-        return values, batch["targets"]
+        return values, int((labels != IGNORED).sum())
 
     def _answers(self, drawn: Sequence[Draw]) -> list[list[int]]:
         return [self.held_out_questions[draw.passage].answers[q] for draw in drawn for q in draw.questions]

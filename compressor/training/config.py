@@ -55,12 +55,15 @@ class ObjectiveConfig:
     """Weight of predicting the text that follows the passage after its memory."""
     answer: float = 1.0
     """Weight of the right answer after memory and question (stage `answer`)."""
+    asked_regeneration: float = 0.0
+    """Weight of regenerating the passages that questions are about too, whose kind of text the other data may not hold
+    (stage `answer`)."""
     distillation: float = 0.0
     """Weight of the divergence from the base that reads the whole passage, on the answer's tokens (stage `answer`)."""
 
     def __post_init__(self) -> None:
         require(bool(self.tokens), "objective.tokens", self.tokens, "a non-empty list")
-        for name in ("regeneration", "continuation", "answer", "distillation"):
+        for name in ("regeneration", "continuation", "answer", "asked_regeneration", "distillation"):
             require(getattr(self, name) >= 0, f"objective.{name}", getattr(self, name), "at least 0")
         require(self.regeneration + self.continuation > 0, "objective", "all weights 0", "positive in total")
 
