@@ -110,14 +110,16 @@ def test_drops_withdrawn_empty_short_long_and_double(tmp_path: Path) -> None:
         paper("s", abstract="too short"),
         paper("l", abstract=words("l", 41)),
         paper("k", abstract=words("k", 40)),
+        paper("2403.01735v2", abstract=words("of the demo's example")),
     )
     manifest = build(tmp_path, source, max_words=40)
     assert [row["id"] for row in rows(tmp_path, "train")] == ["2301.00001", "k"]
-    assert manifest["read"] == 9
+    assert manifest["read"] == 10
     assert manifest["dropped"] == {
         "duplicate_id": 1,
         "duplicate_text": 1,
         "empty": 1,
+        "example": 1,
         "too_long": 1,
         "too_short": 1,
         "withdrawn": 2,

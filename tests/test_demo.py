@@ -79,6 +79,17 @@ def test_a_question_is_answered_from_memory_passage_and_nothing(capsys: pytest.C
     assert "a question is empty" in capsys.readouterr().err
 
 
+def test_the_published_example_is_regenerated_and_asked(capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["--example", "published", "--tokens", "4", "--checkpoint", "models/arxiv-mini/compressor"]
+    result = json.loads(demo(capsys, "--json", *argv))
+    assert result["passage"].startswith("We show that every reciprocity sheaf gives rise to a cycle (pre)module")
+    assert result["passage"].endswith("similar to Rost's cycle complexes.")
+    assert "Kato complexes" in result["question"]
+    assert {"regeneration", "answer", "answer_recite", "refined"} <= set(result)
+    assert demo_main(["--example", "other"]) == 2
+    assert "abstract, published" in capsys.readouterr().err
+
+
 def test_own_text_is_taken_whole_and_segmented(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "long.txt"
     path.write_text("We measure the spectrum of light scattered by dust. " * 60)

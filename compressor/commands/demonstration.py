@@ -9,16 +9,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from compressor.data.text_files import read_text
-from compressor.errors import CompressorError, require
+from compressor.errors import require
 from compressor.model.bases import default_checkpoint
 from compressor.model.config import BaseMismatch
 
 if TYPE_CHECKING:
     from compressor.api import Compressor
+    from compressor.data.examples import Example
     from compressor.model.memory import Memory
 
 EXAMPLE_TOKENS = 96
-"""The shipped example is cut to this length, the shortest of the published evaluation."""
+"""A shipped abstract is cut to this length, the shortest of the published evaluation."""
 SHOWN_STEPS = 10
 """Gradient steps after which the shipped example is shown too."""
 
@@ -42,8 +43,9 @@ class DemoConfig:
     example is shown after 10 too."""
     question: str | None = None
     """Answer this question about the passage instead of regenerating it."""
-    example: int = 0
-    """Which shipped test abstract to use."""
+    example: str = "abstract"
+    """A text that ships with the project: `abstract`, `published` (the example of the 500xCompressor paper, with its
+    question), or the number of another test abstract."""
     checkpoint: str = ""
     """Compressor checkpoint: folder or hub id; by default the bundled one of smollm2-135m where this base is at hand
     (`compressor fetch smollm2-135m`), else that of arxiv-mini."""
@@ -64,22 +66,16 @@ class DemoConfig:
         )
         require(self.refine_steps is None or self.refine_steps >= 0, "refine_steps", self.refine_steps, "at least 0")
         require(self.length is None or self.length >= 1, "length", self.length, "at least 1")
-        require(self.example >= 0, "example", self.example, "at least 0")
 
 
-def read_passage(config: DemoConfig) -> tuple[str, str]:
-    """The passage and where it is from."""
+def read_passage(config: DemoConfig) -> Example:
+    """The passage that the options name."""
+    from compressor.data.examples import Example, example  # which imports datasets: a second
+
     if config.text is None:
-        from compressor.data.records import load_texts
-
-        shipped = load_texts("arxiv-test")
-        if config.example >= len(shipped):
-            raise CompressorError(
-                f"example = {config.example} is out of range: there are {len(shipped)} test abstracts"
-            )
-        record = shipped[config.example]
-        return record["text"], f"arXiv {record['id']} ({record['date']}), unseen in training"
-    return read_text(config.text), "standard input" if config.text == "-" else config.text
+        return example(config.example)
+    source = "standard input" if config.text == "-" else config.text
+    return Example(read_text(config.text), source)
 
 
 def differences(passage: str, regeneration: str) -> list[tuple[str, str | None]]:
@@ -111,19 +107,20 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
     """Load the compressor, and compress and regenerate the passage or answer the question.
 
     Returns:
-        What `demonstrate` returns, `source`, and `seconds` (in all); of the shipped example also `refined`, what comes
+        What `demonstrate` returns, `source`, and `seconds` (in all); of an example also `refined`, what comes
         back after `SHOWN_STEPS` gradient steps, where that is not asked for and one pass does not bring all.
     """
-    text, source = read_passage(config)
+    text, source, asked = read_passage(config)
     started = time.perf_counter()
     model = load_model(config)
     load = round(time.perf_counter() - started, 3)
-    example = config.text is None and config.question is None
-    length = config.length or (EXAMPLE_TOKENS if example else None)
+    shipped = config.text is None and config.question is None
+    length = config.length or (EXAMPLE_TOKENS if shipped and not asked else None)
     sizes = config.tokens, length, config.segment_tokens
-    made = demonstrate(model, text, *sizes, config.question, config.refine_steps or 0)
+    question = config.question or (asked if shipped else None)
+    made = demonstrate(model, text, *sizes, question, config.refine_steps or 0, both=shipped)
     made["timings"] = {"load": load, **made["timings"]}
-    if example and config.refine_steps is None and made["regeneration"] != made["passage"]:
+    if shipped and config.refine_steps is None and made["regeneration"] != made["passage"]:
         made["refined"] = demonstrate(model, text, *sizes, None, SHOWN_STEPS)
     return {"source": source, **made, "seconds": round(time.perf_counter() - started, 3)}
 

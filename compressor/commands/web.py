@@ -29,12 +29,12 @@ def serve(config: DemoConfig) -> None:
     Raises:
         CompressorError: gradio is not installed, the port is taken, or there is no such checkpoint or text.
     """
-    text, _ = read_passage(config)
+    text, _, asked = read_passage(config)
     model = load_model(config)
     if config.text is None:
         ids = model.base.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         text = model.base.tokenizer.decode(ids[: config.length or EXAMPLE_TOKENS], skip_special_tokens=True)
-    made = page(model, text, config.question or "")
+    made = page(model, text, config.question or asked or "")
     reach_this_machine()
     try:
         made.launch(server_name="127.0.0.1", server_port=config.port, inbrowser=True)

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from compressor.data.bad_records import BadRecord
+from compressor.data.examples import PUBLISHED_ID
 from compressor.data.records import date_value, record_id, string_value, text_field
 from compressor.data.sources import Row, type_name
 
@@ -78,8 +79,8 @@ def read_abstract(row: Row, names: Fields, first: dict[str, Any], *, default_id:
         default_id: the id where the file has none.
 
     Returns:
-        The record; or "empty" or "withdrawn". Its date is yyyy-mm-dd, or yyyy-mm where the source states only
-        the month, or "" if there is none.
+        The record; or "empty", "withdrawn" or "example" (the demo's, which nothing may be trained on). Its date is
+        yyyy-mm-dd, or yyyy-mm where the source states only the month, or "" if there is none.
 
     Raises:
         CompressorError: a field is missing or of the wrong type; names file and line.
@@ -91,6 +92,8 @@ def read_abstract(row: Row, names: Fields, first: dict[str, Any], *, default_id:
     if withdrawn(abstract, row.values, title=title if isinstance(title, str) else ""):
         return "withdrawn"
     identifier = record_id(row, names.id) if names.id in first else default_id
+    if identifier.strip().split("v")[0] == PUBLISHED_ID:
+        return "example"
     return {
         "id": identifier.strip(),
         "title": collapse(string_value(row, names.title)) if names.title in first else "",
