@@ -25,10 +25,10 @@ from compressor.evaluation.report import (
     regeneration_plot,
     text_table,
 )
-from compressor.evaluation.settings import EvaluationConfig
-from compressor.evaluation.tasks import Item, Regeneration
+from compressor.evaluation.settings import RegenerationSettings
 from compressor.evaluation.tasks import regeneration as tasks_module
-from compressor.evaluation.tasks.interface import make_batches
+from compressor.evaluation.tasks.interface import Item, make_batches
+from compressor.evaluation.tasks.regeneration import Regeneration
 from compressor.files import sha256
 from compressor.methods.interface import MemoryMethod
 from compressor.model.generation import label_nats
@@ -332,13 +332,13 @@ def test_settings_round_trip_through_yaml(tmp_path: Path) -> None:
 
     from compressor.parsing import parse_config
 
-    config = EvaluationConfig(tokens=[16, 1], lengths=[96], split_date="2020-01-01", limit=3)
+    config = RegenerationSettings(tokens=[16, 1], lengths=[96], split_date="2020-01-01", limit=3)
     path = tmp_path / "c.yaml"
     path.write_text(yaml.safe_dump(asdict(config)))
-    assert parse_config(EvaluationConfig, ["--config", str(path)], "")[0] == config
-    assert parse_config(EvaluationConfig, ["--config", str(path), "--tokens", "4"], "")[0].tokens == [4]
+    assert parse_config(RegenerationSettings, ["--config", str(path)], "")[0] == config
+    assert parse_config(RegenerationSettings, ["--config", str(path), "--tokens", "4"], "")[0].tokens == [4]
     for spelling in (["--tokens", "16", "4"], ["--tokens", "[16, 4]"], ["--tokens=[16,4]"], ["--tokens", "16,4"]):
-        assert parse_config(EvaluationConfig, spelling, "")[0].tokens == [16, 4]
+        assert parse_config(RegenerationSettings, spelling, "")[0].tokens == [16, 4]
 
 
 def test_tables() -> None:

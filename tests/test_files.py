@@ -21,7 +21,7 @@ from compressor.data.builders.corpora import CorpusConfig, build_corpus
 from compressor.errors import CompressorError
 from compressor.evaluation.report import loss_curve
 from compressor.evaluation.runner import output_folder
-from compressor.evaluation.settings import EvaluationConfig
+from compressor.evaluation.settings import RegenerationSettings
 from compressor.files import atomic_file, atomic_folder, write_json
 from compressor.model.checkpoint import CHECKPOINT
 from compressor.storage import container
@@ -63,7 +63,7 @@ def writers(material: Path, tiny_compressor: Any, tiny_base_folder: Path) -> dic
         run(cli, "compress", material / "a.txt", "-o", path, "--overwrite", *model)
 
     def evaluated(path: Path) -> None:
-        config = EvaluationConfig(output=str(path))
+        config = RegenerationSettings(output=str(path))
         with output_folder(config, {"rows": [], "figures": [], "notes": []}):
             pass
 

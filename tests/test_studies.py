@@ -20,7 +20,7 @@ from compressor.api import Compressor
 from compressor.commands.evaluate import evaluate_main
 from compressor.errors import CompressorError
 from compressor.evaluation.flops import Setting, causal_pairs
-from compressor.evaluation.settings import EvaluationConfig
+from compressor.evaluation.settings import EfficiencySettings
 from compressor.evaluation.studies.efficiency import (
     llama_shape,
     lora_parameters,
@@ -305,7 +305,7 @@ def test_bad_settings(
 
 
 def test_variants_are_timed_alike(tiny_compressor: Compressor) -> None:
-    times = measure(tiny_compressor, 20, [8, 1], EvaluationConfig(repeats=2, new_tokens=[3, 5]))
+    times = measure(tiny_compressor, 20, [8, 1], EfficiencySettings(repeats=2, new_tokens=[3, 5]))
     assert list(times) == [None, 8, 1]
     assert all(len(runs) == 2 and set(runs[0].written) == {1, 3, 5} for runs in times.values())
     assert all(0 < run.written[1] < run.written[5] for runs in times.values() for run in runs)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from compressor.errors import CompressorError
 from compressor.evaluation.settings import EvaluationConfig
+from compressor.evaluation.table import entry, readers
 from compressor.files import owned
-from compressor.parsing import parse_config
+from compressor.parsing import known_keys, parse_config, read_yaml
 from compressor.streams import exits_cleanly
 
 if TYPE_CHECKING:
@@ -21,7 +24,7 @@ def evaluate_main(argv: list[str] | None = None) -> int:
     """Entry point of `evaluate.py`; returns the exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
     config, flags = parse_config(
-        EvaluationConfig,
+        chosen_settings(argv),
         argv,
         "Measure a compressor checkpoint.",
         {
@@ -42,7 +45,7 @@ def evaluate_main(argv: list[str] | None = None) -> int:
         print(text_table(metrics["rows"], metrics["figures"], keys=metrics.get("keys")))
         for note in metrics["notes"]:
             print(note)
-        if config.published:
+        if getattr(config, "published", False):
             print("\n" + published_table())
         print(f"wrote {config.output}")
     # A process that ends with an error makes the launcher stop the others: none may leave before the output is written,
@@ -50,6 +53,31 @@ def evaluate_main(argv: list[str] | None = None) -> int:
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return 0
+
+
+def chosen_settings(argv: Sequence[str]) -> type[EvaluationConfig]:
+    """The settings of the task that a command line, or the file that it names with --config, asks for.
+
+    Raises:
+        CompressorError: there is no such task, or it does not read a setting that is given.
+    """
+    given: dict[str, Any] = {}
+    for place, argument in enumerate(argv):
+        name, equals, value = argument.partition("=")
+        if not name.startswith("--"):
+            continue
+        value = value if equals else "".join(argv[place + 1 : place + 2])
+        if name == "--config" and value and not value.startswith("--"):
+            given |= read_yaml(value)
+        given[name[2:].replace("-", "_")] = value
+    task = given.get("task", EvaluationConfig.task)
+    chosen = entry(f"{task}").settings
+    for name in given:
+        if name not in known_keys(chosen) and (elsewhere := readers(name)):
+            raise CompressorError(
+                f"{name} means nothing to --task {task}: leave it out (it is read by {', '.join(elsewhere)})"
+            )
+    return chosen
 
 
 def command_line(argv: list[str], accelerator: Accelerator) -> str:

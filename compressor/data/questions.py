@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from json import JSONDecoder
 from pathlib import Path
 from typing import Any
 
 from compressor.data.bad_records import BadRecord, BadRecords
+from compressor.data.instructions import Prompt
 from compressor.data.left_out import LeftOut
 from compressor.data.question_forms import answer_texts, context_text, question_text, rows_of_questions
 from compressor.data.records import load_hub, record_id, string_value, text_value
@@ -34,13 +35,19 @@ HUB_NAMES = {
 """Short names of data sets on the hub; `arxivqa` is the one published with 500xCompressor."""
 
 COLUMNS: dict[str, tuple[str, ...]] = {
-    "id": ("id", "qid", "_id", "question_id", "query_id", "QuestionId", "pubid"),
+    "id": (
+        *("id", "qid", "_id", "question_id", "query_id", "QuestionId", "pubid"),
+        *("abstract_id", "paper_id", "idx"),
+    ),
     "context": (
         *("context", "passage", "article", "story", "paragraph", "document", "paragraphs", "document_text"),
-        *("positive_ctxs", "entity_pages", "search_results"),
+        *("positive_ctxs", "entity_pages", "search_results", "text", "source"),
     ),
-    "question": ("question", "query", "question_text", "Question"),
-    "answers": ("answers", "answer", "Answer", "answers_spans", "gold_answers", "final_decision", "annotations"),
+    "question": ("question", "query", "question_text", "Question", "instruction"),
+    "answers": (
+        *("answers", "answer", "Answer", "answers_spans", "gold_answers", "final_decision", "annotations"),
+        *("targets", "references"),
+    ),
     "dataset": ("dataset", "subset"),
 }
 """Fields of the schema, each with the names it is looked for under."""
@@ -58,6 +65,10 @@ class Question:
     dataset: str
     spans: tuple[tuple[int, int], ...] = ()
     """Characters (first, and end, exclusive) of the context at which the source says that answers stand."""
+    whole: bool = False
+    """Whether it is about the whole context, as an instruction is, whatever stretch has words of its answer."""
+    choices: tuple[str, ...] = ()
+    """Answers to choose from, where each question has its own."""
 
 
 def load_questions(
@@ -69,6 +80,7 @@ def load_questions(
     keep_unanswerable: bool = False,
     skip_bad_records: bool = False,
     left_out: LeftOut | None = None,
+    prompt: Prompt | None = None,
 ) -> list[Question]:
     """Read questions from files, shipped sets or the hub, in the order of the source.
 
@@ -83,6 +95,7 @@ def load_questions(
             otherwise they are left out and counted.
         skip_bad_records: leave records out that cannot be used, up to `MOST_BAD` of them.
         left_out: counts what is left out; without it a line on standard error says so.
+        prompt: makes instructions of the rows; without, rows that hold one under `instruction` are such.
 
     Raises:
         CompressorError: a source is not there or holds no question, or a record is broken; names file and line.
@@ -96,10 +109,15 @@ def load_questions(
     bad = BadRecords(skip_bad_records, ours)
     for place in resolve(_hub_ids(source), split=split):
         rows = _rows(place, split, limit is not None, bad)
+        if prompt is not None:
+            rows = _each(rows, prompt.rows, bad)
         dataset = _default_dataset(place)
 
         def read(row: Row, dataset: str = dataset) -> tuple[Row, Question | None]:
-            return row, _question(row, dataset, columns or {}, keep_unanswerable)
+            question = _question(row, dataset, columns or {}, keep_unanswerable)
+            if prompt is not None and question is not None:
+                question = replace(question, whole=True, spans=(), choices=tuple(row.values.get("choices", ())))
+            return row, question
 
         for row, question in bad.usable(rows, read):
             if question is None:
@@ -140,8 +158,12 @@ def _default_dataset(place: Path | Hub) -> str:
 def _rows(place: Path | Hub, split: str | None, streaming: bool, bad: BadRecords) -> Iterator[Row]:
     """One row for each question, under the names of the source."""
     if isinstance(place, Hub):
-        for number, values in enumerate(load_hub(place, split, streaming=streaming), start=1):
-            yield from _several(Row(number, f"{place.name} row {number}", values), {}, bad)
+        loaded = load_hub(place, split, streaming=streaming)
+        features = (getattr(loaded, "features", None) or {}).items()
+        classes = {name: getattr(getattr(feature, "feature", feature), "names", None) for name, feature in features}
+        for number, values in enumerate(loaded, start=1):
+            named = {name: _named(value, classes.get(name)) for name, value in values.items()}
+            yield from _several(Row(number, f"{place.name} row {number}", named), {}, bad)
         return
     if kind_of(place) == ".json" and _is_one_object(place):
         yield from _squad_rows(place, bad)
@@ -154,11 +176,26 @@ def _rows(place: Path | Hub, split: str | None, streaming: bool, bad: BadRecords
         yield from _several(row, header, bad)
 
 
+def _named(value: Any, classes: Sequence[str] | None) -> Any:
+    """The name of a class, or of each of several, by its number."""
+    if not classes or value is None:
+        return value
+    if isinstance(value, list):
+        return [_named(one, classes) for one in value]
+    return classes[value] if isinstance(value, int) and 0 <= value < len(classes) else value
+
+
 def _several(row: Row, header: Mapping[str, Any], bad: BadRecords) -> Iterator[Row]:
-    try:
-        yield from rows_of_questions(row, header)
-    except BadRecord as error:
-        bad.add(error)
+    return _each([row], partial(rows_of_questions, header=header), bad)
+
+
+def _each(rows: Iterable[Row], make: Callable[[Row], Iterator[Row]], bad: BadRecords) -> Iterator[Row]:
+    """What is made of each row, but for those that are broken."""
+    for row in rows:
+        try:
+            yield from make(row)
+        except BadRecord as error:
+            bad.add(error)
 
 
 def _is_one_object(path: Path) -> bool:
@@ -265,6 +302,7 @@ def _question(row: Row, dataset: str, columns: Mapping[str, str], keep_unanswera
         answers=answers,
         dataset=dataset if named is None else string_value(row, names["dataset"], blank=False),
         spans=_spans(row, names["context"], names["answers"]) if answers else (),
+        whole=names["question"] == "instruction",
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from accelerate import Accelerator
 
 from compressor.api import Compressor
 from compressor.errors import CompressorError
-from compressor.evaluation.settings import EvaluationConfig
+from compressor.evaluation.settings import TaskSettings
 from compressor.files import bundled
 from compressor.methods.interface import Method, MethodSettings, check_tokens
 from compressor.methods.table import (
@@ -26,18 +26,24 @@ from compressor.model.base import Base, load_base
 from compressor.model.checkpoint import compressor_fingerprint, fetch_checkpoint, find_base, read_settings
 from compressor.model.config import BaseConfig
 
+SIZES = (4, 1)
+"""Numbers of memory tokens, besides all, that bounds are shown with where none is asked for."""
+
 
 class Methods:
     """The methods of an evaluation, loaded one after the other: each compressor puts adapters into a base of its own.
 
     Everything that can be known without weights is checked at once: names, checkpoints and their bases.
 
+    Args:
+        bounds: methods to run beside the checkpoint's own where the settings name none (`Task.bounds`).
+
     Raises:
         CompressorError: an unknown method or one named twice, a checkpoint that is missing, damaged, of another method
             or of another base than the others, or more memory tokens than the checkpoint has.
     """
 
-    def __init__(self, config: EvaluationConfig, accelerator: Accelerator) -> None:
+    def __init__(self, config: TaskSettings, accelerator: Accelerator, bounds: Sequence[str] = ()) -> None:
         self.config, self.accelerator = config, accelerator
         specs = [split_spec(spec) for spec in config.methods]
         self._refuse_repeated([name for name, _ in specs])
@@ -46,11 +52,15 @@ class Methods:
         if needed or Path(bundled(config.checkpoint)).is_dir():
             self.settings = read_settings(fetch_checkpoint(config.checkpoint))
         self.own: str = self.settings["config"].get("method", "kv") if self.settings else "kv"
-        self.specs = [(name, self._place(name, place)) for name, place in specs] or [(self.own, config.checkpoint)]
+        if not specs:
+            beside = Path(bundled(config.checkpoint)).parent / "methods"
+            there = (name for name in bounds if not name.endswith("-tuned") or (beside / name).is_dir())
+            specs = [(name, None) for name in dict.fromkeys([self.own, *there])]
+        self.specs = [(name, self._place(name, place)) for name, place in specs]
         most = self.settings["config"]["memory_tokens"] if self.settings else 16
         if config.tokens and self.settings:
             check_tokens(config.tokens, most, config.checkpoint)
-        self.tokens = list(config.tokens) or [most]
+        self.tokens = list(config.tokens) or [most, *(size for size in SIZES if bounds and size < most)]
         self._fingerprints: dict[str, str] = {}
         self._base: dict[str, Any] = {}
 

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from rouge_score.rouge_scorer import RougeScorer
@@ -65,26 +66,28 @@ FIGURES = {
     "answerable_f1": Figure("F1, answerable", 1, 1),
     "unanswerable_f1": Figure("F1, unanswerable", 1, 1),
     "text_f1": Figure("F1 from the text", 1, 1),
-    "f1_difference": Figure("F1 - full", 1, 1),
     "retention_em": Figure("EM / full", 1, 3, interval=False),
     "retention_f1": Figure("F1 / full", 1, 3, interval=False),
     "normalised_em": Figure("(EM - none) / (full - none)", 1, 3, interval=False),
-    "normalised_f1": Figure("(F1 - none) / (full - none)", 1, 3, interval=False),
     "retention_em_tuned": Figure("EM / full (tuned)", 1, 3, interval=False),
     "retention_f1_tuned": Figure("F1 / full (tuned)", 1, 3, interval=False),
     "normalised_em_tuned": Figure("(EM - none) / (full - none) (tuned)", 1, 3, interval=False),
-    "normalised_f1_tuned": Figure("(F1 - none) / (full - none) (tuned)", 1, 3, interval=False),
     "answer_nats": Figure("nats/answer", -1, 2),
     "normalised_nats": Figure("(nats - none) / (full - none)", 1, 3, interval=False),
     "normalised_nats_tuned": Figure("(nats - none) / (full - none) (tuned)", 1, 3, interval=False),
     "perplexity": Figure("perplexity", -1, 1),
     "rouge_1": Figure("ROUGE-1", 1, 3),
     "rouge_2": Figure("ROUGE-2", 1, 3),
-    "retention_rouge_l": Figure("ROUGE-L / full", 1, 3),
+    "source_overlap": Figure("ROUGE-L of the source", 0, 3),
+    "list_precision": Figure("precision", 1, 1),
+    "list_recall": Figure("recall", 1, 1),
+    "list_f1": Figure("set F1", 1, 1),
     "accuracy": Figure("accuracy", 1, 1),
     "majority": Figure("majority", 0, 1, interval=False),
-    "accuracy_difference": Figure("accuracy - full", 1, 1),
-    "retention_accuracy": Figure("accuracy / full", 1, 3),
+    "auc": Figure("AUC", 1, 3),
+    "pearson": Figure("Pearson", 1, 3),
+    "spearman": Figure("Spearman", 1, 3),
+    "word_errors": Figure("word error rate", -1, 3),
     "mrr": Figure("MRR", 1, 3),
     "hit_1": Figure("hit@1", 1, 3),
     "chance_mrr": Figure("chance", 0, 3, interval=False),
@@ -104,6 +107,12 @@ FIGURES = {
     "decoder_ratio": Figure("decoder tokens / token", -1, 4, interval=False),
 }
 """Every figure a task can report. A new one is a line here and a function of sums in its task."""
+for _name in ("f1", "rouge_l", "bleu", "chrf", "list_recall", "list_f1", "accuracy", "auc", "spearman"):
+    _own = FIGURES[_name]
+    FIGURES[f"{_name}_difference"] = Figure(f"{_own.label} - full", _own.direction, _own.decimals)
+    for _bounds, _end in (("", ""), (" (tuned)", "_tuned")):
+        _share = f"({_own.label} - none) / (full - none){_bounds}"
+        FIGURES[f"normalised_{_name}{_end}"] = Figure(_share, 1, 3, interval=False)
 
 
 @dataclass(frozen=True)
@@ -162,12 +171,17 @@ def resampled_figures(
     count = len(table)
     rng = np.random.default_rng(seed)
     drawn = [table.sum(axis=0, keepdims=True)]
+    items = {name: figure for name, figure in figures.items() if isinstance(figure, ItemFigure)}
+    columns = dict(zip(names, table.T, strict=True))
+    found = {name: [figure(columns, np.ones((1, count)))] for name, figure in items.items()}
     step = max(1, 20_000_000 // count)  # bounds the matrix of multiplicities to 160 MB
     for start in range(0, resamples, step):
         times = rng.multinomial(count, np.full(count, 1 / count), size=min(step, resamples - start))
         drawn.append(times @ table)
+        for name, figure in items.items():
+            found[name].append(figure(columns, times.astype(np.float64)))
     sums = dict(zip(names, np.concatenate(drawn).T, strict=True))
-    return {name: figure(sums) for name, figure in figures.items()}
+    return {name: np.concatenate(found[name]) if name in found else figure(sums) for name, figure in figures.items()}
 
 
 @dataclass(frozen=True)
@@ -175,10 +189,14 @@ class FigureOf:
     """A figure as a function of summed columns, and the columns it needs."""
 
     needs: tuple[str, ...]
-    compute: Callable[[Sums], np.ndarray]
+    compute: Callable[..., np.ndarray]
 
-    def __call__(self, sums: Sums) -> np.ndarray:
-        return self.compute(sums)
+    def __call__(self, *sums: Any) -> np.ndarray:
+        return self.compute(*sums)
+
+
+class ItemFigure(FigureOf):
+    """A figure that no sums give, of the columns `[items]` and how often resamples have items, `[resamples, items]`."""
 
 
 def ratio(above: str, below: str, scale: float = 1.0) -> FigureOf:
@@ -206,6 +224,38 @@ def retained(score: str, least: str, most: str, direction: int = 1) -> FigureOf:
         return _divided(direction * (sums[score] - sums[least]), gain)
 
     return FigureOf((score, least, most), share)
+
+
+def compared(name: str, figure: FigureOf, direction: int = 1) -> dict[str, FigureOf]:
+    """A figure, its paired difference to the full passage's, and the share it keeps of what the passage adds.
+
+    The share, (M - Mnone) / (Mfull - Mnone) (arXiv 2510.20797), is there against the bounds as they are and tuned.
+
+    Args:
+        direction: 1 where higher scores are better, -1 where lower ones are.
+    """
+
+    def under(bound: str, columns: Sums, times: tuple[np.ndarray, ...]) -> np.ndarray:
+        return figure({one: columns[f"{bound}_{one}"] for one in figure.needs}, *times)
+
+    def share(none: str, full: str) -> Callable[..., np.ndarray]:
+        def compute(columns: Sums, *times: np.ndarray) -> np.ndarray:
+            least = under(none, columns, times)
+            gain = np.maximum(direction * (under(full, columns, times) - least), 0)
+            return _divided(direction * (figure(columns, *times) - least), gain)
+
+        return compute
+
+    def needs(*bounds: str) -> tuple[str, ...]:
+        return (*figure.needs, *(f"{bound}_{one}" for bound in bounds for one in figure.needs))
+
+    kind = type(figure)
+    return {
+        name: figure,
+        f"{name}_difference": kind(needs("full"), lambda c, *times: figure(c, *times) - under("full", c, times)),
+        f"normalised_{name}": kind(needs("none", "full"), share("none", "full")),
+        f"normalised_{name}_tuned": kind(needs("none_tuned", "full_tuned"), share("none_tuned", "full_tuned")),
+    }
 
 
 def _divided(above: np.ndarray, below: np.ndarray) -> np.ndarray:
@@ -313,6 +363,17 @@ def rouge_scores(written: str, references: Sequence[str]) -> dict[str, float]:
     names = {"rouge_1": "rouge1", "rouge_2": "rouge2", "rouge_l": "rougeL"}
     found = [_rouge(*names.values()).score(reference, written) for reference in references]
     return {name: max(float(scores[theirs].fmeasure) for scores in found) for name, theirs in names.items()}
+
+
+def word_errors(written: str, wanted: str) -> tuple[int, int]:
+    """Fewest words changed, left out or put in that make `written` of `wanted`, and the words of `wanted`."""
+    ours, theirs = words(written), words(wanted)
+    costs = list(range(len(theirs) + 1))
+    for row, word in enumerate(ours, start=1):
+        before, costs[0] = costs[0], row
+        for place, other in enumerate(theirs, start=1):
+            before, costs[place] = costs[place], min(costs[place] + 1, costs[place - 1] + 1, before + (word != other))
+    return costs[-1], len(theirs)
 
 
 def exact_match(written: str, wanted: str) -> bool:

@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 
 from compressor.evaluation.metrics import interval, resampled_figures
-from compressor.evaluation.settings import EvaluationConfig
-from compressor.evaluation.tasks import Item, Result, Task
-from compressor.evaluation.tasks.interface import LEFT_OUT
+from compressor.evaluation.settings import ItemSettings
+from compressor.evaluation.tasks.interface import LEFT_OUT, Item, Result, Task
 
 Results = Mapping[int | None, Sequence[Result]]
 """Results of a method: for each size (None where it has none), one for each item."""
@@ -43,7 +42,7 @@ def left_out_of(results: Mapping[str, Results]) -> dict[int, tuple[str, str]]:
 
 
 def make_rows(
-    task: Task, items: Sequence[Item], datasets: Sequence[str], results: Mapping[str, Results], config: EvaluationConfig
+    task: Task, items: Sequence[Item], datasets: Sequence[str], results: Mapping[str, Results], config: ItemSettings
 ) -> list[dict[str, Any]]:
     """One row for each method, size, data set, part and length: n, and every figure with its bounds (null without).
 
@@ -85,7 +84,7 @@ def _resampled(
     results: Sequence[dict[str, float]],
     bounds: Mapping[str, Sequence[dict[str, float]]],
     places: Sequence[int],
-    config: EvaluationConfig,
+    config: ItemSettings,
     number: int,
 ) -> dict[str, np.ndarray]:
     """Every figure that can be had, on all items of a row and on each resample."""

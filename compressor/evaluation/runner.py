@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import math
@@ -11,7 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +28,9 @@ from compressor.evaluation.methods import Methods
 from compressor.evaluation.metrics import FIGURES, LEVEL, bleu_signature, chrf_signature
 from compressor.evaluation.report import load_published, markdown_table, regeneration_plot
 from compressor.evaluation.rows import MACRO, Results, left_out_of, make_rows, row_key
-from compressor.evaluation.settings import EvaluationConfig
-from compressor.evaluation.studies import STUDIES, load_study
-from compressor.evaluation.tasks import TASKS, Item, Result, Task
-from compressor.evaluation.tasks.interface import BEYOND, LEFT_OUT
+from compressor.evaluation.settings import EvaluationConfig, ItemSettings, TaskSettings
+from compressor.evaluation.table import STUDIES, entry
+from compressor.evaluation.tasks.interface import BEYOND, LEFT_OUT, Item, Result, Task
 from compressor.files import FolderKind, atomic_folder, check_folder, read_json, sha256
 from compressor.methods.interface import Method, Piece
 from compressor.processes import make_accelerator
@@ -51,10 +49,6 @@ EVALUATION = FolderKind(
     ("metrics.json", "predictions.jsonl", "config.yaml", "table.md", *PLOTS, "rate-distortion.png", *PARTS),
 )
 INTERRUPTED = FolderKind("an interrupted evaluation", PARTS)
-OWN_SETTINGS = (
-    *("lengths", "split_date", "text_field", "question_columns", "question_tokens", "keep_unanswerable", "published"),
-)
-"""Settings that only some tasks and studies read (`Task.settings`); elsewhere they would be ignored."""
 
 
 def evaluate(
@@ -83,6 +77,11 @@ def evaluate(
         CompressorError: bad settings, data or checkpoint; nothing is written then.
     """
     started = time.monotonic()
+    wanted = entry(config.task).settings
+    if type(config) is not wanted:
+        raise CompressorError(
+            f"{type(config).__name__} has not the settings of --task {config.task}: give {wanted.__name__}"
+        )
     accelerator = accelerator or make_accelerator()
     output = Path(config.output)
     check_output(output, overwrite, resume)
@@ -95,28 +94,29 @@ def evaluate(
     parts.expect({"settings": {name: value for name, value in asdict(config).items() if name != "output"}})
     parts.made_with.setdefault("surroundings", surroundings(accelerator))
     with parts.interruptible("the same command with --resume goes on"):
-        work = run_study if config.task in STUDIES else run_task
+        work: Any = run_study if config.task in STUDIES else run_task
         return work(config, accelerator, parts, command, started)
 
 
 def run_task(
-    config: EvaluationConfig, accelerator: Accelerator, parts: Unfinished, command: str | None, started: float
+    config: TaskSettings, accelerator: Accelerator, parts: Unfinished, command: str | None, started: float
 ) -> dict[str, Any] | None:
     """Run a task and write the output folder; see `evaluate`."""
-    task = make_task(config.task)
-    check_settings(task, config)
-    published = load_published() if config.published else None
+    task: Task = entry(config.task).load()(config)
+    published = load_published() if getattr(config, "published", False) else None
     sources = list(config.data) or list(task.default_data)
     if not sources:
         raise CompressorError(f"the task {config.task} comes without data. {task.needs}")
-    methods = Methods(config, accelerator)
+    methods = Methods(config, accelerator, task.bounds)
     ledgers = {source: LeftOut() for source in sources}
     records = {}
     with accelerator.main_process_first():
         for source, task.left_out in ledgers.items():
             records[source] = task.load(source, config)
     names = data_names(sources)
-    config.question_template = config.question_template or methods.question_template()
+    if getattr(config, "question_template", "") is None:
+        chosen: Any = {"question_template": task.template or methods.question_template()}
+        config = replace(config, **chosen)
     items, results, left_out = measure(task, methods, records, ledgers, names, config, accelerator, parts)
     if not accelerator.is_main_process:
         return None
@@ -172,7 +172,7 @@ def measure(
     records: dict[str, Any],
     ledgers: dict[str, LeftOut],
     names: dict[str, str],
-    config: EvaluationConfig,
+    config: TaskSettings,
     accelerator: Accelerator,
     parts: Unfinished,
 ) -> tuple[list[Item], dict[str, Results], list[str]]:
@@ -215,7 +215,7 @@ def items_of(
     ledgers: dict[str, LeftOut],
     names: dict[str, str],
     tokenizer: Any,
-    config: EvaluationConfig,
+    config: TaskSettings,
 ) -> list[Item]:
     """The task's items of all sources, under the sources' short names; none is a `CompressorError`."""
     items = []
@@ -226,7 +226,8 @@ def items_of(
             for item in task.items(loaded, tokenizer, config)
         ]
     if not items:
-        wanted = f"at least {min(config.lengths)} tokens" if config.lengths else "at least one token"
+        lengths = getattr(config, "lengths", None)
+        wanted = f"at least {min(lengths)} tokens" if lengths else "at least one token"
         raise CompressorError(
             f"{', '.join(records)} has no passage of {wanted}: ask for smaller lengths or give other data"
         )
@@ -271,7 +272,7 @@ def run_study(
     config: EvaluationConfig, accelerator: Accelerator, parts: Unfinished, command: str | None, started: float
 ) -> dict[str, Any] | None:
     """Run a study and write the output folder; see `evaluate`."""
-    findings = load_study(config.task)(config, accelerator, parts)
+    findings = entry(config.task).load()(config, accelerator, parts)
     if findings is None:
         return None
     entries = {**run_entries(config, accelerator, command, started), "made_with": parts.made_with}
@@ -339,23 +340,6 @@ def check_output(output: Path, overwrite: bool, resume: bool = False) -> None:
     existing = next(parent for parent in output.absolute().parents if parent.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise CompressorError(f"output = {output} cannot be written: {existing} is no folder that takes new files")
-
-
-def make_task(name: str) -> Task:
-    """The task of that name; an unknown one is a `CompressorError` that names the nearest."""
-    if name not in TASKS:
-        known = [*TASKS, *STUDIES]
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
-        hint = f"did you mean {near[0]}? " if near else ""
-        raise CompressorError(f"there is no task {name!r}; {hint}There are: {', '.join(known)}")
-    return TASKS[name]()
-
-
-def check_settings(task: Task, config: EvaluationConfig) -> None:
-    """Raise a `CompressorError` for a setting that is given and that the task does not read."""
-    for name in OWN_SETTINGS:
-        if getattr(config, name) and name not in task.settings:
-            raise CompressorError(f"{name} means nothing to --task {config.task}: leave it out")
 
 
 @torch.no_grad()
@@ -504,7 +488,7 @@ def left_out_notes(items: Sequence[Item], names: Mapping[str, str], ledgers: Map
     return [f"{name}: {line}." for name, line in lines if line]
 
 
-def describe_data(source: str, config: EvaluationConfig, records: Any) -> dict[str, Any]:
+def describe_data(source: str, config: ItemSettings, records: Any) -> dict[str, Any]:
     """Source and SHA-256 of the data: of the file if there is one, else of all records."""
     named = source if Path(source).exists() else HUB_NAMES.get(source, source)
     places = resolve_data(named, split=config.split)

@@ -1,19 +1,29 @@
-"""The settings of an evaluation."""
+"""The settings of an evaluation: what every task and study reads, and what each reads besides.
+
+Which task or study is asked for is known before they are parsed (`table.py`): one that it does not read is an error.
+"""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from compressor.errors import require
 from compressor.model.bases import default_checkpoint
 from compressor.model.config import BaseMismatch
 
+LEAST = {
+    **dict.fromkeys(("segment_tokens", "question_tokens", "repeats", "limit", "batch_size"), 1),
+    **dict.fromkeys(("refine_steps", "resamples", "seed"), 0),
+    "candidates": 2,
+}
+"""Smallest values of settings that are numbers."""
+
 
 @dataclass
 class EvaluationConfig:
-    """One evaluation: a checkpoint, a task, data, and the sizes and lengths to measure at."""
+    """One evaluation: a checkpoint and a task."""
 
     checkpoint: str = ""
     """Compressor checkpoint: folder or hub id; by default the bundled one of smollm2-135m where this base is at hand
@@ -23,33 +33,98 @@ class EvaluationConfig:
     base_mismatch: BaseMismatch = "refuse"
     """allow: take a base with other weights than the checkpoint was trained on, with a warning."""
     task: str = "regeneration"
-    """What is measured: regeneration, qa, continuation (of what follows a passage), summarise, classify, paraphrase,
-    retrieve (a passage from a query); or a study: utilisation (what each memory token and layer is used for),
-    efficiency (what a memory saves)."""
+    """What is measured: regeneration, qa, continuation (of what follows a passage), retrieve (a passage from a query),
+    prompt (any instruction, --prompt) or the name of a preset in configs/tasks (summarise, entities, ...); or a study:
+    utilisation (what each memory token and layer is used for), efficiency (what a memory saves)."""
+    tokens: list[int] = field(default_factory=list)
+    """Numbers of memory tokens, for instance 16 4 1; by default all the checkpoint has."""
+    output: str = "outputs/evaluation"
+    """Folder for metrics.json, predictions.jsonl, config.yaml, table.md and plots."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Data type the base is held in."""
+    seed: int = 0
+    """Seed of the resamples; decoding is greedy."""
+
+    def __post_init__(self) -> None:
+        self.checkpoint = self.checkpoint or default_checkpoint()
+        given = vars(self)
+        for name, least in LEAST.items():
+            value = given.get(name)
+            require(value is None or value >= least, name, value, f"at least {least}")
+        for name in ("data", "methods"):
+            values = given.get(name, [])
+            require(len(set(values)) == len(values), name, values, "names that differ from each other")
+        for name in ("tokens", "lengths", "new_tokens"):
+            values = given.get(name, [])
+            require(all(value >= 1 for value in values), name, values, "numbers of at least 1")
+            require(len(set(values)) == len(values), name, values, "numbers that differ from each other")
+        require(given.get("new_tokens") != [], "new_tokens", [], "at least one number")
+        date = given.get("split_date")
+        require(
+            date is None or re.fullmatch(r"\d{4}-\d{2}-\d{2}", date) is not None,
+            "split_date",
+            date,
+            "a day written yyyy-mm-dd",
+        )
+
+
+@dataclass
+class ItemSettings(EvaluationConfig):
+    """What is read by all that measure a checkpoint on items of data."""
+
     data: list[str] = field(default_factory=list)
     """Data sets, each reported in rows of its own: JSONL, Parquet, CSV or text files, folders, shipped names or hub
     ids; by default the shipped ones of the task."""
-    methods: list[str] = field(default_factory=list)
-    """Methods to compare, by default the checkpoint's own: kv, reference-500x, icae, mean-pool, anchor,
-    sentence-embedding, full-tuned, none-tuned (trained; NAME=CHECKPOINT, or NAME for the folder methods/NAME beside
-    the checkpoint), full, none, truncate, keywords, summary, llmlingua2."""
     split: str | None = None
     """Split of a data set that has several."""
-    text_field: str | None = None
-    """Field that holds the passage; by default `text` or `abstract`."""
-    tokens: list[int] = field(default_factory=list)
-    """Numbers of memory tokens, for instance 16 4 1; by default all the checkpoint has."""
-    lengths: list[int] = field(default_factory=list)
-    """Lengths in tokens: passages at least that long are cut to it. By default passages are taken whole."""
     limit: int | None = None
     """Most passages for each length (the first ones long enough)."""
+    skip_bad_records: bool = False
+    """Leave records out that are null, blank or broken, up to one in twenty, and count them in metrics.json; otherwise
+    the first of them is an error."""
     segment_tokens: int | None = None
     """Compress passages in segments of at most so many tokens, each to `tokens` memory tokens; by default segments are
     as long as the compressor takes."""
     refine_steps: int = 0
     """Gradient steps on each memory of a trained method (`compressor/model/refinement.py`)."""
+    batch_size: int = 16
+    """Passages handled together on each device. Rounding differs a little from one batch size to another."""
+    resamples: int = 1000
+    """Bootstrap resamples behind the 95% intervals."""
+
+
+@dataclass
+class TaskSettings(ItemSettings):
+    """What every task reads: the methods that are compared."""
+
+    methods: list[str] = field(default_factory=list)
+    """Methods to compare, by default the checkpoint's own (prompt: beside its bounds): kv, reference-500x, icae,
+    mean-pool, anchor, sentence-embedding, full-tuned, none-tuned (trained; NAME=CHECKPOINT, or NAME for the folder
+    methods/NAME beside the checkpoint), recite, full, none, truncate, keywords, summary, llmlingua2."""
     refine_from: Literal["encoder", "random"] = "encoder"
-    """What these steps start from: the memory that the encoder makes, or random vectors, to see what that is worth."""
+    """What refine_steps start from: the memory that the encoder makes, or random vectors, to see what that is worth."""
+    summariser: str | None = None
+    """Seq2seq summariser (folder or hub id) of the method summary; by default sentences are extracted."""
+    keyword_language: str = "en"
+    """Language of the method keywords."""
+    llmlingua: str = "microsoft/llmlingua-2-bert-base-multilingual-cased-meetingbank"
+    """Token classifier (folder or hub id) of the method llmlingua2."""
+
+
+@dataclass
+class PassageSettings:
+    """Which passages are taken, and how much of them."""
+
+    text_field: str | None = None
+    """Field that holds the passage; by default `text` or `abstract`."""
+    lengths: list[int] = field(default_factory=list)
+    """Lengths in tokens: passages at least that long are cut to it. By default passages are taken whole."""
+
+
+@dataclass
+class QuestionSettings:
+    """Which questions are asked, and how."""
+
     question_columns: dict[str, str] = field(default_factory=dict)
     """Names of the questions' columns where they are not the usual ones, for instance `{context: abstract}`."""
     question_tokens: int | None = None
@@ -60,65 +135,66 @@ class EvaluationConfig:
     question_template: str | None = None
     """Prompt of a question, with `{question}` in it, or `chat`, with arguments of the template as in
     `chat {"enable_thinking": false}`; by default the checkpoint's."""
-    summariser: str | None = None
-    """Seq2seq summariser (folder or hub id) of the method summary; by default sentences are extracted."""
-    keyword_language: str = "en"
-    """Language of the method keywords."""
-    llmlingua: str = "microsoft/llmlingua-2-bert-base-multilingual-cased-meetingbank"
-    """Token classifier (folder or hub id) of the method llmlingua2."""
-    candidates: int = 16
-    """Most passages that a query is to be found among in the task retrieve."""
-    new_tokens: list[int] = field(default_factory=lambda: [100, 200, 300, 400])
-    """Numbers of new tokens that the study efficiency reports on."""
-    repeats: int = 5
-    """Timed runs of each variant in the study efficiency, of which medians are reported."""
+
+
+@dataclass
+class ContinuationSettings(PassageSettings, TaskSettings):
+    """Settings of the task continuation."""
+
     split_date: str | None = None
     """Report records dated before this day (yyyy-mm-dd) and from it on apart."""
-    skip_bad_records: bool = False
-    """Leave records out that are null, blank or broken, up to one in twenty, and count them in metrics.json; otherwise
-    the first of them is an error."""
-    output: str = "outputs/evaluation"
-    """Folder for metrics.json, predictions.jsonl, config.yaml, table.md and plots."""
-    batch_size: int = 16
-    """Passages handled together on each device. Rounding differs a little from one batch size to another."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Data type the base is held in."""
-    resamples: int = 1000
-    """Bootstrap resamples behind the 95% intervals."""
-    seed: int = 0
-    """Seed of the resamples; decoding is greedy."""
+
+
+@dataclass
+class RegenerationSettings(ContinuationSettings):
+    """Settings of the task regeneration."""
+
     published: bool = False
     """Show the figures of the 500xCompressor paper (an 8B base) beside these: second table, dashed lines."""
 
-    def __post_init__(self) -> None:
-        self.checkpoint = self.checkpoint or default_checkpoint()
-        require(
-            self.segment_tokens is None or self.segment_tokens >= 1, "segment_tokens", self.segment_tokens, "at least 1"
-        )
-        require(
-            self.question_tokens is None or self.question_tokens >= 1,
-            "question_tokens",
-            self.question_tokens,
-            "at least 1",
-        )
-        require(self.refine_steps >= 0, "refine_steps", self.refine_steps, "at least 0")
-        for name in ("data", "methods"):
-            values = getattr(self, name)
-            require(len(set(values)) == len(values), name, values, "names that differ from each other")
-        require(self.candidates >= 2, "candidates", self.candidates, "at least 2")
-        require(self.repeats >= 1, "repeats", self.repeats, "at least 1")
-        require(bool(self.new_tokens), "new_tokens", self.new_tokens, "at least one number")
-        for name in ("tokens", "lengths", "new_tokens"):
-            values = getattr(self, name)
-            require(all(value >= 1 for value in values), name, values, "numbers of at least 1")
-            require(len(set(values)) == len(values), name, values, "numbers that differ from each other")
-        require(self.limit is None or self.limit >= 1, "limit", self.limit, "at least 1")
-        require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
-        require(self.resamples >= 0, "resamples", self.resamples, "at least 0")
-        require(self.seed >= 0, "seed", self.seed, "at least 0")
-        require(
-            self.split_date is None or re.fullmatch(r"\d{4}-\d{2}-\d{2}", self.split_date) is not None,
-            "split_date",
-            self.split_date,
-            "a day written yyyy-mm-dd",
-        )
+
+@dataclass
+class QuestionAnsweringSettings(QuestionSettings, TaskSettings):
+    """Settings of the task qa."""
+
+
+@dataclass
+class PromptSettings(TaskSettings):
+    """Settings of the prompted task and its presets."""
+
+    prompt: str = ""
+    """YAML of the prompt (configs/tasks/NAME.yaml, or NAME): instruction, columns, labels, metrics; without, rows hold
+    their instructions."""
+    question_template: str | None = None
+    """Prompt of an instruction, with `{question}` in it, or `chat`; by default the preset's, else the checkpoint's."""
+
+
+@dataclass
+class RetrieveSettings(TaskSettings):
+    """Settings of the task retrieve."""
+
+    text_field: str | None = None
+    """Field that holds the passage; by default `text` or `abstract`."""
+    question_columns: dict[str, str] = field(default_factory=dict)
+    """Names of the questions' columns where they are not the usual ones, for instance `{context: abstract}`."""
+    candidates: int = 16
+    """Most passages that a query is to be found among."""
+
+
+@dataclass
+class UtilisationSettings(QuestionSettings, PassageSettings, ItemSettings):
+    """Settings of the study utilisation."""
+
+    split_date: ClassVar[None] = None
+
+
+@dataclass
+class EfficiencySettings(EvaluationConfig):
+    """Settings of the study efficiency."""
+
+    lengths: list[int] = field(default_factory=list)
+    """Tokens of the passage; by default 500, or as many as the compressor takes."""
+    new_tokens: list[int] = field(default_factory=lambda: [100, 200, 300, 400])
+    """Numbers of new tokens to report on."""
+    repeats: int = 5
+    """Timed runs of each variant, of which medians are reported."""

@@ -165,6 +165,20 @@ def score(
     return scores
 
 
+def label_scores(
+    base: Base, prefix: Prefix, prompts: Sequence[Sequence[int]], labels: Sequence[Sequence[Sequence[int]]]
+) -> list[list[float]]:
+    """Mean log-probability a token of each row's labels (token ids, without EOS) after prefix and prompt."""
+    found: list[list[float]] = [[] for _ in prompts]
+    for place in range(max(map(len, labels))):
+        rows = [row for row, own in enumerate(labels) if place < len(own)]
+        chosen = prefix.select(torch.tensor(rows, device=base.device))
+        scored = score(base, chosen, [prompts[row] for row in rows], [labels[row][place] for row in rows])
+        for row, one in zip(rows, scored, strict=True):
+            found[row].append(float(one[:, 0].double().mean()))
+    return found
+
+
 def _inputs(base: Base, prompts: Sequence[Sequence[int]], targets: Sequence[Sequence[int]]) -> Tensor:
     """`prompt target` of each row without its last token, which nothing follows, int64 `[batch, width]`."""
     rows = [[*prompt, *target][:-1] for prompt, target in zip(prompts, targets, strict=True)]

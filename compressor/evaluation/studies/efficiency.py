@@ -24,7 +24,7 @@ from compressor.api import Compressor
 from compressor.errors import CompressorError
 from compressor.evaluation.flops import Cost, Setting, Shape
 from compressor.evaluation.report import figure
-from compressor.evaluation.settings import EvaluationConfig
+from compressor.evaluation.settings import EfficiencySettings
 from compressor.evaluation.studies import Findings
 from compressor.methods.interface import check_tokens, token_prefix
 from compressor.model.checkpoint import compressor_fingerprint
@@ -60,7 +60,7 @@ def llama_shape() -> Shape:
     return Shape.of(config)
 
 
-def efficiency(config: EvaluationConfig, accelerator: Accelerator, parts: Unfinished) -> Findings | None:
+def efficiency(config: EfficiencySettings, accelerator: Accelerator, parts: Unfinished) -> Findings | None:
     """Run the study; the main process alone measures, so that others do not disturb it.
 
     Raises:
@@ -129,13 +129,8 @@ def efficiency(config: EvaluationConfig, accelerator: Accelerator, parts: Unfini
     return Findings(metrics, lambda folder: draw(rows, sizes[0], folder))
 
 
-def check_settings(config: EvaluationConfig) -> None:
+def check_settings(config: EfficiencySettings) -> None:
     """Raise a `CompressorError` for settings that this study cannot follow."""
-    why_not = {"data": "costs do not depend on the text", "segment_tokens": "it is of one segment"}
-    for name in ("data", "methods", "split_date", "published", "segment_tokens", "refine_steps"):
-        if getattr(config, name):
-            why = why_not.get(name, "only the checkpoint and full are compared")
-            raise CompressorError(f"{name} cannot be used with --task efficiency ({why}): leave it out")
     if min(config.new_tokens) < 2:
         raise CompressorError(f"new_tokens = {config.new_tokens}: a rate needs at least 2 new tokens")
 
@@ -224,7 +219,7 @@ def time_once(model: Compressor, passage: Sequence[int], tokens: int | None, new
 
 @torch.no_grad()
 def measure(
-    model: Compressor, length: int, sizes: Sequence[int], config: EvaluationConfig
+    model: Compressor, length: int, sizes: Sequence[int], config: EfficiencySettings
 ) -> dict[int | None, list[Times]]:
     """Times of the full passage (None) and of every size in turn, on random tokens, after a round that warms up."""
     generator = torch.Generator().manual_seed(config.seed)
@@ -282,7 +277,7 @@ def device_name(device: torch.device) -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), device.type)
 
 
-def notes(config: EvaluationConfig, device: torch.device) -> list[str]:
+def notes(config: EfficiencySettings, device: torch.device) -> list[str]:
     """What a reader of the table must know; the third is the README's."""
 
     def spread(name: str, *prompts: str) -> str:

@@ -19,15 +19,16 @@ from accelerate import Accelerator
 from torch import nn
 
 from compressor.api import Compressor
-from compressor.data.prompts import QUESTION, answer_text
+from compressor.data.prompts import answer_text
 from compressor.errors import CompressorError
 from compressor.evaluation.metrics import LEVEL, bootstrap, ratio
 from compressor.evaluation.report import figure
 from compressor.evaluation.runner import data_names, describe_data, items_hash, run_batches
-from compressor.evaluation.settings import EvaluationConfig
+from compressor.evaluation.settings import UtilisationSettings
 from compressor.evaluation.studies import Findings
-from compressor.evaluation.tasks import Item, QuestionAnswering, Regeneration, Result, Task
-from compressor.evaluation.tasks.interface import LEFT_OUT
+from compressor.evaluation.tasks.interface import LEFT_OUT, Item, Result, Task
+from compressor.evaluation.tasks.qa import QuestionAnswering
+from compressor.evaluation.tasks.regeneration import Regeneration
 from compressor.methods.interface import MemoryMethod, Method, Piece, check_tokens
 from compressor.model.base import Base
 from compressor.model.checkpoint import compressor_fingerprint
@@ -41,7 +42,7 @@ PERMUTATIONS = 2000
 ALPHA = 0.05
 
 
-def utilisation(config: EvaluationConfig, accelerator: Accelerator, parts: Unfinished) -> Findings | None:
+def utilisation(config: UtilisationSettings, accelerator: Accelerator, parts: Unfinished) -> Findings | None:
     """Run the study; data sets with questions are answered, others are written back.
 
     Raises:
@@ -63,7 +64,7 @@ def utilisation(config: EvaluationConfig, accelerator: Accelerator, parts: Unfin
     tokens = config.tokens[0] if config.tokens else model.config.memory_tokens
     if not model.encoder.trained_for(tokens):
         raise CompressorError(f"{config.checkpoint} is not meant to compress to {tokens} tokens: leave tokens out")
-    config.question_template = config.question_template or model.config.question_template or QUESTION
+    config = replace(config, question_template=config.question_template or model.config.question_template)
     method = MemoryMethod(model, config.batch_size, config.segment_tokens, config.refine_steps)
     rows: list[dict[str, Any]] = []
     verdicts: list[str] = []
@@ -96,19 +97,14 @@ def utilisation(config: EvaluationConfig, accelerator: Accelerator, parts: Unfin
     return Findings(metrics, lambda folder: draw(rows, folder))
 
 
-def check_settings(config: EvaluationConfig) -> None:
+def check_settings(config: UtilisationSettings) -> None:
     """Raise a `CompressorError` for settings that this study cannot follow."""
-    for name, most in (("methods", 0), ("tokens", 1), ("lengths", 1)):
-        values = getattr(config, name)
-        if len(values) > most:
-            advice = "the checkpoint's own method is studied: leave it out" if most == 0 else "give one"
-            raise CompressorError(f"{name} = {values} cannot be used with --task utilisation: {advice}")
-    for name in ("split_date", "published"):
-        if getattr(config, name):
-            raise CompressorError(f"{name} cannot be used with --task utilisation: leave it out")
+    for name in ("tokens", "lengths"):
+        if len(values := getattr(config, name)) > 1:
+            raise CompressorError(f"{name} = {values} cannot be used with --task utilisation: give one")
 
 
-def load(source: str, config: EvaluationConfig) -> tuple[Task, Any]:
+def load(source: str, config: UtilisationSettings) -> tuple[Task, Any]:
     """The records of a data set and what is done with them: questions if it has them, else texts."""
     answer, regenerate = AnswerProbe(), RegenerationProbe()
     try:
@@ -221,7 +217,7 @@ def added(kind: str, results: Sequence[Result]) -> tuple[np.ndarray, np.ndarray]
 
 
 def make_rows(
-    kind: str, dataset: str, results: Sequence[Result], tokens: int, config: EvaluationConfig, number: int
+    kind: str, dataset: str, results: Sequence[Result], tokens: int, config: UtilisationSettings, number: int
 ) -> list[dict[str, Any]]:
     """One row for the whole memory (its loss, and what removing it adds) and one for each token and layer."""
     increases, per = added(kind, results)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -12,9 +12,6 @@ from compressor.evaluation.tasks.interface import Item, Result, Task, tokenised
 from compressor.evaluation.tasks.regeneration import Regeneration, part_of
 from compressor.methods.interface import Method, Piece
 from compressor.model.generation import after, score
-
-if TYPE_CHECKING:
-    from compressor.evaluation.settings import EvaluationConfig
 
 FOLLOWING = 64
 """Most tokens that are scored after a passage."""
@@ -28,7 +25,6 @@ class Continuation(Regeneration):
     memory the decoder needs something to read; so it is for every method.
     """
 
-    settings = ("lengths", "split_date", "text_field")
     figures: Mapping[str, FigureOf] = {
         "nll_per_token": ratio("nats", "target_tokens"),
         "perplexity": FigureOf(
@@ -39,7 +35,7 @@ class Continuation(Regeneration):
         "token_ratio": ratio("passage_tokens", "memory_tokens"),
     }
 
-    def items(self, records: Any, tokenizer: Any, config: EvaluationConfig) -> list[Item]:
+    def items(self, records: Any, tokenizer: Any, config: Any) -> list[Item]:
         """The first `limit` texts for each length and part that go on for at least two tokens after the passage."""
         lengths: list[int | None] = list(config.lengths) or [None]
         found: dict[tuple[str | None, int | None], list[Item]] = {group: [] for group in self.groups(config)}

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from compressor.data.left_out import LeftOut
 from compressor.evaluation.metrics import FigureOf
 from compressor.methods.interface import Method, Piece
-
-if TYPE_CHECKING:
-    from compressor.evaluation.settings import EvaluationConfig
 
 Result = dict[str, Any]
 """What an item left at one size, ready for JSON: a line of `predictions.jsonl` and the columns of its figures. Of an
@@ -41,7 +38,11 @@ class Item:
 
 
 class Task:
-    """What the runner needs to know of a task. A new one is a subclass in a file here and a line in `TASKS`."""
+    """What the runner needs to know of a task. A new one is a subclass in a file here and a line in `TASKS`.
+
+    Args:
+        config: settings of the task, where it is another one by them.
+    """
 
     figures: Mapping[str, FigureOf]
     """Figures of a row in the order of the table. Columns named `full_X`, `none_X`, `full_tuned_X` and `none_tuned_X`
@@ -51,22 +52,25 @@ class Task:
     """Data sets that are measured where none is named."""
     needs: str = ""
     """What to name with `--data`, of a task without such."""
-    settings: tuple[str, ...] = ()
-    """Which of the settings that not every task reads (`OWN_SETTINGS` in the runner) it does."""
+    bounds: Sequence[str] = ()
+    """Methods that are run beside the checkpoint's own where none is named; tuned ones where their prefixes are."""
 
-    def __init__(self) -> None:
+    template: str | None = None
+    """The task's own prompt of a question, before the checkpoint's; see `question_ids`."""
+
+    def __init__(self, config: Any = None) -> None:
         self.left_out = LeftOut()
         """What `load` and `items` count as left out; the runner keeps one for each data set."""
 
-    def load(self, source: str, config: EvaluationConfig) -> Any:
+    def load(self, source: str, config: Any) -> Any:
         """The records of a data set, in their order."""
         raise NotImplementedError
 
-    def items(self, records: Any, tokenizer: Any, config: EvaluationConfig) -> list[Item]:
+    def items(self, records: Any, tokenizer: Any, config: Any) -> list[Item]:
         """Items from what `load` returned."""
         raise NotImplementedError
 
-    def groups(self, config: EvaluationConfig) -> list[tuple[str | None, int | None]]:
+    def groups(self, config: Any) -> list[tuple[str | None, int | None]]:
         """Parts and lengths that rows are reported for, apart for each data set."""
         return [(None, None)]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -17,9 +17,6 @@ from compressor.evaluation.words import answer_words
 from compressor.methods.interface import Method, Piece
 from compressor.model.generation import ANSWER_TOKENS, after, generate, score
 
-if TYPE_CHECKING:
-    from compressor.evaluation.settings import EvaluationConfig
-
 KINDS = ("answerable", "unanswerable")
 """Kinds of questions, whose F1 is reported apart where some are unanswerable."""
 ANSWERABLE_F1 = ratio("answerable_f1", "answerable_questions", 100)
@@ -32,8 +29,11 @@ class QuestionAnswering(Task):
     decoder sees one after the other.
     """
 
-    default_data = ("squad-dev", "arxivqa-test")
-    settings = ("question_columns", "question_tokens", "keep_unanswerable")
+    default_data: Sequence[str] = ("squad-dev", "arxivqa-test")
+    new_tokens = ANSWER_TOKENS
+    """Most tokens of a written answer."""
+    quality = True
+    """Whether passages are scored under their memories, too."""
     figures: Mapping[str, FigureOf] = {
         "em": ratio("em", "questions", 100),
         "f1": ratio("f1", "questions", 100),
@@ -58,7 +58,7 @@ class QuestionAnswering(Task):
         "unanswerable_f1": ratio("unanswerable_f1", "unanswerable_questions", 100),
     }
 
-    def load(self, source: str, config: EvaluationConfig) -> list[Question]:
+    def load(self, source: str, config: Any) -> list[Question]:
         """The first `limit` questions of a data set."""
         return load_questions(
             source,
@@ -70,7 +70,7 @@ class QuestionAnswering(Task):
             left_out=self.left_out,
         )
 
-    def items(self, records: Sequence[Question], tokenizer: Any, config: EvaluationConfig) -> list[Item]:
+    def items(self, records: Sequence[Question], tokenizer: Any, config: Any) -> list[Item]:
         """One item for each question; questions about one passage share its token ids.
 
         With `question_tokens` a question is about the stretch of its context that holds the answer.
@@ -88,36 +88,38 @@ class QuestionAnswering(Task):
         ]
 
     def room(self, item: Item) -> int:
-        return 1 + len(item.asked["prompt"]) + ANSWER_TOKENS
+        return 1 + len(item.asked["prompt"]) + self.new_tokens
 
     def run(self, method: Method, items: Sequence[Item], contexts: Sequence[list[Piece]]) -> list[Result]:
         base = method.base
         answers = answer_ids(base.tokenizer, [item.asked["answers"] for item in items])
         prefix = method.prefix(contexts)
         prompts = after(base, prefix, [item.asked["prompt"] for item in items])
-        written = generate(base, prefix, prompts, [ANSWER_TOKENS] * len(items))
+        written = generate(base, prefix, prompts, [self.new_tokens] * len(items))
         scored = score(base, prefix, prompts, [[*answer, base.eos] for answer in answers])
-        nats = passage_nats(method, contexts)
+        nats = passage_nats(method, contexts) if self.quality else []
         results = []
         for row, item in enumerate(items):
             prediction = base.tokenizer.decode(written[row].ids, skip_special_tokens=True).strip()
-            exact, f1 = answer_scores(prediction, item.asked["answers"])
             results.append(
                 {
                     "question": item.asked["question"],
                     "answers": item.asked["answers"],
                     "prediction": prediction,
-                    "em": exact,
-                    "f1": f1,
+                    **self.judged(method, item, prediction),
                     "answer_nats": -float(scored[row][:, 0].double().sum()),
                     "answer_tokens": len(scored[row]),
                     "prediction_logprob": sum(written[row].logprobs),
-                    "passage_nats_per_token": nats[row],
+                    **({"passage_nats_per_token": nats[row]} if self.quality else {}),
                     "passage_tokens": len(item.passage),
                     "memory_tokens": sum(piece.tokens for piece in contexts[row]),
                 }
             )
         return results
+
+    def judged(self, method: Method, item: Item, written: str) -> dict[str, Any]:
+        """What is said of a written answer."""
+        return dict(zip(("em", "f1"), answer_scores(written, item.asked["answers"]), strict=True))
 
     def columns(self, result: Result) -> dict[str, float]:
         names = ("em", "f1", "answer_nats", "passage_tokens", "memory_tokens")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from compressor.data.records import load_texts
 from compressor.errors import CompressorError
@@ -27,18 +27,15 @@ from compressor.evaluation.words import unspaced, words
 from compressor.methods.interface import Method, Piece
 from compressor.model.generation import after, generate, regeneration_limit, score
 
-if TYPE_CHECKING:
-    from compressor.evaluation.settings import EvaluationConfig
-
 BEFORE, AFTER = "before", "from"
 
 
-def parts(config: EvaluationConfig) -> list[str | None]:
+def parts(config: Any) -> list[str | None]:
     """Names of the parts that rows are reported for."""
     return [None] if config.split_date is None else [f"{side} {config.split_date}" for side in (BEFORE, AFTER)]
 
 
-def part_of(record: Mapping[str, Any], config: EvaluationConfig) -> str | None:
+def part_of(record: Mapping[str, Any], config: Any) -> str | None:
     """The part a record belongs to.
 
     Raises:
@@ -69,7 +66,6 @@ class Regeneration(Task):
     """
 
     default_data = ("arxiv-test",)
-    settings: tuple[str, ...] = ("lengths", "split_date", "text_field", "published")
     figures: Mapping[str, FigureOf] = {
         "bleu": CORPUS_BLEU,
         "chrf": CORPUS_CHRF,
@@ -81,7 +77,7 @@ class Regeneration(Task):
         "byte_ratio": ratio("passage_bytes", "memory_bytes"),
     }
 
-    def load(self, source: str, config: EvaluationConfig) -> Any:
+    def load(self, source: str, config: Any) -> Any:
         """Passages with `id`, `text` and, if there is one, `date`."""
         records = load_texts(
             source,
@@ -94,7 +90,7 @@ class Regeneration(Task):
             raise CompressorError(f"{source} has no field 'date', which split_date needs: leave split_date out")
         return records
 
-    def items(self, records: Any, tokenizer: Any, config: EvaluationConfig) -> list[Item]:
+    def items(self, records: Any, tokenizer: Any, config: Any) -> list[Item]:
         """The first `limit` long enough passages for each length and part."""
         lengths: list[int | None] = list(config.lengths) or [None]
         found: dict[tuple[str | None, int | None], list[Item]] = {group: [] for group in self.groups(config)}
@@ -112,7 +108,7 @@ class Regeneration(Task):
                 break
         return [item for row in found.values() for item in row]
 
-    def groups(self, config: EvaluationConfig) -> list[tuple[str | None, int | None]]:
+    def groups(self, config: Any) -> list[tuple[str | None, int | None]]:
         lengths: list[int | None] = list(config.lengths) or [None]
         return [(part, length) for part in parts(config) for length in lengths]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -19,9 +19,6 @@ from compressor.evaluation.metrics import FigureOf, ratio
 from compressor.evaluation.tasks.interface import Item, Result, Task, tokenised
 from compressor.methods.interface import Method, Piece
 from compressor.model.generation import after, score
-
-if TYPE_CHECKING:
-    from compressor.evaluation.settings import EvaluationConfig
 
 QUESTION_STARTS, TITLE_STARTS = "\nQuestion:", "\nTitle:"
 """What stands between a memory and the query."""
@@ -40,7 +37,6 @@ class Retrieve(Task):
     """
 
     default_data = ("squad-dev", "arxiv-test")
-    settings = ("text_field", "question_columns")
     figures: Mapping[str, FigureOf] = {
         "mrr": ratio("reciprocal_rank", "items"),
         "hit_1": ratio("hit_1", "items"),
@@ -49,7 +45,7 @@ class Retrieve(Task):
         "token_ratio": ratio("passage_tokens", "memory_tokens"),
     }
 
-    def load(self, source: str, config: EvaluationConfig) -> list[dict[str, str]]:
+    def load(self, source: str, config: Any) -> list[dict[str, str]]:
         """`id`, `text`, `query` and what `starts` the query, of the first `limit` passages that differ."""
         bad = BadRecords(config.skip_bad_records, self.left_out)
         pairs = _titles(source, config, bad) or _questions(source, config, self.left_out)
@@ -63,7 +59,7 @@ class Retrieve(Task):
             raise CompressorError(f"{source} has one passage: retrieval needs two to tell apart")
         return list(found.values())
 
-    def items(self, records: Sequence[dict[str, str]], tokenizer: Any, config: EvaluationConfig) -> list[Item]:
+    def items(self, records: Sequence[dict[str, str]], tokenizer: Any, config: Any) -> list[Item]:
         """One item for each passage, with its query."""
         passages = {place: ids for place, ids in tokenised([record["text"] for record in records], tokenizer) if ids}
         queries = dict(tokenised([" " + record["query"].strip() for record in records], tokenizer))
@@ -145,7 +141,7 @@ def reciprocal_rank(scores: Sequence[float], own: int) -> tuple[float, float]:
     return sum(1 / rank for rank in ranks) / tied, (0.0 if better else 1 / tied)
 
 
-def _titles(source: str, config: EvaluationConfig, bad: BadRecords) -> list[dict[str, str]]:
+def _titles(source: str, config: Any, bad: BadRecords) -> list[dict[str, str]]:
     """Passages with their titles, if the source is files of passages with titles and without questions."""
     # Questions alone are known by short names.
     places = [] if source in HUB_NAMES else resolve(source, split=config.split)
@@ -171,7 +167,7 @@ def _titles(source: str, config: EvaluationConfig, bad: BadRecords) -> list[dict
     return found
 
 
-def _questions(source: str, config: EvaluationConfig, left_out: LeftOut) -> list[dict[str, str]]:
+def _questions(source: str, config: Any, left_out: LeftOut) -> list[dict[str, str]]:
     records = load_questions(
         source,
         split=config.split,

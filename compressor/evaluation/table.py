@@ -1,0 +1,60 @@
+"""Every task and study of evaluation by the name that `--task` takes. A new one is a file and a line here.
+
+Nothing is imported before it is asked for, so that settings are checked before torch is loaded.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from compressor.data.instructions import preset_names
+from compressor.errors import CompressorError
+from compressor.evaluation import settings
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A task or study."""
+
+    place: str
+    """Module under `compressor.evaluation`, and what to take of it."""
+    settings: type[settings.EvaluationConfig] = settings.TaskSettings
+    """What it reads."""
+
+    def load(self) -> Any:
+        """The subclass of `Task`, or the study's function."""
+        module, _, attribute = self.place.partition(":")
+        return getattr(import_module(f"compressor.evaluation.{module}"), attribute)
+
+
+TASKS: dict[str, Entry] = {
+    "regeneration": Entry("tasks.regeneration:Regeneration", settings.RegenerationSettings),
+    "qa": Entry("tasks.qa:QuestionAnswering", settings.QuestionAnsweringSettings),
+    "continuation": Entry("tasks.continuation:Continuation", settings.ContinuationSettings),
+    "retrieve": Entry("tasks.retrieve:Retrieve", settings.RetrieveSettings),
+    "prompt": Entry("tasks.prompt:Prompted", settings.PromptSettings),
+}
+STUDIES: dict[str, Entry] = {
+    "utilisation": Entry("studies.utilisation:utilisation", settings.UtilisationSettings),
+    "efficiency": Entry("studies.efficiency:efficiency", settings.EfficiencySettings),
+}
+
+
+def entry(name: str) -> Entry:
+    """The task, study or preset of that name; an unknown one is a `CompressorError` that names the nearest."""
+    found = (TASKS | STUDIES).get(name)
+    if found is None and name in preset_names():
+        found = TASKS["prompt"]
+    if found is None:
+        known = [*TASKS, *preset_names(), *STUDIES]
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+        raise CompressorError(f"there is no task {name!r}; did you mean {near[0]}? There are: {', '.join(known)}")
+    return found
+
+
+def readers(setting: str) -> list[str]:
+    """Names of the tasks and studies that read a setting."""
+    return [name for name, one in (TASKS | STUDIES).items() if setting in one.settings.__dataclass_fields__]
