@@ -41,7 +41,7 @@ def _options(config: type, argv: list[str], command: Callable[[list[str]], int],
     name = command.__name__.replace("_", "-")
     options, switches = parse_config(config, argv, f"compressor {name}: {command.__doc__}", OVERWRITE)
     if not folder:
-        inputs = [getattr(options, name, None) for name in ("text", "data", "calibration")]
+        inputs = [getattr(options, name, None) for name in ("text", "data", "calibration", "source")]
         check_file(options.output, switches.overwrite, [source for source in inputs if source is not None])
     elif Path(options.output).exists() and not switches.overwrite:
         raise CompressorError(f"{options.output} exists: choose another --output, or give --overwrite")
@@ -84,6 +84,16 @@ def questions(argv: list[str]) -> int:
     for name, split in manifest["splits"].items():
         print(f"  {name}: {split['records']:,} questions")
     print(f"wrote {config.output}")
+    return 0
+
+
+def entities(argv: list[str]) -> int:
+    """make instructions that ask for the names in texts, labelled by spaCy, by columns or spans, or by questions"""
+    from compressor.data.builders.entities import EntitiesConfig, build_entities
+
+    config = _options(EntitiesConfig, _named(argv, "source"), entities)
+    counts = build_entities(config)
+    print(f"{', '.join(f'{count:,} about {kind}' for kind, count in counts.items())}: {config.output}")
     return 0
 
 
@@ -288,6 +298,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "ask": ask,
     "corpus": corpus,
     "questions": questions,
+    "entities": entities,
     "pack": pack,
     "unpack": unpack,
 }

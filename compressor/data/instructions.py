@@ -17,8 +17,9 @@ import yaml
 from compressor.data.bad_records import BadRecord
 from compressor.data.sources import Row, type_name
 from compressor.errors import CompressorError, require
+from compressor.files import PROJECT
 
-PRESETS = Path(__file__).resolve().parents[2] / "configs" / "tasks"
+PRESETS = PROJECT / "configs" / "tasks"
 CONTEXT, ANSWERS = ("context", "passage", "text", "abstract", "source"), ("answers", "answer", "targets", "references")
 _PLACE = re.compile(r"\{(\w+)\}")
 
