@@ -16,12 +16,13 @@ from rouge_score.rouge_scorer import RougeScorer
 from compressor.commands.evaluate import evaluate_main
 from compressor.data import questions as questions_module
 from compressor.data.instructions import PRESETS, Prompt, load_prompt, preset_names
+from compressor.data.prompts import label_ids
 from compressor.errors import CompressorError
 from compressor.evaluation.metrics import FIGURES, resampled_figures, word_errors
 from compressor.evaluation.scores import SCORES, Answered
 from compressor.evaluation.settings import PromptSettings
 from compressor.evaluation.tasks.interface import Item, Result
-from compressor.evaluation.tasks.prompt import Prompted, label_ids
+from compressor.evaluation.tasks.prompt import Prompted
 from compressor.methods.full import Full
 from compressor.model.base import Base
 

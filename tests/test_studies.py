@@ -284,13 +284,13 @@ def test_efficiency_command(checkpoint: str, tmp_path: Path, capsys: pytest.Capt
         (["--task", "efficency"], "did you mean efficiency"),
         (["--task", "nothing-like-it"], "utilisation"),
         (["--task", "efficiency", "--lengths", "65"], "up to 64 tokens at once"),
-        (["--task", "efficiency", "--data", "squad-dev"], "do not depend on the text"),
+        (["--task", "efficiency", "--data", "squad-dev"], "data means nothing to --task efficiency"),
         (["--task", "efficiency", "--new_tokens", "1"], "at least 2 new tokens"),
         (["--task", "efficiency", "--tokens", "9"], "more than the 8 memory tokens"),
         (["--task", "utilisation", "--tokens", "4", "2"], "give one"),
         (["--task", "utilisation", "--methods", "full"], "leave it out"),
         (["--task", "utilisation", "--data", "no-such.jsonl"], "no-such.jsonl"),
-        (["--task", "utilisation", "--repeats", "0"], "at least 1"),
+        (["--task", "efficiency", "--repeats", "0"], "at least 1"),
     ],
 )
 def test_bad_settings(

@@ -227,6 +227,13 @@ class AskOptions(MemoryOptions):
     """What `compressor ask` takes."""
 
     question: str = ""
+    """A question or an instruction; or a WAV file with a spoken one."""
+    prompt: str | None = None
+    """Preset in configs/tasks or a YAML file, instead of a question: its instruction, labels and length."""
+    new_tokens: int = 48
+    """Most tokens of the answer."""
+    speech: str | None = None
+    """Speech recogniser (folder or hub id) of a spoken question."""
     template: str = QUESTION
     """Prompt of the question, with `{question}` in it, or `chat`."""
     recite: bool = False
@@ -235,12 +242,22 @@ class AskOptions(MemoryOptions):
 
 
 def ask(argv: list[str]) -> int:
-    """answer a question from a memory file"""
+    """answer a question, or follow an instruction, from a memory file"""
+    from compressor.data.instructions import Prompt, load_prompt
+    from compressor.data.speech import is_speech, transcribe
     from compressor.parsing import parse_config
 
     options, _ = parse_config(AskOptions, argv, f"compressor ask: {ask.__doc__}")
-    if not options.question.strip():
+    prompt = Prompt() if options.prompt is None else load_prompt(options.prompt)
+    asked = options.question
+    if is_speech(asked):
+        asked = transcribe(asked, options.speech, options.device)
+    asked = prompt.asks(dict.fromkeys([*prompt.places, "question"], asked))
+    if not asked.strip() or not prompt.places <= ({"labels"} if not options.question else prompt.places):
         raise CompressorError("give a question: --question 'Which data is used?'")
+    if prompt.answer == "label" and not prompt.labels:
+        raise CompressorError(f"the labels of {options.prompt} are those of its data: give a prompt that names them")
+    from compressor.data.prompts import label_ids, question_ids
     from compressor.methods.recite import recited_prefix
     from compressor.model import generation
     from compressor.model.memory import memory_prefix
@@ -249,7 +266,48 @@ def ask(argv: list[str]) -> int:
     memory, base = _memory_and_base(options)
     sampling = generation.Sampling(temperature=options.temperature, seed=options.seed)
     prefix = (recited_prefix if options.recite else memory_prefix)(base, [memory])
-    write_output(generation.answer(base, prefix, [options.question], options.template, sampling=sampling)[0].text)
+    template = prompt.template or options.template
+    if prompt.answer == "label":
+        prompts = generation.after(base, prefix, question_ids(base.tokenizer, [asked], template))
+        spelled = [label_ids(base.tokenizer, label) for label in prompt.labels]
+        (found,) = generation.label_scores(base, prefix, prompts, [spelled])
+        written = prompt.labels[found.index(max(found))]
+    else:
+        limit = options.new_tokens if options.prompt is None else prompt.new_tokens
+        written = generation.answer(base, prefix, [asked], template, limit, sampling)[0].text
+    write_output(written)
+    return 0
+
+
+@dataclass
+class TranscribeOptions:
+    """What `compressor transcribe` takes."""
+
+    audio: str
+    """WAV file."""
+    output: str = ""
+    """Text file to write; by default standard output."""
+    speech: str | None = None
+    """Speech recogniser: folder or hub id."""
+    device: str = "cpu"
+
+
+def transcribe(argv: list[str]) -> int:
+    """write down what is said in a WAV file"""
+    from compressor.data import speech
+    from compressor.files import atomic_file, check_file
+    from compressor.parsing import parse_config
+
+    about = f"compressor transcribe: {transcribe.__doc__}"
+    options, switches = parse_config(TranscribeOptions, _named(argv, "audio"), about, OVERWRITE)
+    if options.output:
+        check_file(options.output, switches.overwrite, [options.audio])
+    text = speech.transcribe(options.audio, options.speech, options.device)
+    if not options.output:
+        write_output(text)
+        return 0
+    with atomic_file(options.output) as path:
+        path.write_text(text + "\n", encoding="utf-8")
     return 0
 
 
@@ -296,6 +354,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "calibrate": calibrate,
     "regenerate": regenerate,
     "ask": ask,
+    "transcribe": transcribe,
     "corpus": corpus,
     "questions": questions,
     "entities": entities,

@@ -33,8 +33,9 @@ class CompressOptions:
     """What `compressor compress` takes."""
 
     text: str
-    """File with the passage, or - for standard input; or a corpus (JSONL, JSON, CSV, TSV, Parquet, a corpus folder, a
-    shipped name), each record of which becomes a memory of a collection, as each text file of a folder does."""
+    """File with the passage (text, or speech in a WAV file), or - for standard input; or a corpus (JSONL, JSON, CSV,
+    TSV, Parquet, a corpus folder, a shipped name), each record of which becomes a memory of a collection, as each text
+    file of a folder does."""
     output: str
     """Memory file to write; for a corpus the folder of the collection, which is continued if it exists."""
     tokens: int | None = None
@@ -67,6 +68,8 @@ class CompressOptions:
     keep_text: bool = False
     """Keep the text with the memory, packed under the base's predictions (about a second for each 100 tokens), for
     `compressor regenerate --exact`."""
+    speech: str | None = None
+    """Speech recogniser (folder or hub id) of a WAV file."""
     device: str = "cpu"
     batch_size: int = 16
     """Segments compressed together."""
@@ -193,9 +196,14 @@ def how_made(options: CompressOptions, model: Compressor) -> dict[str, float]:
 def compress_text(options: CompressOptions) -> str:
     """Compress one passage into a memory file; returns a line about it."""
     from compressor.commands.demonstration import tokens_named
+    from compressor.data.speech import is_speech, transcribe
     from compressor.data.text_files import read_text
 
-    passage, codec = read_text(options.text, as_written=options.keep_text), chosen_codec(options)
+    codec = chosen_codec(options)
+    if is_speech(options.text):
+        passage = transcribe(options.text, options.speech, options.device)
+    else:
+        passage = read_text(options.text, as_written=options.keep_text)
     from compressor.api import Compressor
     from compressor.model.checkpoint import compressor_name
     from compressor.model.memory import signed

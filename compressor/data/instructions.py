@@ -70,6 +70,11 @@ class Prompt:
         for example in self.examples:
             require(set(example) == {"text", "answer"}, "examples", example, "{text: ..., answer: ...}")
 
+    @property
+    def places(self) -> set[str]:
+        """Names of what the instruction is made from."""
+        return set(_PLACE.findall(self.instruction))
+
     def listed(self, written: str) -> list[str]:
         """The members of a written list, none twice."""
         parts = [part.strip(" \n.") for part in written.split(self.separator.strip() or None)]
@@ -84,7 +89,7 @@ class Prompt:
         if not self.instruction:
             return str(values.get("instruction") or values.get("question") or "")
         texts = {"labels": either(self.labels)} if self.labels else {"labels": "{labels}"}
-        for name in set(_PLACE.findall(self.instruction)) - set(texts):
+        for name in self.places - set(texts):
             texts[name] = str(values[self._column(values, name, (name,), where)])
         asked = _PLACE.sub(lambda match: texts[match[1]], self.instruction)
         shown = [f'For "{one["text"]}" it is: {one["answer"]}.' for one in self.examples]

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from compressor.data.instructions import Prompt, either, load_prompt
-from compressor.data.prompts import QUESTION, answer_text, question_ids
+from compressor.data.prompts import QUESTION, label_ids, question_ids
 from compressor.data.questions import Question, load_questions
 from compressor.errors import CompressorError
 from compressor.evaluation.metrics import ratio, retained
@@ -147,8 +147,3 @@ class Prompted(QuestionAnswering):
         asked = f'Asked: "{self.prompt.instruction}". ' if self.prompt.instruction else ""
         nats = "nats/answer: of the first right answer, EOS included." if self.prompt.answer != "label" else ""
         return " ".join([f"{asked}{' '.join(score.note for score in self.scores if score.note)}", nats]).strip()
-
-
-def label_ids(tokenizer: Any, label: str) -> list[int]:
-    """Token ids of a label as an answer."""
-    return list(tokenizer(answer_text(label), add_special_tokens=False, verbose=False)["input_ids"])
