@@ -72,13 +72,12 @@ def whisper(tmp_path_factory: pytest.TempPathFactory) -> str:
         eos_token_id=end,
         pad_token_id=end,
         decoder_start_token_id=end + 1,
-        suppress_tokens=[],
-        begin_suppress_tokens=[end],
-        max_length=8,
     )
     model = WhisperForConditionalGeneration(config)
     model.generation_config.no_timestamps_token_id = end + 2
     model.generation_config.max_length = 8
+    letters = {vocabulary[letter] for letter in "abcdefghijklmnopqrstuvwxyz"}
+    model.generation_config.suppress_tokens = [one for one in range(config.vocab_size) if one not in letters]
     model.save_pretrained(folder)
     WhisperFeatureExtractor().save_pretrained(folder)
     tokenizer = WhisperTokenizer(vocab=vocabulary, merges=[])
