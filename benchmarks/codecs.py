@@ -90,7 +90,7 @@ def regenerated(model: Compressor, memories: list[Memory], ids: list[list[int]],
 def measure(model: Compressor, calibration: Calibration, options: Options, length: int, tokens: int) -> list[Any]:
     """Rows of one length and one number of memory tokens."""
     tokenizer = model.base.tokenizer
-    encoded = tokenizer(list(load_texts(options.data)["text"]), add_special_tokens=False, verbose=False)["input_ids"]
+    encoded = model.base.tokenise(load_texts(options.data)["text"])
     ids = [list(one[:length]) for one in encoded if len(one) >= length][: options.limit]
     if not ids:
         raise CompressorError(f"{options.data} has no passage of {length} tokens: give shorter --lengths")

@@ -31,7 +31,7 @@ def main() -> int:
 
     torch.set_num_threads(options.threads)
     model = Compressor.from_pretrained(options.checkpoint, device=options.device)
-    encoded = model.base.tokenizer(list(load_texts("arxiv-validation")["text"]), add_special_tokens=False)["input_ids"]
+    encoded = model.base.tokenise(load_texts("arxiv-validation")["text"])
     passages = [ids[: options.length] for ids in encoded if len(ids) >= options.length][: options.repeats + 1]
 
     def seconds(work: object) -> float:

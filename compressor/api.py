@@ -89,7 +89,7 @@ class Compressor(Network):
             CompressorError: an empty text, more memory tokens than the compressor has, or a fidelity out of range.
         """
         texts = in_list(passages, "the passage")
-        ids = self.base.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+        ids = self.base.tokenise(texts)
         if target_fidelity is None:
             memories = self.compress_ids(ids, tokens, batch_size, segment_tokens, refine_steps)
         else:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import errno
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,31 @@ class Stopped(KeyboardInterrupt):
 def first_line(error: BaseException) -> str:
     """The first line of an exception's message, or its kind if it has none."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The known name that is most like `name`; "" where none is known."""
+    return next(iter(difflib.get_close_matches(name, list(known), n=1, cutoff=0.0)), "")
+
+
+def unknown(kind: str, name: str, known: Iterable[str]) -> CompressorError:
+    """The error for a name that no thing of this kind has."""
+    known = list(known)
+    hint = f"did you mean {nearest(name, known)}? " if known else ""
+    return CompressorError(f"there is no {kind} {name!r}; {hint}There are: {', '.join(known)}")
+
+
+def lacking(what: str, package: str, extra: str, otherwise: str = "") -> CompressorError:
+    """The error for an optional package, of the extra of this name, that is not installed.
+
+    Args:
+        what: what needs it.
+        otherwise: what can be done without it.
+    """
+    return CompressorError(
+        f"{what} needs {package}, which is not installed: pip install 'kv-compressor[{extra}]'"
+        + (f", or {otherwise}" if otherwise else "")
+    )
 
 
 def require(condition: bool, key: str, value: Any, allowed: str) -> None:

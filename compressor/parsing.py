@@ -6,7 +6,6 @@ that name the nearest known one.
 
 from __future__ import annotations
 
-import difflib
 import json
 import sys
 from dataclasses import fields, is_dataclass
@@ -16,7 +15,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 import yaml
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
-from compressor.errors import CompressorError
+from compressor.errors import CompressorError, nearest
 from compressor.progress import FLAGS, SHORT, set_level
 
 
@@ -51,8 +50,8 @@ def _reject_unknown(mapping: dict[str, Any], config: type, source: str, prefix: 
 def unknown_key(key: str, config: type, source: str, prefix: str = "") -> str:
     """Message for a key that does not exist, naming the nearest one that does."""
     candidates = [prefix + item.name for item in fields(config)] if prefix else known_keys(config)
-    near = difflib.get_close_matches(key, candidates, n=1, cutoff=0.0)
-    hint = f"; did you mean {near[0]}?" if near else ""
+    near = nearest(key, candidates)
+    hint = f"; did you mean {near}?" if near else ""
     return f"{source}: there is no setting {key}{hint}"
 
 

@@ -10,7 +10,6 @@ function here that imports what it needs when it is called, so that the others n
 
 from __future__ import annotations
 
-import difflib
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compressor.data.prompts import QUESTION
-from compressor.errors import CompressorError
+from compressor.errors import CompressorError, unknown
 from compressor.model.config import BaseMismatch
 from compressor.progress import SHORT, note
 from compressor.provenance import VERSION
@@ -393,10 +392,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     command = COMMANDS.get(arguments[0])
     if command is None:
-        near = difflib.get_close_matches(arguments[0], COMMANDS, n=1, cutoff=0.0)
-        raise CompressorError(
-            f"there is no command {arguments[0]!r}; did you mean {near[0]}? There are: {', '.join(COMMANDS)}"
-        )
+        raise unknown("command", arguments[0], COMMANDS)
     return command(arguments[1:])
 
 

@@ -151,7 +151,7 @@ def demonstrate(
 
     started = time.perf_counter()
     tokenizer = model.base.tokenizer
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    (ids,) = model.base.tokenise([text])
     cut = ids[:length]
     memory = model.compress_ids([cut], tokens, segment_tokens=segment_tokens, refine_steps=refine_steps)[0]
     passage = tokenizer.decode(cut, skip_special_tokens=True)

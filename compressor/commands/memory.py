@@ -237,7 +237,7 @@ def compressed(
     from compressor.storage.memory_file import as_stored
 
     tokenizer, sizes = model.base.tokenizer, chosen_sizes(options)
-    ids = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+    ids = model.base.tokenise(texts)
     if options.target_fidelity is not None:
         with warnings.catch_warnings():
             # Those that fall short are named together, when all are done.
@@ -381,7 +381,7 @@ def calibrate_codecs(options: CalibrateOptions, again: bool = False) -> str:
     model = Compressor.from_pretrained(
         options.checkpoint, base=options.base, device=options.device, base_mismatch=options.base_mismatch
     )
-    encoded = model.base.tokenizer(list(records["text"]), add_special_tokens=False, verbose=False)["input_ids"]
+    encoded = model.base.tokenise(records["text"])
     most = model.config.max_passage_tokens
     lengths = [min(length, most) for length in options.lengths]
     passages = [ids[: lengths[i % len(lengths)]] for i, ids in enumerate(encoded) if ids]

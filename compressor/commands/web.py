@@ -32,7 +32,7 @@ def serve(config: DemoConfig) -> None:
     text, _, asked = read_passage(config)
     model = load_model(config)
     if config.text is None:
-        ids = model.base.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        (ids,) = model.base.tokenise([text])
         text = model.base.tokenizer.decode(ids[: config.length or EXAMPLE_TOKENS], skip_special_tokens=True)
     made = page(model, text, config.question or asked or "")
     reach_this_machine()

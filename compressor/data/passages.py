@@ -11,6 +11,7 @@ from datasets import Dataset
 
 from compressor.data.config import DataConfig
 from compressor.data.left_out import LeftOut
+from compressor.data.prompts import tokenise
 from compressor.data.records import load_texts
 from compressor.data.rounds import ROUND, Rounds
 from compressor.errors import CompressorError
@@ -52,13 +53,13 @@ def load_passages(
         sources, split=split, field=field, limit=limit, skip_bad_records=skip_bad_records, left_out=left_out
     ).select_columns(["id", "text"])
 
-    def tokenise(batch: dict[str, list[str]]) -> dict[str, Any]:
-        ids = tokenizer(batch["text"], add_special_tokens=False, verbose=False)["input_ids"]
+    def tokenised(batch: dict[str, list[str]]) -> dict[str, Any]:
+        ids = tokenise(tokenizer, batch["text"])
         return {"id": batch["id"], "input_ids": ids, "tokens": [len(one) for one in ids]}
 
     with bars_on_terminals():
         return texts.map(
-            tokenise,
+            tokenised,
             batched=True,
             num_proc=workers if workers > 1 else None,
             remove_columns=texts.column_names,

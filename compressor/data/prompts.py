@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from compressor.errors import CompressorError
@@ -15,6 +15,13 @@ CHAT = "chat"
 """Template that stands for the base's own chat template; arguments may follow: chat {"enable_thinking": false}."""
 _PLACE = "\ue000question\ue001"
 """Stands for a question while a chat template is rendered; of private characters, which no template has."""
+
+
+def tokenise(tokenizer: Any, texts: Iterable[str]) -> list[list[int]]:
+    """Token ids of texts, without special tokens."""
+    texts = list(texts)
+    encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+    return [list(ids) for ids in encoded]
 
 
 def question_ids(tokenizer: Any, questions: Sequence[str], template: str = QUESTION) -> list[list[int]]:
@@ -33,7 +40,7 @@ def question_ids(tokenizer: Any, questions: Sequence[str], template: str = QUEST
     if "{question}" not in template:
         raise CompressorError(f"the question template {template!r} has no {{question}} in it: say where questions go")
     texts = [template.replace("{question}", question.strip()) for question in questions]
-    return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+    return tokenise(tokenizer, texts)
 
 
 def chat_arguments(template: str) -> dict[str, Any] | None:
@@ -101,7 +108,7 @@ def label_ids(tokenizer: Any, label: str) -> list[int]:
 def answer_ids(tokenizer: Any, answers: Sequence[Sequence[str]]) -> list[list[int]]:
     """Token ids of the first of each question's right answers; none where there is no answer: EOS follows at once."""
     texts = [answer_text(right[0]) if right else "" for right in answers]
-    return [list(ids) for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]]
+    return tokenise(tokenizer, texts)
 
 
 # Regeneration needs no words: after a passage or its memory, BOS (without an EOS before it) means "the passage

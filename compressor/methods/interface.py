@@ -193,8 +193,8 @@ class TextMethod(TokenMethod):
         tokenizer = self.base.tokenizer
         texts = [tokenizer.decode(passage, skip_special_tokens=True) for passage in passages]
         written = self.stand_ins(texts, max(tokens))
-        ids = tokenizer(written, add_special_tokens=False, verbose=False)["input_ids"]
-        whole = [list(one) or passage for one, passage in zip(ids, passages, strict=True)]
+        ids = self.base.tokenise(written)
+        whole = [one or passage for one, passage in zip(ids, passages, strict=True)]
         return [
             [[self._piece(passage, one[:count])] for passage, one in zip(passages, whole, strict=True)]
             for count in tokens

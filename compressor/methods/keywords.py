@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from compressor.errors import CompressorError
+from compressor.errors import CompressorError, lacking
 from compressor.methods.interface import MethodSettings, TextMethod
 from compressor.model.base import Base
 
@@ -33,7 +33,7 @@ class Keywords(TextMethod):
         super().__init__(base)
         spec = find_spec("yake")
         if spec is None or spec.origin is None:
-            raise CompressorError("the method keywords needs yake: pip install 'kv-compressor[keywords]'")
+            raise lacking("the method keywords", "yake", "keywords")
         # yake takes stop words of no language for one that it does not know, without a word.
         lists = Path(spec.origin).parent / "core" / "StopwordsList"
         known = sorted(path.stem.removeprefix("stopwords_") for path in lists.glob("stopwords_??.txt"))

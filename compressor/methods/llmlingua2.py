@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any
 
-from compressor.errors import CompressorError
+from compressor.errors import CompressorError, lacking
 from compressor.methods.interface import MethodSettings, TokenMethod
 from compressor.model.base import Base
 
@@ -57,7 +57,7 @@ class LLMLingua2(TokenMethod):
             kept = self.compressor.compress_prompt([text], rate=percentage / 100)["compressed_prompt"].strip()
         except IndexError:
             return ()  # the classifier's tokenizer knows no word of the text
-        return tuple(self.base.tokenizer(kept, add_special_tokens=False, verbose=False)["input_ids"])
+        return tuple(self.base.tokenise([kept])[0])
 
 
 def load_llmlingua(model: str, device: str) -> Any:
@@ -69,7 +69,7 @@ def load_llmlingua(model: str, device: str) -> Any:
     try:
         from llmlingua import PromptCompressor
     except ImportError:
-        raise CompressorError("the method llmlingua2 needs llmlingua: pip install 'kv-compressor[llmlingua]'") from None
+        raise lacking("the method llmlingua2", "llmlingua", "llmlingua") from None
     try:
         return PromptCompressor(
             model_name=model, device_map=device, model_config={"trust_remote_code": False}, use_llmlingua2=True

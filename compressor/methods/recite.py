@@ -39,12 +39,7 @@ class Recite(MemoryMethod):
 
 def recite(base: Base, memories: Sequence[Memory], batch_size: int = 16) -> list[list[int]]:
     """Token ids of the texts that memories regenerate, greedily."""
-    texts = regenerate(base, memories, batch_size=batch_size)
-    return (
-        [list(ids) for ids in base.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]]
-        if texts
-        else []
-    )
+    return base.tokenise(regenerate(base, memories, batch_size=batch_size))
 
 
 def recited_prefix(base: Base, memories: Sequence[Memory]) -> Prefix:

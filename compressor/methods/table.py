@@ -5,12 +5,11 @@ A new method is a file in this folder and a line here.
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable
+from collections.abc import Collection
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from compressor.errors import CompressorError
+from compressor.errors import unknown
 
 if TYPE_CHECKING:
     from compressor.methods.interface import MemoryMethod, Method, MethodSettings
@@ -70,11 +69,8 @@ def _load(place: str) -> Any:
     return getattr(import_module(f"compressor.methods.{module}"), attribute)
 
 
-def check_name(name: str, known: Iterable[str]) -> str:
+def check_name(name: str, known: Collection[str]) -> str:
     """`name`, if it is known; else a `CompressorError` that names the nearest."""
-    known = list(known)
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
-        hint = f"did you mean {near[0]}? " if near else ""
-        raise CompressorError(f"there is no method {name!r}; {hint}There are: {', '.join(known)}")
+        raise unknown("method", name, known)
     return name

@@ -48,7 +48,7 @@ class TunedEncoder(Encoder):
                 num_frozen_tokens=0,
             )
         )
-        text = base.tokenizer(START, add_special_tokens=False, verbose=False)["input_ids"]
+        (text,) = base.tokenise([START])
         ids = torch.tensor([[base.bos, *(text * config.memory_tokens)[: config.memory_tokens]]], device=base.device)
         with torch.no_grad():
             kept = torch.stack([part[:, 0, :, 1:] for part in _position_free(base, ids)])

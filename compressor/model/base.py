@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, cast, get_args, get_type_hints
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
 
-from compressor.errors import CompressorError, first_line, require
+from compressor.data.prompts import tokenise
+from compressor.errors import CompressorError, first_line, lacking, require
 from compressor.model.bases import locate, remedy
 from compressor.model.config import BaseConfig
 from compressor.model.fingerprints import fingerprint
@@ -113,6 +115,10 @@ class Base(nn.Module):
         listed = getattr(getattr(self.model, "generation_config", None), "eos_token_id", None)
         others = listed if isinstance(listed, list | tuple) else [listed]
         return tuple(dict.fromkeys([self.eos, *(one for one in others if isinstance(one, int))]))
+
+    def tokenise(self, texts: Iterable[str]) -> list[list[int]]:
+        """Token ids of texts, without special tokens."""
+        return tokenise(self.tokenizer, texts)
 
     def rotate(self, keys: Tensor, positions: Tensor, inverse: bool = False) -> Tensor:
         """Turn keys by RoPE to `positions` (or, inverse, back to position 0).
@@ -316,9 +322,8 @@ def load_base(config: BaseConfig, device: str | torch.device = "cpu") -> Base:
             import bitsandbytes  # noqa: F401
             from transformers import BitsAndBytesConfig
         except ImportError:
-            raise CompressorError(
-                f"base.quantisation = {config.quantisation} needs bitsandbytes: pip install -e '.[quantised-base]'"
-            ) from None
+            what = f"base.quantisation = {config.quantisation}"
+            raise lacking(what, "bitsandbytes", "quantised-base") from None
         extra["quantization_config"] = BitsAndBytesConfig(
             load_in_8bit=config.quantisation == "int8",
             load_in_4bit=config.quantisation == "int4",

@@ -16,7 +16,7 @@ from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
-from compressor.errors import CompressorError, WriteError, first_line
+from compressor.errors import CompressorError, WriteError, first_line, lacking
 from compressor.files import FolderKind, atomic_folder, read_json, sha256, write_json
 from compressor.progress import note_once
 
@@ -143,7 +143,7 @@ def _require_gguf() -> None:
     from transformers.utils import is_gguf_available
 
     if not is_gguf_available():
-        raise CompressorError("a base in a GGUF file needs the package gguf: pip install -e '.[gguf]'")
+        raise lacking("a base in a GGUF file", "gguf", "gguf")
 
 
 def _convert(path: Path, target: Path, record: dict[str, Any]) -> None:

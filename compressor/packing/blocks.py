@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from compressor.errors import CompressorError
+from compressor.errors import CompressorError, lacking
 from compressor.packing.float64 import IDENTITY_BYTES
 
 MAGIC, VERSION = 0xCE, 0x71
@@ -59,7 +59,7 @@ def zstandard() -> Any:
     try:
         import zstandard
     except ImportError:
-        raise CompressorError("packed files need zstandard: pip install 'kv-compressor[codecs]'") from None
+        raise lacking("packing", "zstandard", "codecs") from None
     return zstandard
 
 

@@ -220,7 +220,7 @@ def split_text(data: bytes) -> Iterator[tuple[bool, bytes]]:
 
 
 def _encode_text(exact: ExactBase, texts: Sequence[str]) -> list[Document]:
-    return exact.base.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+    return exact.base.tokenise(texts)
 
 
 def _decode_text(exact: ExactBase, documents: Sequence[Document], separator: str) -> str:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from compressor.data.prompts import tokenise
 from compressor.errors import CompressorError, first_line
 from compressor.methods.keywords import Keywords
 from compressor.methods.sentence_embedding import SentenceEmbeddingEncoder
@@ -105,9 +106,7 @@ class Words:
 
     def encode(self, text: str) -> bytes:
         """Number of pieces, and for each its length in tokens and the prompt's token ids."""
-        pieces = equal_segments(
-            self.writer.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], PIECE
-        )
+        pieces = equal_segments(tokenise(self.writer.tokenizer, [text])[0], PIECE)
         (found,) = self.choose(self.writer).compress(pieces, [self.tokens])
         body, vocabulary = varint(len(pieces)), len(self.writer.tokenizer)
         for piece, (one,) in zip(pieces, found, strict=True):
@@ -129,7 +128,7 @@ class Words:
                 number, token = divmod(number, len(tokenizer))
                 ids.insert(0, token)
             shown = tokenizer.decode(ids, skip_special_tokens=True) + "\n"
-            asked = tokenizer(shown, add_special_tokens=False, verbose=False)["input_ids"]
+            (asked,) = tokenise(tokenizer, [shown])
             embedded = self.writer.embed([start_token(tokenizer), *asked])
             texts.append(shown + self.writer.write(embedded, max(8, length - len(asked)), sampling))
         reader.end()
@@ -168,7 +167,7 @@ class Embedding:
 
     def encode(self, text: str) -> bytes:
         """Hash of the checkpoint, bits, tokens, number of segments, their lengths, and the embeddings' integers."""
-        ids = self.model.base.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        (ids,) = self.model.base.tokenise([text])
         padded, lengths = pad(self.model.segment(ids), self.model.base.device)
         found, half = self.encoder.embed(self.model, padded, lengths).double().cpu(), 1 << (self.bits - 1)
         found = found - found.mean(dim=1, keepdim=True)

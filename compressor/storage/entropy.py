@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from compressor.errors import CompressorError
+from compressor.errors import CompressorError, lacking
 
 Coder = Literal["none", "ans", "range", "huffman"]
 PRECISION = 24
@@ -34,10 +34,8 @@ def _constriction() -> ModuleType:
     try:
         import constriction
     except ImportError:
-        raise CompressorError(
-            "entropy coding needs constriction: pip install 'kv-compressor[codecs]'; codecs without a coder (bf16, "
-            "int8, int4, int3, int2) work without it"
-        ) from None
+        without = "take a codec without a coder (bf16, int8, int4, int3, int2)"
+        raise lacking("entropy coding", "constriction", "codecs", without) from None
     return constriction
 
 

@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from compressor.errors import CompressorError, WriteError, first_line
+from compressor.errors import CompressorError, WriteError, first_line, lacking
 from compressor.processes import current_device, held_dtype, make_accelerator, precise, summed
 from compressor.progress import note
 from compressor.training.checkpoints import Checkpoints
@@ -50,9 +50,7 @@ def start_run(config: RunConfig) -> Accelerator:
         try:
             __import__({"wandb": "wandb", "tensorboard": "tensorboard"}[tracker])
         except ImportError:
-            raise CompressorError(
-                f"training.trackers names {tracker}, which is not installed: pip install -e '.[tracking]'"
-            ) from None
+            raise lacking("training.trackers", tracker, "tracking") from None
     if config.training.threads:
         torch.set_num_threads(config.training.threads)
     precision = config.training.mixed_precision

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from compressor.data.builders.generators import SCHEMA, messages, read_pairs
-from compressor.errors import CompressorError, require
+from compressor.errors import CompressorError, lacking, require
 
 _ASKS = 2
 """How often an abstract is put to the model when its reply is not the JSON that was asked for."""
@@ -61,9 +61,7 @@ def replies(config: EndpointConfig, abstracts: Sequence[str], count: int) -> Ite
     try:
         import openai
     except ImportError:
-        raise CompressorError(
-            "generator = endpoint needs openai, which is not installed: pip install 'kv-compressor[endpoint]'"
-        ) from None
+        raise lacking("generator = endpoint", "openai", "endpoint") from None
     require(bool(config.model), "endpoint.model", config.model, "the name the server knows the model by")
     key = os.environ.get(config.api_key_variable or "", "")
     if config.api_key_variable is not None and not key:

@@ -204,7 +204,7 @@ class AnswerProbe(QuestionAnswering):
     def run(self, method: Method, items: Sequence[Item], contexts: Sequence[list[Piece]]) -> list[Result]:
         base = method.base
         texts = [answer_text(item.asked["answers"][0]) for item in items]
-        answers = base.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        answers = base.tokenise(texts)
         targets = [[*answer, base.eos] for answer in answers]
         return probe(method, contexts, [item.asked["prompt"] for item in items], targets)
 
