@@ -163,7 +163,7 @@ class Compressor(Network):
         dtype: str = "float32",
         revision: str | None = None,
         attention: str = "sdpa",
-        quantisation: str | None = None,
+        quantization: str | None = None,
         base_mismatch: str = "refuse",
     ) -> Self:
         """Load a checkpoint.
@@ -175,13 +175,13 @@ class Compressor(Network):
                 was quantised from.
             revision: hub revision of the checkpoint.
             attention: attention implementation of the base.
-            quantisation: of the base; by default as it was in training.
+            quantization: of the base; by default as it was in training.
             base_mismatch: `allow` takes a base with other weights than the checkpoint was trained on, with a warning.
 
         Raises:
             CompressorError: no such checkpoint, a damaged one, or another base than it was trained with.
         """
-        folder, chosen = find_base(path, base, device, dtype, revision, attention, quantisation, base_mismatch)
+        folder, chosen = find_base(path, base, device, dtype, revision, attention, quantization, base_mismatch)
         model = cls(chosen, CompressorConfig(**read_settings(folder)["config"]))
         load_weights(model, folder)
         return model.eval()

@@ -18,6 +18,14 @@ from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 from compressor.errors import CompressorError, nearest
 from compressor.progress import FLAGS, SHORT, set_level
 
+RENAMED = {
+    "base.quantisation": "base.quantization",
+    "training.accumulation": "training.gradient_accumulation_steps",
+    "training.clip": "training.max_grad_norm",
+    "training.schedule": "training.lr_scheduler_type",
+}
+"""Keys of before 0.2.0 by what they are called now."""
+
 
 def known_keys(config: type, prefix: str = "") -> list[str]:
     """All dotted keys of a configuration dataclass."""
@@ -50,6 +58,8 @@ def _reject_unknown(mapping: dict[str, Any], config: type, source: str, prefix: 
 def unknown_key(key: str, config: type, source: str, prefix: str = "") -> str:
     """Message for a key that does not exist, naming the nearest one that does."""
     candidates = [prefix + item.name for item in fields(config)] if prefix else known_keys(config)
+    if key in RENAMED:
+        return f"{source}: {key} is called {RENAMED[key]} now"
     near = nearest(key, candidates)
     hint = f"; did you mean {near}?" if near else ""
     return f"{source}: there is no setting {key}{hint}"

@@ -187,7 +187,7 @@ def test_a_run_learns_validates_and_resumes_exactly(
 ) -> None:
     def run(output: Path, steps: int, *more: str) -> list[dict[str, Any]]:
         argv = [*options, f"--output={output}", f"--training.steps={steps}", "--training.validate_every=6"]
-        assert train_main([*argv, "--training.schedule=constant", *more]) == 0
+        assert train_main([*argv, "--training.lr_scheduler_type=constant", *more]) == 0
         rows = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
         return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
 

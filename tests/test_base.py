@@ -86,7 +86,7 @@ def test_quantisation_without_the_package_says_what_to_install(
 ) -> None:
     monkeypatch.setitem(__import__("sys").modules, "bitsandbytes", None)
     with pytest.raises(CompressorError, match=r"pip install .*\[quantised-base\]"):
-        load_base(BaseConfig(path=str(tiny_base_folder), quantisation="int4"))
+        load_base(BaseConfig(path=str(tiny_base_folder), quantization="int4"))
 
 
 def test_a_device_that_is_not_there_is_refused(tiny_base_folder: Path) -> None:

@@ -16,7 +16,7 @@ from compressor.data.builders.corpora import CorpusConfig
 from compressor.data.config import LengthRange
 from compressor.errors import CompressorError
 from compressor.model.config import CompressorConfig
-from compressor.parsing import known_keys, parse_config
+from compressor.parsing import RENAMED, known_keys, parse_config
 from compressor.training.config import RunConfig, TokensShare
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -70,7 +70,7 @@ def test_the_command_line_wins_over_yaml_and_yaml_over_defaults(tmp_path: Path) 
     config = parse("--config", path, "--training.steps", "9", "--compressor.layout=after")
     assert (config.training.steps, config.training.learning_rate, config.seed) == (9, 0.5, 3)
     assert config.compressor.layout == "after"
-    assert config.training.accumulation == RunConfig().training.accumulation
+    assert config.training.gradient_accumulation_steps == RunConfig().training.gradient_accumulation_steps
 
 
 def test_nothing_given_is_the_default() -> None:
@@ -147,6 +147,15 @@ def test_an_unknown_key_in_a_file_names_file_and_nearest(
         parse("--config", path)
 
 
+def test_a_renamed_key_is_refused_by_its_new_name(tmp_path: Path) -> None:
+    for old, new in RENAMED.items():
+        part, key = old.split(".")
+        path = write(tmp_path / "run.yaml", **{part: {key: 1}})
+        for argv in ([f"--{old}=1"], ["--config", path]):
+            with pytest.raises(CompressorError, match=rf": {old} is called {new} now"):
+                parse(*argv)
+
+
 OUT_OF_RANGE = {
     "seed": ("-1", "5000000000"),
     "training.steps": ("0", "-3"),
@@ -157,10 +166,10 @@ OUT_OF_RANGE = {
     "training.beta1": ("-0.1", "1"),
     "training.beta2": ("1.5",),
     "training.weight_decay": ("-1",),
-    "training.clip": ("0", "-1", ".nan"),
+    "training.max_grad_norm": ("0", "-1", ".nan"),
     "training.batch_tokens": ("0",),
     "training.batch_passages": ("0",),
-    "training.accumulation": ("0",),
+    "training.gradient_accumulation_steps": ("0",),
     "training.log_every": ("0",),
     "training.validate_every": ("0",),
     "training.checkpoint_every": ("0",),

@@ -31,7 +31,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory, training_options: list[str], 
 def single(tmp_path_factory: pytest.TempPathFactory, training_options: list[str], command: Any) -> Path:
     """The same run in one process with twice the accumulation."""
     output = tmp_path_factory.mktemp("single") / "run"
-    argv = [*training_options, *SCHEDULE, "--training.accumulation=2", f"--output={output}"]
+    argv = [*training_options, *SCHEDULE, "--training.gradient_accumulation_steps=2", f"--output={output}"]
     command.finish(command.start(argv))
     return output
 
@@ -82,9 +82,20 @@ def test_a_run_goes_on_with_more_processes_where_it_was(
     shutil.copytree(single, output)
     shutil.rmtree(output / "final")
     shutil.rmtree(output / "checkpoints" / f"step-{STEPS:07d}")
-    argv = [*training_options, *SCHEDULE, "--training.accumulation=2", f"--output={output}", "--training.resume=true"]
+    argv = [
+        *training_options,
+        *SCHEDULE,
+        "--training.gradient_accumulation_steps=2",
+        f"--output={output}",
+        "--training.resume=true",
+    ]
     printed = command.finish(command.start(argv, processes=2))
-    assert printed.count("note: training.accumulation is 1 and not 2, so that a step keeps its 2 micro-batches") == 1
+    assert (
+        printed.count(
+            "note: training.gradient_accumulation_steps is 1 and not 2, so that a step keeps its 2 micro-batches"
+        )
+        == 1
+    )
     for ours, theirs in zip(command.rows(output), command.rows(single), strict=True):
         for key, value in ours.items():
             exact = key in ("step", "passages", "tokens", "learning_rate")

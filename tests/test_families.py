@@ -343,7 +343,7 @@ def test_tokens_without_an_embedding_are_left_out(make_family_base: Callable[...
         model.answer(model.compress(text), "graphene?", template="chat")
 
 
-@pytest.mark.parametrize(("name", "value"), [("dtype", "float8"), ("attention", "flash"), ("quantisation", "int2")])
+@pytest.mark.parametrize(("name", "value"), [("dtype", "float8"), ("attention", "flash"), ("quantization", "int2")])
 def test_settings_of_a_base_that_do_not_exist_are_refused(tiny_base_folder: Path, name: str, value: Any) -> None:
     with pytest.raises(CompressorError, match=f"base.{name} = '{value}' is out of range: it must be one of "):
         load_base(BaseConfig(path=str(tiny_base_folder), **{name: value}))

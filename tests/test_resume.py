@@ -18,7 +18,7 @@ from compressor.commands.train import train_main
 STEPS = 24
 SCHEDULE = [
     f"--training.steps={STEPS}",
-    "--training.accumulation=2",
+    "--training.gradient_accumulation_steps=2",
     "--training.checkpoint_every=5",
     "--training.validate_every=12",
 ]

@@ -36,7 +36,12 @@ def test_accelerates_variables_decide_nothing(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv(name, value)
-    options = [*training_options, "--training.steps=1", "--training.accumulation=2", "--training.log_every=1"]
+    options = [
+        *training_options,
+        "--training.steps=1",
+        "--training.gradient_accumulation_steps=2",
+        "--training.log_every=1",
+    ]
     assert train_main([*options, f"--output={tmp_path / 'with'}"]) == 0
     assert f"note: {name}={value} is ignored" in capsys.readouterr().err
     assert os.environ[name] == value

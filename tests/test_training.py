@@ -189,14 +189,14 @@ def test_bfloat16_only_where_the_processor_has_it(
 
 def test_every_micro_batch_is_asked_for_once_in_order(tmp_path: Path) -> None:
     stage = Scripted()
-    state = run(stage, settings(tmp_path, steps=4, accumulation=3))
+    state = run(stage, settings(tmp_path, steps=4, gradient_accumulation_steps=3))
     assert stage.asked == list(range(12))
     assert (state.step, state.passages, state.tokens) == (4, 24, sum(3 + i % 2 for i in range(12)))
 
 
 def test_the_loss_is_the_mean_over_the_targets_of_the_whole_step(tmp_path: Path) -> None:
     stage = Scripted()
-    run(stage, settings(tmp_path, steps=1, accumulation=3, clip=1e9))
+    run(stage, settings(tmp_path, steps=1, gradient_accumulation_steps=3, max_grad_norm=1e9))
     twin = Scripted()
     batches = [twin.micro_batch(index) for index in range(3)]
     loss = sum(twin.module(batch) for batch in batches) / sum(batch["targets"] for batch in batches)
@@ -214,7 +214,7 @@ def test_gradients_are_clipped_to_the_norm(tmp_path: Path) -> None:
             torch.cat([p.grad.flatten() for g in optimizer.param_groups for p in g["params"]]).norm().item()
         )
     )
-    run(Scripted(), settings(tmp_path, steps=3, clip=0.5))
+    run(Scripted(), settings(tmp_path, steps=3, max_grad_norm=0.5))
     handle.remove()
     assert seen == pytest.approx([0.5] * 3, rel=1e-3)
     assert all(row["gradient_norm"] > 1 for row in rows(tmp_path))
@@ -231,9 +231,9 @@ def test_the_learning_rate_warms_up_and_falls() -> None:
     assert cosine[4:] == sorted(cosine[4:], reverse=True)
     assert 0.1 < cosine[9] < 0.2
     assert curve(warmup_steps=0)[0] == 1.0
-    constant = curve(warmup_steps=2, schedule="constant")
+    constant = curve(warmup_steps=2, lr_scheduler_type="constant")
     assert constant == pytest.approx([0.5] + [1.0] * 9)
-    falling = curve(warmup_steps=0, schedule="constant", decay_steps=4, final_learning_rate=0.2)
+    falling = curve(warmup_steps=0, lr_scheduler_type="constant", decay_steps=4, final_learning_rate=0.2)
     assert falling == pytest.approx([1.0] * 7 + [0.8, 0.6, 0.4])
 
 
@@ -308,7 +308,7 @@ def test_a_checkpoint_has_no_pickle_in_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize("log_every", [1, 5])
 def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, log_every: int) -> None:
     options = {
-        "accumulation": 2,
+        "gradient_accumulation_steps": 2,
         "log_every": log_every,
         "validate_every": 4,
         "checkpoint_every": 3,
@@ -394,15 +394,15 @@ def test_a_damaged_checkpoint_is_refused_by_name(tmp_path: Path, name: str, dama
 def test_the_batch_of_a_resumed_run_is_divided_among_its_processes(
     tmp_path: Path, processes: int, accumulation: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run(Scripted(), settings(tmp_path, steps=2, accumulation=6))
-    config = settings(tmp_path, resume=True, accumulation=6)
+    run(Scripted(), settings(tmp_path, steps=2, gradient_accumulation_steps=6))
+    config = settings(tmp_path, resume=True, gradient_accumulation_steps=6)
     kept = Checkpoints(tmp_path, 1, SimpleNamespace(num_processes=processes, is_main_process=True)).keep_batch(config)  # type: ignore[arg-type]
-    assert kept.training == replace(config.training, accumulation=accumulation)
-    assert ("note: training.accumulation" in capsys.readouterr().err) == (processes > 1)
+    assert kept.training == replace(config.training, gradient_accumulation_steps=accumulation)
+    assert ("note: training.gradient_accumulation_steps" in capsys.readouterr().err) == (processes > 1)
 
 
 def test_processes_that_cannot_share_the_batch_of_a_run_are_refused(tmp_path: Path) -> None:
-    run(Scripted(), settings(tmp_path, steps=2, accumulation=6))
+    run(Scripted(), settings(tmp_path, steps=2, gradient_accumulation_steps=6))
     checkpoints = Checkpoints(tmp_path, 1, SimpleNamespace(num_processes=4, is_main_process=True))  # type: ignore[arg-type]
     with pytest.raises(CompressorError, match=r"6 micro-batches a step, which 4 processes .* one of 1, 2, 3, 6"):
         checkpoints.keep_batch(settings(tmp_path, resume=True))
@@ -490,7 +490,7 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path: Path) -> None:
 
 def test_a_loss_that_is_not_a_number_stops_with_step_and_records(tmp_path: Path) -> None:
     with pytest.raises(CompressorError) as raised:
-        run(Scripted(at={9: "nan"}), settings(tmp_path, accumulation=2, checkpoint_every=2))
+        run(Scripted(at={9: "nan"}), settings(tmp_path, gradient_accumulation_steps=2, checkpoint_every=2))
     message = str(raised.value)
     assert "the loss is nan at step 5" in message
     assert "record-8-0" in message

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from compressor.files import atomic_file, make_folder, owned, read_json, write_json
-from compressor.parsing import parse_config, read_yaml
+from compressor.parsing import RENAMED, parse_config, read_yaml
 from compressor.progress import note
 from compressor.provenance import run_record
 from compressor.streams import exits_cleanly
@@ -19,7 +19,7 @@ from compressor.training.config import RunConfig
 
 FREE_TO_CHANGE = {
     "training.resume",
-    "training.accumulation",  # `Checkpoints.keep_batch` sees to it
+    "training.gradient_accumulation_steps",  # `Checkpoints.keep_batch` sees to it
     "training.log_every",
     "training.checkpoint_every",
     "training.threads",
@@ -74,7 +74,8 @@ def record_start(config: RunConfig, step: int, processes: int, stage: Stage) -> 
     output, settings = Path(config.output), asdict(config)
     stored = output / "config.yaml"
     if step and stored.exists():
-        before, now = _flat(read_yaml(stored)), _flat(settings)
+        before = {RENAMED.get(key, key): value for key, value in _flat(read_yaml(stored)).items()}
+        now = _flat(settings)
         for key in sorted(key for key in now if before.get(key) != now[key] and key not in FREE_TO_CHANGE):
             note(f"note: {key} was {before.get(key)!r} before step {step} and is {now[key]!r} from here on")
     starts = read_json(output / "run.json") if step and (output / "run.json").exists() else []
@@ -113,8 +114,8 @@ def describe(stage: Stage, config: RunConfig, accelerator: Accelerator) -> str:
     lines = [
         f"stage {config.stage}, {settings.steps} steps, output {config.output}",
         f"batch: up to {settings.batch_tokens} passage tokens and {settings.batch_passages} passages per device x "
-        f"{devices} device{'s' * (devices > 1)} x {settings.accumulation} accumulated = up to "
-        f"{settings.batch_tokens * devices * settings.accumulation} tokens a step "
+        f"{devices} device{'s' * (devices > 1)} x {settings.gradient_accumulation_steps} accumulated = up to "
+        f"{settings.batch_tokens * devices * settings.gradient_accumulation_steps} tokens a step "
         f"(the first micro-batch has {batch['passages']} passages, {batch['targets']} targets)",
         f"parameters: {trainable:,} trainable ({100 * trainable / (trainable + frozen):.1f}%), {frozen:,} frozen, "
         f"{sum(dead.values()):,} dead (trainable, but no gradient reaches them)",

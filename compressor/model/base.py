@@ -26,7 +26,7 @@ class Base(nn.Module):
         model: the transformers model.
         tokenizer: its tokenizer.
         name: the path or hub id it was loaded from.
-        quantisation, revision: how it was loaded, as in `BaseConfig`.
+        quantization, revision: how it was loaded, as in `BaseConfig`.
         layers, kv_heads, head_size, hidden: shape of the keys and of the embeddings.
         window: positions that layers with a sliding window attend over, None without such layers. What is read
             together must fit into it (`check_window`): then these layers do as layers with full attention do.
@@ -42,7 +42,7 @@ class Base(nn.Module):
         model: PreTrainedModel,
         tokenizer: Any,
         name: str,
-        quantisation: str = "none",
+        quantization: str = "none",
         revision: str | None = None,
         stored: str | None = None,
     ):
@@ -50,7 +50,7 @@ class Base(nn.Module):
         super().__init__()
         refuse_unsupported(model.config, name)
         self.model, self.tokenizer, self.name = model, tokenizer, name
-        self.quantisation, self.revision = quantisation, revision
+        self.quantization, self.revision = quantization, revision
         self.window = window_of(model.config)
         self.model.requires_grad_(False)
         self.model.eval()
@@ -308,7 +308,7 @@ def load_base(config: BaseConfig, device: str | torch.device = "cpu") -> Base:
     check_device(device)
     # The command line checks these; the Python API comes straight here.
     hints = get_type_hints(BaseConfig)
-    for name in ("dtype", "attention", "quantisation"):
+    for name in ("dtype", "attention", "quantization"):
         known, value = get_args(hints[name]), getattr(config, name)
         require(value in known, f"base.{name}", value, f"one of {', '.join(known)}")
     path = locate(config.path, config.revision)
@@ -317,16 +317,16 @@ def load_base(config: BaseConfig, device: str | torch.device = "cpu") -> Base:
     if attention == "auto":
         attention = GROUPED if torch.device(device).type == "cpu" else "sdpa"
     extra: dict[str, Any] = {}
-    if config.quantisation != "none":
+    if config.quantization != "none":
         try:
             import bitsandbytes  # noqa: F401
             from transformers import BitsAndBytesConfig
         except ImportError:
-            what = f"base.quantisation = {config.quantisation}"
+            what = f"base.quantization = {config.quantization}"
             raise lacking(what, "bitsandbytes", "quantised-base") from None
         extra["quantization_config"] = BitsAndBytesConfig(
-            load_in_8bit=config.quantisation == "int8",
-            load_in_4bit=config.quantisation == "int4",
+            load_in_8bit=config.quantization == "int8",
+            load_in_4bit=config.quantization == "int4",
             bnb_4bit_quant_type="nf4",
             bnb_4bit_compute_dtype=dtype,
         )
@@ -357,7 +357,7 @@ def load_base(config: BaseConfig, device: str | torch.device = "cpu") -> Base:
         for parameter in model.parameters():
             parameter.data = parameter.data.to(dtype)
         model = model.to(device)  # type: ignore[arg-type]
-    base = Base(model, tokenizer, config.path, config.quantisation, config.revision, stored)
+    base = Base(model, tokenizer, config.path, config.quantization, config.revision, stored)
     if attention == GROUPED:
         lighten_norms(model)
     return base

@@ -101,10 +101,10 @@ def _base_record(base: Base) -> dict[str, Any]:
     record = {
         "path": base.name,
         "fingerprint": base.fingerprint,
-        "quantisation": base.quantisation,
+        "quantisation": base.quantization,
         "revision": base.revision,
     }
-    if base.quantisation != "none":
+    if base.quantization != "none":
         # The type weights had when they were quantised is part of what is kept of them.
         record["dtype"] = str(base.dtype).removeprefix("torch.")
     return record
@@ -175,7 +175,7 @@ def find_base(
     dtype: str,
     revision: str | None = None,
     attention: str = "sdpa",
-    quantisation: str | None = None,
+    quantization: str | None = None,
     base_mismatch: str = "refuse",
 ) -> tuple[Path, Base]:
     """A checkpoint's folder and the base it was trained on, loaded; arguments as for `Compressor.from_pretrained`."""
@@ -187,15 +187,15 @@ def find_base(
         known = name in NAMED or Path(bundled(name)).exists()
         if base is None and not known and (folder.parent / "base").exists():
             name = str(folder.parent / "base")
-        if quantisation is None:
-            quantisation = trained_on.get("quantisation", "none")
+        if quantization is None:
+            quantization = trained_on.get("quantisation", "none")
             dtype = trained_on.get("dtype", dtype)
         chosen = BaseConfig(
             path=name,
             revision=trained_on.get("revision") if name == trained_on["path"] else None,
             dtype=dtype,  # type: ignore[arg-type]
             attention=attention,  # type: ignore[arg-type]
-            quantisation=quantisation,  # type: ignore[arg-type]
+            quantization=quantization,  # type: ignore[arg-type]
         )
         base = load_base(chosen, device)
     check_fingerprint(path, trained_on, base, base_mismatch)
@@ -217,8 +217,8 @@ def check_fingerprint(checkpoint: str | Path, trained_on: dict[str, Any], base: 
         return
     found = (
         f"checkpoint {checkpoint} was trained on the base {trained_on['path']} "
-        f"(weights {trained_on['fingerprint'][:12]}, quantisation {trained_on.get('quantisation', 'none')}) "
-        f"but {base.name} has weights {base.fingerprint[:12]} (quantisation {base.quantisation})"
+        f"(weights {trained_on['fingerprint'][:12]}, quantization {trained_on.get('quantisation', 'none')}) "
+        f"but {base.name} has weights {base.fingerprint[:12]} (quantization {base.quantization})"
     )
     if mismatch == "allow":
         note_once(f"warning: {found}: what comes back may be worse")

@@ -45,7 +45,7 @@ class BaseConfig:
     attention: Literal["auto", "sdpa", "eager"] = "sdpa"
     """Attention implementation; `sdpa` is eager for bases that have no other (Gemma 2), `auto`, in training, is torch's
     on an accelerator, and on a CPU one whose backward pass is several times as fast (`compressor/model/kernels.py`)."""
-    quantisation: Literal["none", "int8", "int4"] = "none"
+    quantization: Literal["none", "int8", "int4"] = "none"
     """Load the frozen weights in 8 or 4 bits (needs the `quantised-base` extra and a GPU)."""
 
 

@@ -70,7 +70,7 @@ class Checkpoints:
         Raises:
             CompressorError: this many processes cannot share the batch equally.
         """
-        processes, accumulation = self.accelerator.num_processes, config.training.accumulation
+        processes, accumulation = self.accelerator.num_processes, config.training.gradient_accumulation_steps
         newest = self.newest()
         stored = read_json(self.path(newest) / "state.json") if newest else {}
         batch = stored.get("micro_batches", 0) if isinstance(stored, dict) else 0
@@ -84,10 +84,10 @@ class Checkpoints:
             )
         if self.accelerator.is_main_process:
             note(
-                f"note: training.accumulation is {batch // processes} and not {accumulation}, so that a step keeps its "
-                f"{batch} micro-batches with {processes} process{'es' * (processes > 1)}"
+                f"note: training.gradient_accumulation_steps is {batch // processes} and not {accumulation}, so that "
+                f"a step keeps its {batch} micro-batches with {processes} process{'es' * (processes > 1)}"
             )
-        return replace(config, training=replace(config.training, accumulation=batch // processes))
+        return replace(config, training=replace(config.training, gradient_accumulation_steps=batch // processes))
 
     def compare(self, stage: Stage, state: TrainingState, path: Path) -> None:
         """Refuse to go on from `state` with another base, other data or another optimiser; name what is not refused.

@@ -81,7 +81,7 @@ class TrainingConfig:
     """Largest learning rate."""
     warmup_steps: int = 100
     """Steps over which the rate rises linearly from 0."""
-    schedule: Literal["cosine", "constant"] = "cosine"
+    lr_scheduler_type: Literal["cosine", "constant"] = "cosine"
     """What the rate does after the warm-up."""
     decay_steps: int = 0
     """With `constant`: fall linearly to the final rate over the last so many steps."""
@@ -93,13 +93,13 @@ class TrainingConfig:
     """AdamW's decay of the gradient's square."""
     weight_decay: float = 0.0
     """AdamW's weight decay, on matrices only."""
-    clip: float = 1.0
+    max_grad_norm: float = 1.0
     """Largest norm of the gradient."""
     batch_tokens: int = 4096
     """Passage tokens of one micro-batch on one device, padding to its longest passage included."""
     batch_passages: int = 64
     """Most passages of one micro-batch on one device."""
-    accumulation: int = 1
+    gradient_accumulation_steps: int = 1
     """Micro-batches on each device for one step."""
     mixed_precision: Literal["auto", "no", "bf16"] = "auto"
     """Autocast type of forward and backward passes; `auto` is bf16 where the device has instructions for it."""
@@ -123,10 +123,8 @@ class TrainingConfig:
     """CPU threads of each process; by default what torch chooses."""
 
     def __post_init__(self) -> None:
-        at_least_1 = (
-            "steps batch_tokens batch_passages accumulation log_every validate_every checkpoint_every keep_last"
-        )
-        for name in at_least_1.split():
+        counts = "batch_tokens batch_passages gradient_accumulation_steps log_every validate_every checkpoint_every"
+        for name in ("steps", "keep_last", *counts.split()):
             require(getattr(self, name) >= 1, f"training.{name}", getattr(self, name), "at least 1")
         require(0 < self.learning_rate <= 1, "training.learning_rate", self.learning_rate, "in (0, 1]")
         require(self.warmup_steps >= 0, "training.warmup_steps", self.warmup_steps, "at least 0")
@@ -145,7 +143,7 @@ class TrainingConfig:
         for name in ("beta1", "beta2"):
             require(0 <= getattr(self, name) < 1, f"training.{name}", getattr(self, name), "in [0, 1)")
         require(self.weight_decay >= 0, "training.weight_decay", self.weight_decay, "at least 0")
-        require(self.clip > 0, "training.clip", self.clip, "positive")
+        require(self.max_grad_norm > 0, "training.max_grad_norm", self.max_grad_norm, "positive")
         require(self.threads is None or 1 <= self.threads <= 1024, "training.threads", self.threads, "1 to 1024")
 
 

@@ -35,7 +35,7 @@ def learning_rate(step: int, config: TrainingConfig) -> float:
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
     final = config.final_learning_rate
-    if config.schedule == "cosine":
+    if config.lr_scheduler_type == "cosine":
         progress = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
         return config.learning_rate * (final + (1 - final) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
     if config.decay_steps and step >= config.steps - config.decay_steps:
@@ -121,14 +121,14 @@ def run_step(
     accelerator: Accelerator,
     stop: StopSignal,
 ) -> StepResult:
-    """One optimiser step, the number `step` from 0, over `accumulation` micro-batches on every process.
+    """One optimiser step, the number `step` from 0, over `gradient_accumulation_steps` micro-batches on every process.
 
     Raises:
         CompressorError: the loss or the gradient is not finite; names the records.
     """
     settings, world, device = config.training, accelerator.num_processes, accelerator.device
-    first = step * settings.accumulation * world
-    indices = [first + a * world + accelerator.process_index for a in range(settings.accumulation)]
+    first = step * settings.gradient_accumulation_steps * world
+    indices = [first + a * world + accelerator.process_index for a in range(settings.gradient_accumulation_steps)]
     batches = [stage.micro_batch(index) for index in indices]
     counts = [sum(batch[name] for batch in batches) for name in ("targets", "passages")]
     targets, passages = summed(torch.tensor(counts, dtype=torch.float64), accelerator)
@@ -145,7 +145,7 @@ def run_step(
     total_loss, stops = summed(torch.stack([loss_sum, asked]), accelerator)
     _refuse_non_finite(total_loss, "loss", step, batches, accelerator)
     trainable = [p for p in stage.module.parameters() if p.requires_grad]
-    norm = float(accelerator.clip_grad_norm_(trainable, settings.clip))
+    norm = float(accelerator.clip_grad_norm_(trainable, settings.max_grad_norm))
     _refuse_non_finite(norm, "gradient norm", step, batches, accelerator)
     optimizer.step()
     optimizer.zero_grad()
@@ -200,7 +200,7 @@ def train(
     optimizer = make_optimizer(stage.module, settings)
     names = {id(parameter): name for name, parameter in stage.module.named_parameters()}
     state = checkpoints.start(stage, optimizer, names, resume=settings.resume)
-    state.micro_batches = settings.accumulation * accelerator.num_processes
+    state.micro_batches = settings.gradient_accumulation_steps * accelerator.num_processes
     if on_start is not None and accelerator.is_main_process and state.step < settings.steps:
         on_start(state.step)
     if settings.compile != "no":

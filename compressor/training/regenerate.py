@@ -48,7 +48,7 @@ class CompressionStage:
                 device=accelerator.device,
                 dtype=config.base.dtype,
                 attention=config.base.attention,
-                quantisation=None if config.base.quantisation == "none" else config.base.quantisation,
+                quantization=None if config.base.quantization == "none" else config.base.quantization,
                 base_mismatch=config.base_mismatch,
             )
         else:
