@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Measures the bundled compressor of SmolLM2-135M-Instruct: results/smollm2-135m/, and what README.md and docs/ show of it.
+#   runs/evaluate-smollm2-135m.sh [QUESTIONS OF A SET]
 set -euo pipefail
 cd "$(dirname "$0")/.."
 mkdir -p outputs results/smollm2-135m
@@ -15,6 +16,12 @@ frame[["text"]].to_json(sys.argv[1], orient="records", lines=True)' "$work/conte
 python evaluate.py --checkpoint models/smollm2-135m/compressor --task regeneration --data "$work/contexts.jsonl" \
   --tokens 16 4 1 --lengths 96 --limit 40 --batch_size 40 --output "$work/out-of-domain"
 cp "$work/out-of-domain/metrics.json" results/smollm2-135m/out-of-domain.json
+# Questions about windows of 96 tokens, between the bounds.
+models=models/smollm2-135m
+python evaluate.py --checkpoint $models/compressor --task qa --data squad-dev arxivqa-test --limit "${1:-100}" --batch_size 50 \
+  --methods kv recite full none full-tuned=$models/full-tuned none-tuned=$models/none-tuned --tokens 16 4 1 \
+  --question_tokens 96 --output "$work/qa-windows"
+cp "$work/qa-windows/metrics.json" results/smollm2-135m/qa-windows.json
 python runs/readme.py --snippet > "$work/snippet.py"
 (cd "$work" && PYTHONPATH="$OLDPWD" python snippet.py) > results/snippet.txt
 python runs/readme.py

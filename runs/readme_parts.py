@@ -69,11 +69,13 @@ def flagship() -> str:
         [f"{k} memory token{'s' * (k > 1)}", *(_regenerated(by[k, length]) for length in lengths)]
         for k in reversed(tokens)
     ]
-    end = [row for row in log_rows(f"{FLAGSHIP}/regenerate-log.jsonl") if "passages" in row][-1]
+    stages = [log_rows(f"{FLAGSHIP}/{stage}-log.jsonl") for stage in ("regenerate", "answer")]
+    ends = [[row for row in rows if "passages" in row][-1] for rows in stages]
+    passages, steps, seconds = (sum(end[name] for end in ends) for name in ("passages", "step", "seconds"))
     return table(["ROUGE-L, BLEU", *(f"{length} tokens" for length in lengths)], body) + (
         f"\n\nSmolLM2-135M-Instruct, {by[tokens[0], lengths[0]]['n']} unseen abstracts of 2026 a cell, one pass, 95% "
-        f"bootstrap intervals. Regeneration was trained\non {end['passages']:,} passages in {end['step']:,} steps, "
-        f"{end['seconds'] / 3600:.1f} hours of one CPU core. Dashed and dotted in the picture: the published\nfigures "
+        f"bootstrap intervals. Trained on\n{passages:,} passages in {steps:,} steps, {seconds / 3600:.1f} hours of one CPU core. "
+        "Dashed and dotted in the picture: the published\nfigures "
         "of an 8B base."
     )
 
@@ -136,7 +138,7 @@ def qa_short() -> str:
         rows, base = results(f"{FLAGSHIP}/qa-windows.json")["rows"], "SmolLM2-135M-Instruct"
     except FileNotFoundError:
         rows, base = results("qa-windows.json")["rows"], "arxiv-mini, the 7M base"
-    shown = {"kv": (16, 4, 1), "recite": (16,), "full": (None,), "none": (None,)}
+    shown = {"kv": (16, 4, 1), "recite": (16,)} | dict.fromkeys(("full", "none", "full-tuned", "none-tuned"), (None,))
     body = []
     for method, sizes in shown.items():
         for k in sizes:

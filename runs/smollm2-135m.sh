@@ -1,22 +1,32 @@
 #!/usr/bin/env bash
-# Trains the compressor of SmolLM2-135M-Instruct, writes it to models/smollm2-135m/compressor and measures it.
-#   runs/smollm2-135m.sh CORPUS
-# CORPUS: folder or file of abstracts. A run that was stopped goes on when called again; --training.* may follow.
+# Trains the compressor of SmolLM2-135M-Instruct and its bounds, writes them to models/smollm2-135m and measures them.
+#   runs/smollm2-135m.sh CORPUS QUESTIONS [OPTIONS OF train.py]
+# CORPUS: folder or file of abstracts. QUESTIONS: SQuAD's training part. A run that was stopped goes on when called again.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-corpus=${1:?usage: runs/smollm2-135m.sh CORPUS [OPTIONS OF train.py]}
-shift
-output=outputs/smollm2-135m
-python -m compressor fetch smollm2-135m
-if [ ! -d "$output/regenerate/final" ]; then
-  python train.py --config configs/smollm2-135m/regenerate.yaml --data.train "[$corpus]" --data.validation "[$corpus]" \
-    --training.resume true "$@"
-  [ -d "$output/regenerate/final" ] # a run that a signal stopped ends well too
-fi
-mkdir -p results/smollm2-135m
-cp "$output/regenerate/log.jsonl" results/smollm2-135m/regenerate-log.jsonl
-cp "$output/regenerate/run.json" results/smollm2-135m/regenerate-run.json
-python -c 'import sys, torch; from compressor import Compressor
-Compressor.from_pretrained(sys.argv[1]).save_pretrained(sys.argv[2], torch.bfloat16)' \
-  "$output/regenerate/final" models/smollm2-135m/compressor
+corpus=${1:?usage: runs/smollm2-135m.sh CORPUS QUESTIONS [OPTIONS OF train.py]} questions=${2:?QUESTIONS is missing}
+shift 2
+output=outputs/smollm2-135m results=results/smollm2-135m
+mkdir -p "$results"
+python -m compressor.commands.cli fetch smollm2-135m
+train() { # config, name, options
+  local config=$1 name=$2
+  shift 2
+  if [ ! -d "$output/$name/final" ]; then
+    python train.py --config "configs/smollm2-135m/$config.yaml" --output "$output/$name" --data.train "[$corpus]" \
+      --data.validation "[$corpus]" --training.resume true "$@"
+    [ -d "$output/$name/final" ] # a run that a signal stopped ends well too
+  fi
+  cp "$output/$name/log.jsonl" "$results/$name-log.jsonl"
+  cp "$output/$name/run.json" "$results/$name-run.json"
+}
+train regenerate regenerate "$@"
+train answer answer --data.questions "[$questions]" "$@"
+train tuned full-tuned --data.questions "[$questions]" "$@"
+train tuned none-tuned --data.questions "[$questions]" --compressor.method none-tuned "$@"
+for pair in answer:compressor full-tuned:full-tuned none-tuned:none-tuned; do
+  python -c 'import sys, torch; from compressor import Compressor
+Compressor.from_pretrained(sys.argv[1]).save_pretrained(sys.argv[2], dtype=torch.bfloat16)' \
+    "$output/${pair%:*}/final" "models/smollm2-135m/${pair#*:}"
+done
 runs/evaluate-smollm2-135m.sh
