@@ -4,13 +4,22 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test base lint types train-mini readme clean
+.PHONY: demo test test-slow check base lint types train-mini readme clean
 
 demo: base
 	$(BIN)/python demo.py
 
 test: base
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
+
+# Those that take minutes each: wheel, notebooks, page, servers, many processes.
+test-slow: base
+	$(BIN)/python -m pytest -m "slow and not gpu"
+
+# Before a commit: lint, types, and the tests of the modules that differ from main.
+check: lint types
+	@tests="$$($(BIN)/python tests/affected.py)"; \
+	  [ -z "$$tests" ] || $(BIN)/python -m pytest --numprocesses auto --dist worksteal $$tests
 
 # SmolLM2-135M-Instruct: downloaded and converted once, a second from then on. What it cannot get it says in a line.
 base: $(READY)

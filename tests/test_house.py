@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -74,3 +75,13 @@ def test_circles_and_counts(project: Path, tmp_path: Path) -> None:
     assert "a, b, part.c" in lines
     assert "imports inside functions: 1" in lines
     assert "longest function: compressor/b.py:1 f, 3 lines" in lines
+
+
+def test_a_change_names_the_tests_that_import_it(project: Path) -> None:
+    affected = runpy.run_path(str(project / "tests" / "affected.py"))["affected"]
+    assert affected([]) == []
+    assert affected(["tests/test_house.py", "LICENSE"]) == ["tests/test_house.py"]
+    assert affected(["docs/faq.md"]) == ["tests/test_readme.py"]
+    found = affected(["compressor/model/layouts.py"])
+    assert "tests/test_layouts.py" in found
+    assert len(found) < len(affected(["tests/conftest.py"])) / 2
