@@ -69,8 +69,9 @@ def flagship() -> str:
         [f"{k} memory token{'s' * (k > 1)}", *(_regenerated(by[k, length]) for length in lengths)]
         for k in reversed(tokens)
     ]
-    stages = [log_rows(f"{FLAGSHIP}/{stage}-log.jsonl") for stage in ("regenerate", "answer")]
-    ends = [[row for row in rows if "passages" in row][-1] for rows in stages]
+    logs = [f"{FLAGSHIP}/{stage}-log.jsonl" for stage in ("regenerate", "answer")]
+    trained = [log_rows(name) for name in logs if (ROOT / "results" / name).exists()]
+    ends = [[row for row in rows if "passages" in row][-1] for rows in trained]
     passages, steps, seconds = (sum(end[name] for end in ends) for name in ("passages", "step", "seconds"))
     return table(["ROUGE-L, BLEU", *(f"{length} tokens" for length in lengths)], body) + (
         f"\n\nSmolLM2-135M-Instruct, {by[tokens[0], lengths[0]]['n']} unseen abstracts of 2026 a cell, one pass, 95% "
