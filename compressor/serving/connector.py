@@ -1,0 +1,137 @@
+"""vLLM's side: a KV connector that writes placed memories into its paged cache. Tried with vLLM 0.32.
+
+The front (`front.py`) leaves keys and values on the shelf, a folder, under the hash of what they hold. A request that
+reads them carries `kv_transfer_params = {"memory": HASH, "tokens": k}`, `cache_salt = HASH[:more]`, so that the prefix
+cache keeps memories apart, and a prompt that begins with k placeholders, whose positions the memory takes.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorMetadata
+from vllm.logger import init_logger
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.model_executor.models.utils import extract_layer_index
+
+logger = init_logger(f"vllm.{__name__}")
+_HASH = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass
+class Load:
+    """Slots of the paged cache that a memory is written to."""
+
+    memory: str
+    """Name of the file on the shelf; empty if the request was wrong, which then fails."""
+    first: int
+    """Memory tokens that the prefix cache holds already."""
+    end: int
+    blocks: list[int]
+
+
+@dataclass
+class Loads(KVConnectorMetadata):
+    """What the scheduler tells the workers about a step."""
+
+    loads: list[Load] = field(default_factory=list)
+
+
+class CompressedMemories(KVConnectorBase_V1):
+    """Scheduler: counts a memory's tokens as computed elsewhere. Workers: write it, each its heads of its layers."""
+
+    def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any):
+        super().__init__(vllm_config, role, kv_cache_config)
+        if len(kv_cache_config.kv_cache_groups) != 1:
+            raise ValueError("memories need one kind of KV cache for all layers: add --disable-hybrid-kv-cache-manager")
+        extra = self._kv_transfer_config.get_from_extra_config
+        self.shelf, self.placeholder = Path(extra("shelf", "")), extra("placeholder", None)
+        self.block_size, self.dtype = vllm_config.cache_config.block_size, vllm_config.model_config.dtype
+        self.loads: list[Load] = []
+        self.failed: set[int] = set()
+
+    # -- scheduler ---------------------------------------------------------------------------------------------------
+
+    def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int, bool]:
+        """Tokens of the request's memory beyond those that the prefix cache holds; see `KVConnectorBase_V1`."""
+        wanted = self.wanted(request)
+        return (0 if wanted is None else max(wanted[1] - num_computed_tokens, 0)), False
+
+    def wanted(self, request: Any) -> tuple[str, int] | None:
+        """Name and tokens of the memory a request asks for; the empty name, which fails, if it asks for it wrongly."""
+        params = request.kv_transfer_params
+        if not isinstance(params, dict) or "memory" not in params:
+            return None
+        name, tokens, ids = params["memory"], params.get("tokens"), request.prompt_token_ids or []
+        salt = (request.cache_salt or "").partition(":")[0]
+        right = isinstance(name, str) and _HASH.fullmatch(name) and salt == name and type(tokens) is int
+        if not right or not 0 < tokens < len(ids) or set(ids[:tokens]) != {self.placeholder}:
+            logger.error("request %s names a memory without its placeholders or its cache_salt", request.request_id)
+            return "", max(len(ids) - 1, 0)
+        return name, tokens
+
+    def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
+        """Note where the memory goes."""
+        wanted = self.wanted(request)
+        if wanted is not None and num_external_tokens > 0:
+            name, tokens = wanted
+            held = list(blocks.get_block_ids()[0])
+            self.loads.append(Load(name, tokens - num_external_tokens, tokens, held[: -(-tokens // self.block_size)]))
+
+    def build_connector_meta(self, scheduler_output: Any) -> Loads:
+        """What was noted since the step before."""
+        loads, self.loads = self.loads, []
+        return Loads(loads)
+
+    # -- workers -----------------------------------------------------------------------------------------------------
+
+    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
+        """Write the memories of this step's new requests; what cannot be read fails its requests, not the engine."""
+        for load in self._get_connector_metadata().loads:
+            try:
+                self.write(load, forward_context.no_compile_layers)
+            except Exception as error:  # safetensors and the file system raise many kinds
+                logger.error("memory %s cannot be loaded: %s", load.memory[:12] or "(none)", error)
+                self.failed.update(load.blocks[load.first // self.block_size :])
+
+    def write(self, load: Load, layers: dict[str, Any]) -> None:
+        """Copy a memory from the shelf to its slots in every attention layer of this worker."""
+        if not load.memory:
+            raise ValueError("the request named it wrongly")
+        places = torch.arange(load.first, load.end)
+        slots = torch.tensor(load.blocks)[places // self.block_size] * self.block_size + places % self.block_size
+        with safe_open(self.shelf / f"{load.memory}.safetensors", framework="pt") as file:
+            keys, values = file.get_slice("keys"), file.get_slice("values")
+            heads, size = keys.get_shape()[2], get_tensor_model_parallel_world_size()
+            first = get_tensor_model_parallel_rank() * heads // size
+            for name, layer in layers.items():
+                if not isinstance(layer, AttentionLayerBase):
+                    continue
+                cache, layer_index = layer.kv_cache, extract_layer_index(name)
+                own = slice(first, first + max(heads // size, 1))
+                key, value = (
+                    kind[layer_index, load.first : load.end, own].to(cache.device, self.dtype).contiguous()
+                    for kind in (keys, values)
+                )
+                # The backend knows how its cache is laid out: on CPUs it is packed.
+                layer.impl.do_kv_cache_update(layer, key, value, cache, slots.to(cache.device))
+
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        """Blocks that hold no memory though they should: vLLM fails their requests (`kv_load_failure_policy`)."""
+        failed, self.failed = self.failed, set()
+        return failed
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        """Nothing to wait for: `start_load_kv` has written all layers."""
+
+    def save_kv_layer(self, layer_name: str, kv_layer: Any, attn_metadata: Any, **kwargs: Any) -> None:
+        """Nothing is saved."""
+
+    def wait_for_save(self) -> None:
+        """Nothing is saved."""
