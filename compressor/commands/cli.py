@@ -346,6 +346,17 @@ def fetch(argv: list[str]) -> int:
     return 0
 
 
+def serve(argv: list[str]) -> int:
+    """serve memories to any OpenAI client, by vLLM (what follows -- goes to vLLM as it is)"""
+    from compressor.parsing import parse_config
+    from compressor.serving import command
+
+    own, rest = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
+    options, _ = parse_config(command.ServeOptions, own, f"compressor serve: {serve.__doc__}")
+    command.serve(options, rest)
+    return 0
+
+
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "fetch": fetch,
     "compress": compress,
@@ -359,6 +370,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "entities": entities,
     "pack": pack,
     "unpack": unpack,
+    "serve": serve,
 }
 
 

@@ -168,6 +168,12 @@ def _adapter_parameter(key: str, which: str) -> str:
     return "base." + re.sub(r"\.(lora_[AB])\.weight$", rf".\1.{which}.weight", key.removeprefix("base_model."))
 
 
+def base_of(folder: Path, named: str) -> str:
+    """The base a checkpoint names, or the one beside it if that is not here."""
+    known = named in NAMED or Path(bundled(named)).exists()
+    return named if known or not (folder.parent / "base").exists() else str(folder.parent / "base")
+
+
 def find_base(
     path: str | Path | None,
     base: Base | str | None,
@@ -183,10 +189,7 @@ def find_base(
     folder = fetch_checkpoint(str(path), revision)
     trained_on = read_settings(folder)["base"]
     if not isinstance(base, Base):
-        name = base or trained_on["path"]
-        known = name in NAMED or Path(bundled(name)).exists()
-        if base is None and not known and (folder.parent / "base").exists():
-            name = str(folder.parent / "base")
+        name = base or base_of(folder, trained_on["path"])
         if quantization is None:
             quantization = trained_on.get("quantisation", "none")
             dtype = trained_on.get("dtype", dtype)

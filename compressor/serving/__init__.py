@@ -1,4 +1,4 @@
-"""Memories served by vLLM: its KV connector, the shelf they lie on, and the front that takes requests (docs/serving.md).
+"""Memories served by vLLM: its KV connector, the shelf they lie on, the front that takes requests (docs/serving.md).
 
 vLLM finds the connector by the entry point `vllm.general_plugins`, or by its module (`kv_connector_module_path`).
 """

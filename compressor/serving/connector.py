@@ -49,7 +49,7 @@ class CompressedMemories(KVConnectorBase_V1):
     def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any):
         super().__init__(vllm_config, role, kv_cache_config)
         if len(kv_cache_config.kv_cache_groups) != 1:
-            raise ValueError("memories need one kind of KV cache for all layers: add --disable-hybrid-kv-cache-manager")
+            raise ValueError("memories need one kind of KV cache for all layers, and this base has several")
         extra = self._kv_transfer_config.get_from_extra_config
         self.shelf, self.placeholder = Path(extra("shelf", "")), extra("placeholder", None)
         self.block_size, self.dtype = vllm_config.cache_config.block_size, vllm_config.model_config.dtype
@@ -68,10 +68,11 @@ class CompressedMemories(KVConnectorBase_V1):
         params = request.kv_transfer_params
         if not isinstance(params, dict) or "memory" not in params:
             return None
-        name, tokens, ids = params["memory"], params.get("tokens"), request.prompt_token_ids or []
+        name, tokens, ids = params["memory"], params.get("tokens", 0), request.prompt_token_ids or []
         salt = (request.cache_salt or "").partition(":")[0]
-        right = isinstance(name, str) and _HASH.fullmatch(name) and salt == name and type(tokens) is int
-        if not right or not 0 < tokens < len(ids) or set(ids[:tokens]) != {self.placeholder}:
+        named = isinstance(name, str) and _HASH.fullmatch(name) and salt == name
+        fits = type(tokens) is int and 0 < tokens < len(ids)
+        if not named or not fits or list(ids[:tokens]) != [self.placeholder] * tokens:
             logger.error("request %s names a memory without its placeholders or its cache_salt", request.request_id)
             return "", max(len(ids) - 1, 0)
         return name, tokens

@@ -16,12 +16,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from compressor.base import Base
-from compressor.codecs.artifact import check_base
-from compressor.codecs.codec import Codec
 from compressor.errors import CompressorError
 from compressor.files import atomic_file, make_folder, unreadable
-from compressor.memory import Memory
+from compressor.model.base import Base
+from compressor.model.memory import Memory, check_base
+from compressor.storage.codec import Codec
 
 _ID = re.compile(r"[A-Za-z0-9_][\w.-]{0,199}", re.ASCII)
 SUFFIX = ".memory"
@@ -40,6 +39,9 @@ class Library(Protocol):
 
     def version(self, name: str) -> str:
         """What changes when the memory does; `Refused` with 404 where there is none."""
+
+    def size(self, name: str) -> int:
+        """Bytes that it takes as it is kept."""
 
     def load(self, name: str) -> Memory:
         """The memory; a `CompressorError` if it is damaged."""
@@ -76,6 +78,10 @@ class Folder:
         except OSError as error:
             raise unreadable(self.path(name), error) from None
         return f"{found.st_mtime_ns}:{found.st_size}:{found.st_ino}"
+
+    def size(self, name: str) -> int:
+        """Bytes of the file."""
+        return self.path(name).stat().st_size
 
     def load(self, name: str) -> Memory:
         """Read and decode the file."""
@@ -141,19 +147,22 @@ class Shelf:
     def put(self, key: tuple[str, ...], base: Base, load: Callable[[], Memory]) -> Placed:
         """The placed memory that `key` stands for, which is loaded where it is not on the shelf."""
         name = self._known.get(key, "")
-        if name not in self._placed:
+        if name not in self._placed or not self._file(name).exists():
             memory = load()
             keys, values = place(base, memory)
             digest = hashlib.sha256(repr((tuple(keys.shape), str(keys.dtype))).encode())
             for tensor in (keys, values):
                 digest.update(tensor.view(torch.uint8).numpy().tobytes())
             name = digest.hexdigest()
-            with atomic_file(self.folder / f"{name}.safetensors") as temporary:
+            with atomic_file(self._file(name)) as temporary:
                 save_file({"keys": keys, "values": values}, temporary)
             self._known[key] = name
             self._placed[name] = Placed(name, memory.tokens, memory.passage_tokens, keys.nbytes + values.nbytes)
         self._placed.move_to_end(name)
         return self._placed[name]
+
+    def _file(self, name: str) -> Path:
+        return self.folder / f"{name}.safetensors"
 
     @contextmanager
     def reading(self, placed: Placed) -> Iterator[None]:
@@ -171,7 +180,7 @@ class Shelf:
             if total <= self.most_bytes:
                 break
             if not self._readers[name]:
-                (self.folder / f"{name}.safetensors").unlink(missing_ok=True)
+                self._file(name).unlink(missing_ok=True)
                 del self._placed[name], self._readers[name]
                 total -= one.nbytes
         self._known = {key: name for key, name in self._known.items() if name in self._placed}

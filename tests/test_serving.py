@@ -1,0 +1,456 @@
+"""Memories on the shelf and in requests; and (slow, where vLLM is installed) a server of it, asked as its clients ask.
+
+`runs/serving.sh` makes an environment with vLLM and runs the slow ones.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from compressor.api import Compressor
+from compressor.commands.cli import main
+from compressor.errors import CompressorError
+from compressor.model.generation import decode
+from compressor.model.memory import Memory, Prefix, memory_prefix
+from compressor.serving.command import chat_template
+from compressor.serving.front import CANARIES, CHAT, COMPLETIONS, Desk, Front
+from compressor.serving.shelf import Folder, Refused, Shelf, place
+
+Make = Callable[..., Compressor]
+TEXTS = [
+    "We study the spectrum of a random matrix and show that its largest eigenvalue concentrates.",
+    "Neural networks learn features of images; we give a bound on the number of samples they need.",
+    "A telescope in the south saw the afterglow of the burst for three nights.",
+]
+
+
+@pytest.fixture
+def desk(make_tiny_compressor: Make, tmp_path: Path) -> Desk:
+    """A desk without a server, over a tiny compressor."""
+    model = make_tiny_compressor()
+    return Desk(model, Folder(tmp_path / "memories"), Shelf(tmp_path / "shelf", 1 << 24), model.base.eos, "tiny")
+
+
+@pytest.mark.parametrize("layout", ["nested", "after", "spread", "front"])
+def test_placed_keys_give_the_decoders_logits_at_the_positions_vllm_counts(
+    make_tiny_compressor: Make, layout: str
+) -> None:
+    model = make_tiny_compressor(layout=layout)
+    memory, ids = Memory.concatenate(model.compress(TEXTS[:2], 4)), torch.tensor([[5, 6, 7]])
+    keys, values = (one.transpose(1, 2)[:, None] for one in place(model.base, memory))
+    mask = torch.ones(1, memory.tokens, dtype=torch.bool)
+    moved = Prefix(list(keys), list(values), mask, torch.tensor([memory.tokens]))
+    with torch.no_grad():
+        wanted = decode(model.base, memory_prefix(model.base, [memory]), ids)
+        torch.testing.assert_close(decode(model.base, moved, ids), wanted, rtol=1e-3, atol=1e-3)
+
+
+def test_the_shelf_decodes_once_stays_within_its_bound_and_keeps_what_is_read(
+    tiny_compressor: Compressor, tmp_path: Path
+) -> None:
+    base, loaded = tiny_compressor.base, []
+    memories = dict(zip("abc", tiny_compressor.compress(TEXTS), strict=True))
+
+    def load(name: str) -> Callable[[], Memory]:
+        return lambda: loaded.append(name) or memories[name]  # type: ignore[func-returns-value]
+
+    shelf = Shelf(tmp_path, 1)
+    first = shelf.put(("a",), base, load("a"))
+    with shelf.reading(first):
+        assert shelf.put(("a",), base, load("a")) == first
+        with shelf.reading(shelf.put(("b",), base, load("b"))), shelf.reading(shelf.put(("c",), base, load("c"))):
+            assert len(list(tmp_path.iterdir())) == 3
+    assert loaded == ["a", "b", "c"]
+    with shelf.reading(shelf.put(("b",), base, load("b"))):
+        assert len(list(tmp_path.iterdir())) == 1
+    assert shelf.put(("a",), base, load("a")) == first
+    assert loaded[3:] == ["a"]
+
+
+def test_names_that_lead_elsewhere_are_refused(tmp_path: Path) -> None:
+    folder = Folder(tmp_path)
+    for name in ("../secret", "/etc/passwd", ".hidden", "", "a/b", "no\n", "x" * 300):
+        with pytest.raises(Refused, match="there is no memory"):
+            folder.version(name)
+
+
+def test_making_a_memory_twice_makes_it_once(desk: Desk) -> None:
+    made = desk.create({"text": TEXTS[0], "tokens": 4})
+    written = next(desk.library.folder.iterdir()).stat().st_mtime_ns  # type: ignore[attr-defined]
+    assert desk.create({"text": TEXTS[0], "tokens": 4}) == made
+    assert next(desk.library.folder.iterdir()).stat().st_mtime_ns == written  # type: ignore[attr-defined]
+    assert made["tokens"] == 4
+    assert made["ratio"] == made["passage_tokens"] / 4
+    assert 0 <= made["fidelity"] <= 1
+    assert made["bytes"] > 0
+    assert desk.create({"text": TEXTS[0], "tokens": 2})["id"] != made["id"]
+    for wrong in ({}, {"text": 3}, {"text": ""}, {"text": "a", "tokens": 99}, {"text": "a", "speed": 1}):
+        with pytest.raises(CompressorError):
+            desk.create(wrong)
+
+
+def test_a_request_gets_placeholders_and_a_salt_of_its_memory(desk: Desk) -> None:
+    one, two = (desk.create({"text": text})["id"] for text in TEXTS[:2])
+
+    def prepared(path: str = COMPLETIONS, **body: Any) -> dict[str, Any]:
+        asyncio.run(desk.prepare(body, path))
+        return body
+
+    again = prepared(prompt="", memories=[one])
+    assert again["prompt"] == [desk.placeholder] * 8 + [desk.model.base.bos]
+    assert again["max_tokens"] > 0
+    other, both = prepared(prompt="Why?", memories=[two]), prepared(prompt=["Why?", [7]], memories=[one, two])
+    assert len({again["cache_salt"], other["cache_salt"], both["cache_salt"]}) == 3
+    assert both["prompt"][1] == [desk.placeholder] * 16 + [7]
+    assert prepared(prompt="a", memories=[one], memory_tokens=2)["kv_transfer_params"]["tokens"] == 2
+    assert prepared(prompt="a", memories=[one], cache_salt="mine")["cache_salt"].endswith(":mine")
+    assert prepared(CHAT, messages=[], memories=[one])["chat_template_kwargs"] == {"memory_tokens": 8}
+    own = {"kv_transfer_params": {"memory": one, "tokens": 8}, "prompt": again["prompt"]}
+    assert prepared(**own)["cache_salt"] == again["cache_salt"]
+    assert prepared(prompt="as it is") == {"prompt": "as it is"}
+
+
+def test_wrong_requests_say_what_is_wrong(desk: Desk, make_family_base: Any, make_tiny_compressor: Make) -> None:
+    one = desk.create({"text": TEXTS[0]})["id"]
+    foreign = make_tiny_compressor(base=make_family_base("qwen2")).compress(TEXTS[0])
+    desk.library.add("foreign", foreign)
+    whole = desk.library.path(one).read_bytes()  # type: ignore[attr-defined]
+    desk.library.path("cut").write_bytes(whole[: len(whole) // 2])  # type: ignore[attr-defined]
+    desk.library.path("turned").write_bytes(whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:])  # type: ignore[attr-defined]
+    cases: list[tuple[int, str, dict[str, Any]]] = [
+        (404, "there is no memory 'gone'", {"memories": ["gone"]}),
+        (404, "1 segments", {"memories": [f"{one}:1"]}),
+        (422, "made with another base", {"memories": ["foreign"]}),
+        (422, "cannot be read", {"memories": ["cut"]}),
+        (422, "cannot be read", {"memories": ["turned"]}),
+        (422, "cannot concatenate", {"memories": [one, "foreign"]}),
+        (400, "must be a list of ids", {"memories": one}),
+        (400, "cannot truncate to 9", {"memories": [one], "memory_tokens": 9}),
+        (400, "echo cannot be used", {"memories": [one], "echo": True}),
+        (400, "has 8 tokens: give tokens = 8", {"kv_transfer_params": {"memory": one, "tokens": 7}}),
+        (400, "placeholders", {"kv_transfer_params": {"memory": one, "tokens": 8}, "prompt": [5] * 12}),
+        (400, "name them in memories", {"memory_tokens": 4}),
+        (400, "reads no memories", {"memories": [one], "path": "/v1/responses"}),
+        (400, "prompt must be", {"memories": [one], "prompt": [None]}),
+    ]
+    for status, message, body in cases:
+        with pytest.raises(CompressorError, match=message) as caught:
+            asyncio.run(desk.prepare({"prompt": "a", **body}, body.get("path", COMPLETIONS)))
+        assert getattr(caught.value, "status", 400) == status, body
+
+
+def test_the_chat_template_asks_as_the_compressor_was_trained_to() -> None:
+    from jinja2 import Environment
+
+    text = chat_template(None, '\nQuestion "x": {question} Answer:', "<eos>", "<bos>")
+    turns = [{"role": "system", "content": "A text."}, {"role": "user", "content": " Why? "}]
+    template = Environment().from_string(text)
+    assert template.render(messages=turns[1:], memory_tokens=3) == '<eos><eos><eos>\nQuestion "x": Why? Answer:'
+    assert template.render(messages=turns) == '<bos>A text.\nQuestion "x": Why? Answer:'
+    assert (
+        Environment().from_string(chat_template("own", "chat", "<eos>", "<bos>")).render(memory_tokens=1) == "<eos>own"
+    )
+    with pytest.raises(CompressorError, match="no chat template"):
+        chat_template(None, "chat", "<eos>", "<bos>")
+
+
+def test_without_vllm_the_command_says_how_to_get_it(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    argv = ["serve", "--checkpoint", "models/arxiv-mini/compressor", "--memories", str(tmp_path)]
+    assert main([*argv, "--show", "--", "--max-model-len", "512"]) == 0
+    shown = capsys.readouterr().out
+    assert "vllm.entrypoints.openai.api_server" in shown
+    assert shown.strip().endswith("--max-model-len 512")
+    if importlib.util.find_spec("vllm") is None:
+        assert main(argv) == 2
+        assert "pip install" in capsys.readouterr().err
+
+
+class _Said:
+    """An API server that answers every completion with the same log-probabilities."""
+
+    def __init__(self, right: bool):
+        self.right, self.desk = right, None
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        from starlette.responses import JSONResponse
+
+        from compressor.model.generation import score
+
+        body = json.loads((await receive())["body"])
+        model, memory = self.desk.model, self.desk.canaries[body["memories"][0]]  # type: ignore[attr-defined]
+        (ours,) = score(model.base, memory_prefix(model.base, [memory]), [[model.base.bos]], [[3, 4]])
+        said = (ours[:, 0] - (0 if self.right else 0.1)).tolist()
+        choice = {"token_ids": [3, 4], "logprobs": {"token_logprobs": said}}
+        await JSONResponse({"choices": [choice], "usage": {"prompt_tokens": 9}})(scope, receive, send)
+
+
+def test_a_canary_that_differs_from_our_decoder_keeps_the_server_shut(desk: Desk) -> None:
+    from types import SimpleNamespace
+
+    for right in (True, False):
+        app: Any = _Said(right)
+        app.state = SimpleNamespace(args=SimpleNamespace(api_key=None))
+        front = Front(app)
+        front.desk = app.desk = desk
+        if right:
+            asyncio.run(front._try_canaries(app, "float32"))
+        else:
+            with pytest.raises(CompressorError, match="vLLM reads memories otherwise"):
+                asyncio.run(front._try_canaries(app, "float32"))
+
+
+# -- the real server ---------------------------------------------------------------------------------------------
+
+
+class Server:
+    """`compressor serve` in a process of its own, on loopback, with an API key."""
+
+    KEY = "secret"
+
+    def __init__(self, checkpoint: str, folder: Path, port: int, *more: str):
+        self.checkpoint, self.folder, self.port, self.more = checkpoint, folder, port, more
+        self.start()
+
+    def start(self) -> None:
+        command = [sys.executable, "-m", "compressor", "serve", "--checkpoint", self.checkpoint]
+        command += ["--memories", str(self.folder / "memories"), "--port", str(self.port), *self.more]
+        environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"} | os.environ
+        self.log = open(self.folder / "log", "ab")  # noqa: SIM115
+        more = ["--", "--api-key", self.KEY] if "--" not in self.more else ["--api-key", self.KEY]
+        self.process = subprocess.Popen(
+            [*command, *more], env=environment, stdout=self.log, stderr=self.log, start_new_session=True
+        )
+        patience = time.monotonic() + 900
+        while True:
+            assert self.process.poll() is None, (self.folder / "log").read_text()[-3000:]
+            assert time.monotonic() < patience
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=5)
+                return
+            except OSError:
+                time.sleep(1)
+
+    def stop(self, number: int = signal.SIGTERM) -> None:
+        os.killpg(self.process.pid, number)
+        self.process.wait(60)
+        self.log.close()
+
+    def ask(self, method: str, path: str, body: Any = None, key: str = KEY) -> tuple[int, Any]:
+        """Status and JSON of a reply."""
+        request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", method=method)
+        request.add_header("Authorization", f"Bearer {key}")
+        request.add_header("Content-Type", "application/json")
+        try:
+            with urllib.request.urlopen(request, None if body is None else json.dumps(body).encode(), 300) as reply:
+                return reply.status, json.load(reply)
+        except urllib.error.HTTPError as error:
+            return error.code, json.load(error)
+
+    @property
+    def client(self) -> Any:
+        from openai import OpenAI
+
+        return OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key=self.KEY, timeout=300, max_retries=0)
+
+    @property
+    def model(self) -> str:
+        return self.ask("GET", "/v1/models")[1]["data"][0]["id"]
+
+    def make(self, text: str, **settings: Any) -> dict[str, Any]:
+        status, made = self.ask("POST", "/v1/memories", {"text": text, **settings})
+        assert status == 200, made
+        return made
+
+    def regenerate(self, *names: str, **body: Any) -> Any:
+        """A completion of memories alone, greedy."""
+        extra = {"memories": list(names), **body}
+        return self.client.completions.create(model=self.model, prompt="", temperature=0, extra_body=extra)
+
+
+needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    started = Server("models/arxiv-mini/compressor", tmp_path_factory.mktemp("serving"), 8471)
+    yield started
+    started.stop()
+
+
+@pytest.fixture(scope="module")
+def mini(project: Path) -> Compressor:
+    return Compressor.from_pretrained(project / "models" / "arxiv-mini" / "compressor")
+
+
+@pytest.mark.slow
+@needs_vllm
+def test_every_checkpoint_of_the_base_regenerates_and_answers_as_here(server: Server, project: Path) -> None:
+    question = "What do we study?"
+    checkpoints = [project / "models/arxiv-mini/compressor", *sorted((project / "models/arxiv-mini/methods").iterdir())]
+    for checkpoint in checkpoints:
+        model = Compressor.from_pretrained(checkpoint)
+        for tokens in (16, 4, 1):
+            if tokens > model.config.memory_tokens:
+                continue
+            try:
+                memory = model.compress(TEXTS[0], tokens)
+            except CompressorError:  # a method of one number of tokens
+                continue
+            name = f"{checkpoint.name}-{tokens}"
+            memory.save(server.folder / "memories" / f"{name}.memory")
+            reply = server.regenerate(name)
+            assert reply.choices[0].text == model.regenerate(memory), name
+            assert reply.usage.prompt_tokens == memory.tokens + 1
+            assert reply.usage.prompt_tokens_details.cached_tokens >= memory.tokens
+            chat = server.client.chat.completions.create(
+                model=server.model,
+                messages=[{"role": "user", "content": question}],
+                temperature=0,
+                max_tokens=48,
+                extra_body={"memories": [name]},
+            )
+            wanted = model.answer(
+                memory,
+                question,
+                template=Compressor.from_pretrained(project / "models/arxiv-mini/compressor").config.question_template,
+            )
+            assert chat.choices[0].message.content.strip() == wanted, name
+
+
+@pytest.mark.slow
+@needs_vllm
+def test_many_requests_at_once_and_streams_equal_one_after_the_other(server: Server, mini: Compressor) -> None:
+    names = [server.make(text)["id"] for text in TEXTS]
+    alone = [server.regenerate(name).choices[0].text for name in names]
+    assert alone == mini.regenerate(mini.compress(TEXTS))
+    with ThreadPoolExecutor(64) as pool:
+        found = list(pool.map(lambda i: server.regenerate(names[i % 3]).choices[0].text, range(64)))
+    assert found == [alone[i % 3] for i in range(64)]
+    chunks = server.client.completions.create(
+        model=server.model, prompt="", temperature=0, stream=True, extra_body={"memories": [names[1]]}
+    )
+    assert "".join(chunk.choices[0].text for chunk in chunks if chunk.choices) == alone[1]
+
+
+@pytest.mark.slow
+@needs_vllm
+def test_several_memories_lie_in_one_context(server: Server, mini: Compressor) -> None:
+    memories = mini.compress(TEXTS)
+    names = [server.make(text)["id"] for text in TEXTS]
+    question = "What did the telescope see?"
+    chat = server.client.chat.completions.create(
+        model=server.model,
+        messages=[{"role": "user", "content": question}],
+        temperature=0,
+        max_tokens=48,
+        extra_body={"memories": names},
+    )
+    assert chat.choices[0].message.content.strip() == mini.answer(Memory.concatenate(memories), question)
+    assert chat.usage.prompt_tokens > 48
+    long = server.make(" ".join(TEXTS * 12), segment_tokens=200)
+    assert long["segments"] > 1
+    parts = [server.regenerate(f"{long['id']}:{i}", max_tokens=230).choices[0].text for i in range(long["segments"])]
+    assert "".join(parts) == mini.regenerate(mini.compress(" ".join(TEXTS * 12), segment_tokens=200))
+
+
+@pytest.mark.slow
+@needs_vllm
+def test_two_memories_behind_the_same_placeholders_never_meet(server: Server, mini: Compressor) -> None:
+    # A prompt longer than a block, so that the block with the memory is kept in the prefix cache.
+    question = "What is shown in this text, and what does it say about the things that are studied in it? " * 2
+    body = {"model": server.model, "prompt": question, "temperature": 0, "max_tokens": 24}
+    memories = mini.compress(TEXTS)
+    names = [server.make(text)["id"] for text in TEXTS]
+    for _ in range(2):
+        said = [server.ask("POST", COMPLETIONS, {**body, "memories": [name]})[1] for name in names]
+        wanted = mini.answer(memories, [question] * 3, template="{question}", limit=24)
+        assert [one["choices"][0]["text"].strip() for one in said] == wanted
+    assert all(one["usage"]["prompt_tokens_details"]["cached_tokens"] > 16 for one in said)
+    plain = server.ask("POST", COMPLETIONS, body)[1]
+    assert plain["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+
+
+@pytest.mark.slow
+@needs_vllm
+def test_wrong_memories_are_refused_and_the_engine_lives(
+    server: Server, mini: Compressor, tiny_compressor: Compressor
+) -> None:
+    made = server.make(TEXTS[2])
+    folder = server.folder / "memories"
+    whole = (folder / f"{made['id']}.memory").read_bytes()
+    (folder / "cut.memory").write_bytes(whole[:-100])
+    (folder / "turned.memory").write_bytes(whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:])
+    tiny_compressor.compress(TEXTS[0]).save(folder / "foreign.memory")
+    body = {"model": server.model, "prompt": "", "temperature": 0}
+    for name, status in (("cut", 422), ("turned", 422), ("foreign", 422), ("gone", 404), ("../x", 404)):
+        code, reply = server.ask("POST", COMPLETIONS, {**body, "memories": [name]})
+        assert (code, reply["error"]["code"]) == (status, status), reply
+        chat = {"model": server.model, "messages": [{"role": "user", "content": "Why?"}], "memories": [name]}
+        assert server.ask("POST", CHAT, chat)[0] == status
+    wrong = {"kv_transfer_params": {"memory": made["id"], "tokens": 5}, "prompt": [2] * 5 + [1]}
+    assert server.ask("POST", COMPLETIONS, {**body, **wrong})[0] == 400
+    assert server.ask("POST", COMPLETIONS, {**body, "memories": [made["id"]]}, key="wrong")[0] == 401
+    assert server.ask("GET", f"/v1/memories/{made['id']}", key="wrong")[0] == 401
+    assert server.ask("GET", f"/v1/memories/{made['id']}")[1] == made
+    # Deleted while it is read: what is under way goes on, what comes after is refused.
+    stream = server.client.completions.create(
+        model=server.model, prompt="", temperature=0, stream=True, extra_body={"memories": [made["id"]]}
+    )
+    first = next(iter(stream)).choices[0].text
+    assert server.ask("DELETE", f"/v1/memories/{made['id']}") == (
+        200,
+        {"id": made["id"], "object": "memory", "deleted": True},
+    )
+    rest = "".join(chunk.choices[0].text for chunk in stream if chunk.choices)
+    assert first + rest == mini.regenerate(mini.compress(TEXTS[2]))
+    assert server.ask("POST", COMPLETIONS, {**body, "memories": [made["id"]]})[0] == 404
+    # A file that goes between the front and the workers fails its request alone.
+    name = server.make(CANARIES[0] + TEXTS[0])["id"]
+    for file in Path(f"/dev/shm/kv-compressor-{os.getuid()}-{server.port}").iterdir():
+        file.rename(file.with_suffix(".away"))
+    assert server.make(TEXTS[2]) == made
+    assert server.regenerate(name).choices[0].text
+
+
+@pytest.mark.slow
+@needs_vllm
+def test_after_kill_9_a_new_start_serves_the_memories_that_were_made(server: Server, mini: Compressor) -> None:
+    name = server.make(TEXTS[1])["id"]
+    server.stop(signal.SIGKILL)
+    server.start()
+    assert server.regenerate(name).choices[0].text == mini.regenerate(mini.compress(TEXTS[1]))
+
+
+@pytest.mark.slow
+@needs_vllm
+def test_smollm2_regenerates_as_here(project: Path, tmp_path: Path) -> None:
+    from compressor.model.bases import NAMED, cached
+
+    if not cached(NAMED["smollm2-135m"].sha256):
+        pytest.skip("`compressor fetch smollm2-135m` has not been run")
+    checkpoint = project / "models" / "smollm2-135m" / "compressor"
+    model = Compressor.from_pretrained(checkpoint)
+    started = Server(str(checkpoint), tmp_path, 8472)
+    try:
+        for tokens in (16, 4, 1):
+            memory = model.compress(TEXTS[0], tokens)
+            made = started.make(TEXTS[0], tokens=tokens)
+            assert started.regenerate(made["id"]).choices[0].text == model.regenerate(memory)
+    finally:
+        started.stop()
