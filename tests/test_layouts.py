@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import get_args
-
 import pytest
 import torch
 
 from compressor.model.config import Layout
-from compressor.model.layouts import TRUNCATABLE, decoder_start, memory_positions, tree_stretches, van_der_corput
+from compressor.model.layouts import decoder_start, memory_positions, tree_stretches, van_der_corput
+from compressor.model.table import LAYOUTS
 
-LAYOUTS = get_args(Layout)
 N, K, M = 32, 4, 8
 EXPECTED = {
     "restart": ([32, 33, 34, 35], 4),
@@ -69,7 +67,7 @@ def test_the_first_tokens_of_nested_are_evenly_spread(first: int) -> None:
 def test_only_truncatable_layouts_keep_positions_when_tokens_are_left_out(layout: Layout) -> None:
     lengths = torch.tensor([37, 200])
     kept = torch.equal(memory_positions(layout, lengths, 8, 8)[:, :2], memory_positions(layout, lengths, 2, 8))
-    assert kept == (layout in TRUNCATABLE)
+    assert kept == LAYOUTS[layout].truncatable
 
 
 def test_a_tree_mask_halves_what_each_level_sees_and_leaves_nothing_out() -> None:

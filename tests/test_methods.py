@@ -32,16 +32,17 @@ from compressor.methods.table import (
 )
 from compressor.model import generation
 from compressor.model.base import Base, load_base
-from compressor.model.config import METHOD_LAYOUTS, BaseConfig
+from compressor.model.config import BaseConfig
 from compressor.model.encoder import pad
 from compressor.model.generation import after, generate, label_nats, score
 from compressor.model.layouts import memory_positions
 from compressor.model.memory import Memory, memory_prefix
+from compressor.model.table import METHODS, layouts_of
 
 Make = Callable[..., Compressor]
 MAKING = [name for name in TRAINED if name not in TUNED]
 """Trained methods that make memories."""
-LAYOUTS = [(method, layout) for method in MAKING for layout in METHOD_LAYOUTS[method]]
+LAYOUTS = [(method, layout) for method in MAKING for layout in layouts_of(method)]
 """Every trained method with every layout it can work with."""
 LIMIT = 64
 """Passage tokens of the tiny compressors."""
@@ -69,7 +70,7 @@ def make_method(
 
     def make(name: str) -> Method:
         if name in TRAINED:
-            return MemoryMethod(make_tiny_compressor(method=name, layout=METHOD_LAYOUTS[name][-1]))  # type: ignore[index]
+            return MemoryMethod(make_tiny_compressor(method=name, layout=layouts_of(name)[-1]))
         if name in READINGS:
             return memory_method(name)(make_tiny_compressor())
         base = load_base(BaseConfig(path=str(tiny_base_folder)))
@@ -159,8 +160,7 @@ def test_padding_never_reaches_a_memory(make_tiny_compressor: Make, name: str, l
 
 @pytest.mark.parametrize(
     ("name", "layout", "attention"),
-    [(*one, "bidirectional") for one in LAYOUTS]
-    + [(name, layouts[-1], "causal") for name, layouts in METHOD_LAYOUTS.items()],
+    [(*one, "bidirectional") for one in LAYOUTS] + [(name, layouts_of(name)[-1], "causal") for name in METHODS],
 )
 def test_gradients_reach_all_that_trains_and_the_base_stays(
     make_tiny_compressor: Make, tiny_base_folder: Path, name: str, layout: str, attention: str
@@ -224,7 +224,7 @@ def test_training_prefix_equals_the_memory_that_is_kept(make_tiny_compressor: Ma
 def test_a_saved_checkpoint_is_loaded_exactly(
     make_tiny_compressor: Make, tmp_path: Path, passages: list[list[int]], name: str
 ) -> None:
-    model = make_tiny_compressor(method=name, layout=METHOD_LAYOUTS[name][-1])  # type: ignore[index]
+    model = make_tiny_compressor(method=name, layout=layouts_of(name)[-1])
     model.save_pretrained(tmp_path / "saved")
     loaded = Compressor.from_pretrained(tmp_path / "saved")
     assert loaded.config == model.config
@@ -543,6 +543,6 @@ def test_registry_names_the_nearest_method(tiny_base: Base) -> None:
         untrained_method("kv", tiny_base, MethodSettings())
     for name in TRAINED:
         assert issubclass(registry.encoder_class(name), nn.Module)
-        assert name in METHOD_LAYOUTS
+        assert name in METHODS
     with pytest.raises(CompressorError, match="no method 'full'"):
         registry.encoder_class("full")

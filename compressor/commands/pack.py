@@ -19,11 +19,11 @@ from typing import Any
 
 from compressor.errors import CompressorError, WriteError
 from compressor.files import atomic_file, check_file, is_special
+from compressor.packing.table import TEXT_CODECS
 from compressor.progress import Progress, set_level
 from compressor.streams import check_output, input_stream, write_output
 
 SUFFIX = ".cz"
-CODECS = ("lossless", "keywords", "summary", "sentence-embedding")
 TEXT_MAGIC = b"\xcd"
 """How a file of a text codec begins."""
 _ERROR, _LEFT_ALONE = 1, 2
@@ -60,7 +60,7 @@ def _parser(unpack: bool) -> argparse.ArgumentParser:
         "--lane-tokens", type=int, default=1024, help="packing: tokens decoded one after the other; more pack better"
     )
     group = parser.add_argument_group("text codecs", "lossy: the input is kept; any causal LM may be the --base")
-    group.add_argument("--codec", default="lossless", choices=CODECS, help="packing: what to store")
+    group.add_argument("--codec", default="lossless", choices=("lossless", *TEXT_CODECS), help="packing: what to store")
     group.add_argument("--tokens", type=int, help="packing: tokens that stand for each piece of the text")
     group.add_argument(
         "--checkpoint", default="models/arxiv-mini/methods/sentence-embedding", help="of sentence-embedding"
@@ -175,7 +175,7 @@ def _text(data: bytes, options: argparse.Namespace) -> bytes:
     """Pack or unpack a text by a text codec."""
     from dataclasses import replace
 
-    from compressor.packing.text_codecs import pack_text, text_codec, unpack_text
+    from compressor.packing.text_codecs import Options, pack_text, text_codec, unpack_text
 
     def checkpoint() -> Any:
         from compressor.api import Compressor
@@ -184,7 +184,7 @@ def _text(data: bytes, options: argparse.Namespace) -> bytes:
 
     def load(name: str) -> Any:
         chosen = (options.tokens, options.bits, options.summariser)
-        return text_codec(name, options.base, checkpoint, options.device, *chosen)
+        return text_codec(name, Options(options.base, checkpoint, options.device, *chosen))
 
     if options.decompress:
         return unpack_text(data, load).encode()

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from compressor.model.base import Base
 from compressor.model.config import CompressorConfig, Layout
 from compressor.model.encoder import AdaptedBase, Encoder, initial_memory, memory_pass, prefill
-from compressor.model.layouts import TRUNCATABLE
+from compressor.model.table import LAYOUTS
 
 
 class ICAEEncoder(Encoder):
@@ -25,7 +25,7 @@ class ICAEEncoder(Encoder):
 
     @property
     def truncatable(self) -> bool:
-        return self.config.layout in TRUNCATABLE
+        return LAYOUTS[self.config.layout].truncatable
 
     @property
     def memory_layout(self) -> Layout:

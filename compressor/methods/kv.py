@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from compressor.model.base import Base
 from compressor.model.config import CompressorConfig
 from compressor.model.encoder import AdaptedBase, Encoder, initial_memory, memory_pass
-from compressor.model.layouts import TRUNCATABLE
+from compressor.model.table import LAYOUTS
 
 
 class KVEncoder(Encoder):
@@ -21,7 +21,7 @@ class KVEncoder(Encoder):
 
     @property
     def truncatable(self) -> bool:
-        return self.config.layout in TRUNCATABLE
+        return LAYOUTS[self.config.layout].truncatable
 
     def encode(self, model: AdaptedBase, passages: Tensor, lengths: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
         """See `Encoder.encode`."""

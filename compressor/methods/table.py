@@ -1,32 +1,20 @@
-"""Every method of compression by its name.
-
-A new method is a file in this folder and a line here.
-"""
+"""Every method of compression by its name: trained ones are in `model/table.py`, a new other one gets a line here."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from compressor.errors import unknown
+from compressor.model.table import METHODS, load
 
 if TYPE_CHECKING:
     from compressor.methods.interface import MemoryMethod, Method, MethodSettings
     from compressor.model.base import Base
     from compressor.model.encoder import Encoder
 
-TRAINED: dict[str, str] = {
-    "kv": "kv:KVEncoder",
-    "reference-500x": "reference_500x:Reference500xEncoder",
-    "icae": "icae:ICAEEncoder",
-    "mean-pool": "mean_pool:MeanPoolEncoder",
-    "anchor": "anchor:AnchorEncoder",
-    "sentence-embedding": "sentence_embedding:SentenceEmbeddingEncoder",
-    "full-tuned": "tuned:FullTunedEncoder",
-    "none-tuned": "tuned:NoneTunedEncoder",
-}
-"""Methods that `train.py` trains: where their `Encoder` is."""
+PACKAGE = "compressor.methods"
+TRAINED = METHODS
 UNTRAINED: dict[str, str] = {
     "full": "full:Full",
     "none": "none:Nothing",
@@ -45,7 +33,7 @@ READINGS: dict[str, str] = {"recite": "recite:Recite"}
 
 def encoder_class(name: str) -> type[Encoder]:
     """The encoder of a trained method."""
-    return _load(TRAINED[check_name(name, TRAINED)])
+    return load(TRAINED[check_name(name, TRAINED)].place, PACKAGE)
 
 
 def split_spec(spec: str) -> tuple[str, str | None]:
@@ -56,17 +44,12 @@ def split_spec(spec: str) -> tuple[str, str | None]:
 
 def memory_method(name: str) -> type[MemoryMethod]:
     """How the memories of a checkpoint are read under this name: as they are, or as one of `READINGS`."""
-    return _load((READINGS | TUNED).get(name, "interface:MemoryMethod"))
+    return load((READINGS | TUNED).get(name, "interface:MemoryMethod"), PACKAGE)
 
 
 def untrained_method(name: str, base: Base, settings: MethodSettings) -> Method:
     """A method that needs no checkpoint, over a base without adapters."""
-    return _load(UNTRAINED[check_name(name, UNTRAINED)]).from_settings(base, settings)
-
-
-def _load(place: str) -> Any:
-    module, _, attribute = place.partition(":")
-    return getattr(import_module(f"compressor.methods.{module}"), attribute)
+    return load(UNTRAINED[check_name(name, UNTRAINED)], PACKAGE).from_settings(base, settings)
 
 
 def check_name(name: str, known: Collection[str]) -> str:

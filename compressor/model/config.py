@@ -3,28 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 from compressor.data.prompts import CHAT, QUESTION, chat_arguments
 from compressor.errors import require
+from compressor.model.table import LAYOUTS, METHODS, layouts_of
 
-Layout = Literal["restart", "published", "after", "front", "spread", "overlay", "nested"]
-TrainedMethod = Literal[
-    "kv", "reference-500x", "icae", "mean-pool", "anchor", "sentence-embedding", "full-tuned", "none-tuned"
-]
-MEMORY_TOKEN_LAYOUTS: tuple[Layout, ...] = ("restart", "after", "front", "spread", "overlay", "nested")
-METHOD_LAYOUTS: dict[TrainedMethod, tuple[Layout, ...]] = {
-    "kv": MEMORY_TOKEN_LAYOUTS,
-    "reference-500x": ("published",),
-    "icae": ("restart", "after", "front", "nested"),
-    "mean-pool": ("spread",),
-    "anchor": ("spread", "overlay"),
-    "sentence-embedding": ("front",),
-    "full-tuned": ("nested", "after"),
-    "none-tuned": ("nested", "after"),
-}
-"""Layouts that a method can work with; those of icae let its memories, which stand in `front`, be truncated.
-The tuned bounds read none."""
+if TYPE_CHECKING:
+    Layout = TrainedMethod = str
+else:
+    Layout, TrainedMethod = Literal[tuple(LAYOUTS)], Literal[tuple(METHODS)]
 BaseMismatch = Literal["refuse", "allow"]
 """What is done about a base with other weights than a checkpoint was trained on."""
 PassageAttention = Literal["causal", "bidirectional"]
@@ -90,11 +78,11 @@ class CompressorConfig:
         if self.lora_targets == ["all-linear"]:
             self.lora_targets = "all-linear"
         # The command line checks these; a checkpoint's settings come straight here.
-        literals = {"method": TrainedMethod, "layout": Layout, "passage_attention": PassageAttention}
-        for name, known in [*literals.items(), ("memory_attention", MemoryAttention)]:
+        allowed = {"passage_attention": get_args(PassageAttention), "memory_attention": get_args(MemoryAttention)}
+        for name, known in {"method": tuple(METHODS), "layout": tuple(LAYOUTS), **allowed}.items():
             value = getattr(self, name)
-            require(value in get_args(known), f"compressor.{name}", value, f"one of {', '.join(get_args(known))}")
-        layouts = METHOD_LAYOUTS[self.method]
+            require(value in known, f"compressor.{name}", value, f"one of {', '.join(known)}")
+        layouts = layouts_of(self.method)
         require(
             self.layout in layouts,
             "compressor.layout",

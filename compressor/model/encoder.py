@@ -35,7 +35,7 @@ class AdaptedBase(Protocol):
 class Encoder(nn.Module):
     """A trained method. Its parameters are what it trains besides the base's adapters.
 
-    A new method is a subclass in a file of its own and a line in `compressor/methods/table.py`.
+    A new method is a subclass in a file of its own and a line in `model/table.py`.
     """
 
     adapted: ClassVar[bool] = True

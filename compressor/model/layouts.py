@@ -20,15 +20,16 @@ a memory can be truncated.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
 from compressor.model.config import Layout
+from compressor.model.table import LAYOUTS, load
 
 PUBLISHED_LENGTH = 500
 """Tokens that the published code pads every passage to."""
-TRUNCATABLE: tuple[Layout, ...] = ("restart", "published", "after", "front", "nested")
-"""Layouts in which a memory token's position does not depend on how many follow it."""
 
 
 def van_der_corput(count: int) -> list[int]:
@@ -38,6 +39,87 @@ def van_der_corput(count: int) -> list[int]:
         order = [2 * i for i in order] + [2 * i + 1 for i in order]
     # Doubling lists the reversed bits of 0..count-1 in order.
     return order
+
+
+class Placing:
+    """A layout: where memory tokens and what follows them stand. Subclasses say it."""
+
+    def positions(self, lengths: Tensor, slots: Tensor, most: int) -> Tensor:
+        """See `memory_positions`; lengths are int64 `[batch, 1]`, slots are 0..k-1, int64 `[1, k]`."""
+        raise NotImplementedError
+
+    def start(self, lengths: Tensor, tokens: Tensor | int) -> Tensor:
+        """See `decoder_start`; by default the decoder starts where the passage did."""
+        return torch.zeros_like(lengths)
+
+    def before(self, passage_tokens: int, memory_tokens: int) -> int:
+        """Where a segment's positions begin after segments of so many tokens: where their passages end."""
+        return passage_tokens
+
+
+class Restart(Placing):
+    """After the passage; the decoder starts as if the memory were all it had read."""
+
+    def positions(self, lengths: Tensor, slots: Tensor, most: int) -> Tensor:
+        return lengths + slots
+
+    def start(self, lengths: Tensor, tokens: Tensor | int) -> Tensor:
+        return torch.zeros_like(lengths) + tokens
+
+
+class Published(Restart):
+    """`Restart` after 500 tokens."""
+
+    def positions(self, lengths: Tensor, slots: Tensor, most: int) -> Tensor:
+        return (slots + PUBLISHED_LENGTH).expand(len(lengths), -1)
+
+
+class After(Restart):
+    """After the passage, and the decoder after them."""
+
+    def start(self, lengths: Tensor, tokens: Tensor | int) -> Tensor:
+        return lengths + tokens
+
+    def before(self, passage_tokens: int, memory_tokens: int) -> int:
+        return passage_tokens + memory_tokens
+
+
+class Front(Restart):
+    """In the passage's place, which then takes no positions of its own."""
+
+    def positions(self, lengths: Tensor, slots: Tensor, most: int) -> Tensor:
+        return slots.expand(len(lengths), -1)
+
+    def before(self, passage_tokens: int, memory_tokens: int) -> int:
+        return memory_tokens
+
+
+class Overlay(Placing):
+    """In the middles of equal parts of the passage."""
+
+    def positions(self, lengths: Tensor, slots: Tensor, most: int) -> Tensor:
+        return (2 * slots + 1) * lengths // (2 * slots.shape[1])
+
+
+class Spread(Overlay):
+    """`Overlay`, and the decoder after the passage."""
+
+    def start(self, lengths: Tensor, tokens: Tensor | int) -> Tensor:
+        return lengths.clone()
+
+
+class Nested(Placing):
+    """In the middles of as many parts as there can be tokens, the first ones evenly spread too."""
+
+    def positions(self, lengths: Tensor, slots: Tensor, most: int) -> Tensor:
+        order = torch.tensor(van_der_corput(most)[: slots.shape[1]], device=lengths.device)[None]
+        return (2 * order + 1) * lengths // (2 * most)
+
+
+@functools.cache
+def placing(layout: Layout) -> Placing:
+    """The layout of a name in `LAYOUTS`."""
+    return load(LAYOUTS[layout].place, __package__ or "")()
 
 
 def memory_positions(layout: Layout, lengths: Tensor, tokens: int, most: int) -> Tensor:
@@ -52,17 +134,12 @@ def memory_positions(layout: Layout, lengths: Tensor, tokens: int, most: int) ->
     Returns:
         int64 `[batch, k]`.
     """
-    n = lengths[:, None]
-    slots = torch.arange(tokens, device=lengths.device)[None]
-    if layout in ("restart", "after"):
-        return n + slots
-    if layout in ("front", "published"):
-        first = PUBLISHED_LENGTH if layout == "published" else 0
-        return (slots + first).expand(len(lengths), -1)
-    if layout in ("spread", "overlay"):
-        return (2 * slots + 1) * n // (2 * tokens)
-    order = torch.tensor(van_der_corput(most)[:tokens], device=lengths.device)[None]
-    return (2 * order + 1) * n // (2 * most)
+    return placing(layout).positions(lengths[:, None], torch.arange(tokens, device=lengths.device)[None], most)
+
+
+def decoder_start(layout: Layout, lengths: Tensor, tokens: Tensor | int) -> Tensor:
+    """Position of the decoder's first token, int64 `[batch]`."""
+    return placing(layout).start(lengths, tokens)
 
 
 def tree_stretches(lengths: Tensor, tokens: int, most: int) -> tuple[Tensor, Tensor]:
@@ -87,14 +164,3 @@ def tree_stretches(lengths: Tensor, tokens: int, most: int) -> tuple[Tensor, Ten
     overlap = (n // 16).clamp(min=2)
     first = order * n // most
     return first - overlap, first + -(-n // parts) + overlap
-
-
-def decoder_start(layout: Layout, lengths: Tensor, tokens: Tensor | int) -> Tensor:
-    """Position of the decoder's first token, int64 `[batch]`."""
-    if layout in ("restart", "published", "front"):
-        return torch.zeros_like(lengths) + tokens
-    if layout == "after":
-        return lengths + tokens
-    if layout == "spread":
-        return lengths.clone()
-    return torch.zeros_like(lengths)

@@ -16,7 +16,8 @@ from compressor.errors import CompressorError, require_whole
 from compressor.model.base import Base
 from compressor.model.config import Layout
 from compressor.model.fingerprints import public_name, tokenizer_fingerprint
-from compressor.model.layouts import TRUNCATABLE, decoder_start, memory_positions
+from compressor.model.layouts import decoder_start, memory_positions, placing
+from compressor.model.table import LAYOUTS
 from compressor.progress import note_once
 
 if TYPE_CHECKING:
@@ -141,10 +142,11 @@ class Memory:
         fewest = min(segment.tokens for segment in self.segments)
         if not 1 <= tokens <= fewest:
             raise CompressorError(f"cannot truncate to {tokens} memory tokens: the memory has {fewest} for a segment")
-        if tokens < fewest and self.layout not in TRUNCATABLE:
+        if tokens < fewest and not LAYOUTS[self.layout].truncatable:
+            others = [name for name, one in LAYOUTS.items() if one.truncatable]
             raise CompressorError(
                 f"memories of layout {self.layout} cannot be truncated, because its positions depend on the number of "
-                f"tokens: compress again with {tokens}, or train with one of {', '.join(TRUNCATABLE)}"
+                f"tokens: compress again with {tokens}, or train with one of {', '.join(others)}"
             )
         if all(segment.tokens == tokens for segment in self.segments):
             return self
@@ -207,8 +209,7 @@ class Memory:
         placed, offset, seen = [], 0, 0
         for segment in self.segments:
             length = torch.tensor([segment.passage_tokens], device=device)
-            # `front` stands in for the passages, which then take no positions of their own.
-            before = {"after": offset + seen, "front": seen}.get(self.layout, offset)
+            before = placing(self.layout).before(offset, seen)
             placed.append(memory_positions(self.layout, length, segment.tokens, self.most)[0] + before)
             offset += segment.passage_tokens
             seen += segment.tokens

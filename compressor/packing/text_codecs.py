@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import zlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -30,8 +31,10 @@ from compressor.model.encoder import equal_segments, pad
 from compressor.model.generation import Sampling
 from compressor.model.network import Network
 from compressor.model.support import start_token
+from compressor.model.table import load
 from compressor.packing.blocks import Damaged, read_varint, varint
 from compressor.packing.float64 import IDENTITY_BYTES, double_precision, identity_of
+from compressor.packing.table import TEXT_CODECS
 from compressor.processes import check_device
 from compressor.storage.quantise import pack, unpack
 
@@ -201,24 +204,40 @@ class Embedding:
         return " ".join(self.writer.write(torch.cat([row, start]), length, sampling).strip() for row, length in rows)
 
 
-CODECS: dict[str, int] = {"keywords": 1, "summary": 2, "sentence-embedding": 4}
-"""Text codecs and their numbers on disk, which are never reused."""
+@dataclass(frozen=True)
+class Options:
+    """What text codecs are made from."""
+
+    base: str
+    """The model that writes: folder, hub id, GGUF file or name."""
+    load: Callable[[], Network]
+    """Gives the compressor of codecs that need one."""
+    device: str = "cpu"
+    tokens: int | None = None
+    bits: int = 8
+    """Of a number of an embedding."""
+    summariser: str | None = None
 
 
-def text_codec(
-    name: str,
-    base: str,
-    load: Callable[[], Network],
-    device: str = "cpu",
-    tokens: int | None = None,
-    bits: int = 8,
-    summariser: str | None = None,
-) -> Words | Embedding:
-    """The codec of a name in `CODECS`, with the model that writes: `base`, or the one that `load` gives."""
-    if name == "sentence-embedding":
-        return Embedding(load(), tokens, bits)
-    choose = Keywords if name == "keywords" else (lambda writer: Summary(writer, summariser))
-    return Words(Writer.load(base, device), tokens or 16, choose)
+def keywords(options: Options) -> Words:
+    """The codec `keywords`."""
+    return Words(Writer.load(options.base, options.device), options.tokens or 16, Keywords)
+
+
+def summary(options: Options) -> Words:
+    """The codec `summary`."""
+    writer = Writer.load(options.base, options.device)
+    return Words(writer, options.tokens or 16, lambda writer: Summary(writer, options.summariser))
+
+
+def sentence_embedding(options: Options) -> Embedding:
+    """The codec `sentence-embedding`."""
+    return Embedding(options.load(), options.tokens, options.bits)
+
+
+def text_codec(name: str, options: Options) -> Words | Embedding:
+    """The codec of a name in `TEXT_CODECS`."""
+    return load(TEXT_CODECS[name].place, "compressor.packing")(options)
 
 
 def pack_text(text: str, name: str, codec: Words | Embedding, sampling: Sampling | None = None) -> tuple[bytes, str]:
@@ -237,7 +256,7 @@ def pack_text(text: str, name: str, codec: Words | Embedding, sampling: Sampling
     settings = bytes(stated) + varint(sampling.seed) if sampling.temperature else b""
     body = codec.encode(text)
     written = codec.decode(body, sampling)
-    head = bytes([MAGIC, VERSION | bool(settings), CODECS[name]]) + codec.writer.identity
+    head = bytes([MAGIC, VERSION | bool(settings), TEXT_CODECS[name].number]) + codec.writer.identity
     blob = head + zlib.crc32(written.encode()).to_bytes(4, "little") + settings + body
     return blob + zlib.crc32(blob).to_bytes(4, "little"), written
 
@@ -255,7 +274,7 @@ def unpack_text(blob: bytes, load: Callable[[str], Words | Embedding]) -> str:
         raise CompressorError(f"this file has version {blob[1] >> 4}, this program reads {VERSION >> 4}: pack it again")
     if zlib.crc32(blob[:-4]).to_bytes(4, "little") != blob[-4:]:
         raise CompressorError("this file is damaged: its checksum does not match; get or make it again")
-    names = [name for name, number in CODECS.items() if number == blob[2]]
+    names = [name for name, one in TEXT_CODECS.items() if one.number == blob[2]]
     if not names:
         raise CompressorError(f"this file needs a text codec (number {blob[2]}) that this version lacks: update it")
     codec = load(names[0])

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from compressor.errors import CompressorError
-from compressor.model.layouts import TRUNCATABLE
+from compressor.model.table import LAYOUTS
 from compressor.provenance import VERSION
 from compressor.storage import container, entropy
 from compressor.storage.lowrank import Transform
@@ -150,7 +150,7 @@ class Calibration:
                 f"({memory.compressor}): run `compressor calibrate` for this compressor"
             )
         tokens = {segment.tokens for segment in memory.segments}
-        fits = max(tokens) <= self.slots if self.layout in TRUNCATABLE else tokens == {self.slots}
+        fits = max(tokens) <= self.slots if LAYOUTS[self.layout].truncatable else tokens == {self.slots}
         if (layers, heads, size) != (*self.mean.shape[1:3], self.mean.shape[4]) or not fits:
             raise CompressorError(
                 f"the calibration was fitted on memories of {self.slots} tokens a segment in {self.mean.shape[1]} "

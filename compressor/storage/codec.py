@@ -12,37 +12,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from compressor.errors import CompressorError
-from compressor.storage import entropy, quantise
-from compressor.storage.calibration import Calibration, flatten_tokens, unflatten_tokens
+from compressor.errors import CompressorError, require_whole
+from compressor.model.table import load
+from compressor.storage import entropy
+from compressor.storage.calibration import Calibration
 from compressor.storage.entropy import Coder
+from compressor.storage.table import CODECS
 
 if TYPE_CHECKING:
     from compressor.model.memory import Memory
 
-FLOATS = {"float32": torch.float32, "float16": torch.float16, "bf16": torch.bfloat16}
-BITS = {"int8": 8, "int4": 4, "int3": 3, "int2": 2}
-NAMES = (*FLOATS, *BITS, "lowrank")
-DEFAULT_RATE = 0.25
-_GROUPS = 64 * entropy.SHAPES
+
+def codec_class(name: str) -> type[Codec]:
+    """The class of a codec's name in `CODECS`; another name is a `CompressorError`."""
+    if name not in CODECS:
+        raise CompressorError(f"there is no codec {name!r}: choose one of {', '.join(CODECS)}")
+    return load(CODECS[name], "compressor.storage")
 
 
 @dataclass(frozen=True)
 class Codec:
-    """A way of coding memories; `parse` makes one from a name.
+    """A way of coding memories; `parse` makes one from a name. Subclasses code (`_encode`, `_decode`).
 
     Attributes:
-        name: one of `NAMES`.
+        name: one of `CODECS`.
         coder: entropy coder of the integers.
         calibration: fitted statistics; `lowrank` needs them, integers without them store a step for each channel.
         level: step of `lowrank` is 2^(level/4).
@@ -55,17 +58,18 @@ class Codec:
     level: int = 0
     drop_layers: tuple[int, ...] = ()
 
+    usual_coder: ClassVar[Coder] = "none"
+    usual_rate: ClassVar[float | None] = None
+    """Bits a value where the name has none; None for codecs that take no rate."""
+    fitted: ClassVar[bool] = True
+    """Whether what is stored depends on the calibration, all layers being kept."""
+
     def __post_init__(self) -> None:
-        if self.name not in NAMES:
-            raise CompressorError(f"there is no codec {self.name!r}: choose one of {', '.join(NAMES)}")
         entropy.check_coder(self.coder)
-        if self.name in FLOATS and self.coder != "none":
-            raise CompressorError(f"{self.name} is not entropy-coded: leave +{self.coder} out, or choose int8")
-        if self.name == "lowrank" and (self.calibration is None or self.coder == "none" or self.drop_layers):
-            raise CompressorError(
-                "lowrank needs a calibration (`compressor calibrate`) and an entropy coder, and chooses by itself what "
-                "to drop in which layer"
-            )
+        self._check()
+
+    def _check(self) -> None:
+        """Raise a `CompressorError` for settings that do not go together."""
 
     @staticmethod
     def parse(
@@ -82,26 +86,30 @@ class Codec:
         Raises:
             CompressorError: there is no such codec, or it does not go with the options.
         """
-        if isinstance(calibration, str | Path):
+        if not isinstance(text, str):
+            raise CompressorError(f"the codec is {type(text).__name__}, not text: give a name such as bf16 or int4+ans")
+        if isinstance(drop_layers, str) or not isinstance(drop_layers, Iterable):
+            raise CompressorError(f"drop_layers = {drop_layers!r}: give a list of layers")
+        for layer in drop_layers:
+            require_whole("drop_layers", layer, 0)
+        if calibration is not None and not isinstance(calibration, Calibration):
             calibration = Calibration.load(calibration)
         head, _, coder = text.partition("+")
         name, _, rate = head.partition(":")
-        level = 0
-        if name == "lowrank":
-            coder = coder or "ans"
-            if calibration is not None:
-                try:
-                    level = calibration.level(float(rate) if rate else DEFAULT_RATE)
-                except ValueError as error:
-                    if isinstance(error, CompressorError):
-                        raise
-                    raise CompressorError(f"the rate of codec {text!r} is no number: write lowrank:0.25") from None
-        elif name in FLOATS and not drop_layers:
-            calibration = None  # nothing in the file would depend on it
-        if rate and name != "lowrank":
+        kind, level = codec_class(name), 0
+        if kind.usual_rate is None and rate:
             raise CompressorError(f"codec {text!r}: only lowrank takes a rate")
+        if kind.usual_rate is not None and calibration is not None:
+            try:
+                level = calibration.level(float(rate) if rate else kind.usual_rate)
+            except ValueError as error:
+                if isinstance(error, CompressorError):
+                    raise
+                raise CompressorError(f"the rate of codec {text!r} is no number: write lowrank:0.25") from None
+        if not kind.fitted and not drop_layers:
+            calibration = None  # nothing in the file would depend on it
         drop = tuple(sorted(set(drop_layers)))
-        return Codec(name, cast("Coder", coder or "none"), calibration, level, drop)
+        return kind(name, cast("Coder", coder or kind.usual_coder), calibration, level, drop)
 
     def record(self) -> dict[str, Any]:
         """What a file says about the codec."""
@@ -132,7 +140,8 @@ class Codec:
         drop = tuple(record["drop_layers"])
         if any(type(layer) is not int for layer in (record["level"], *drop)) or abs(record["level"]) > 127:
             raise CompressorError("damaged: the codec's settings are no whole numbers")
-        return Codec(record["name"], record["coder"], calibration if named else None, record["level"], drop)
+        kind = codec_class(record["name"])
+        return kind(record["name"], record["coder"], calibration if named else None, record["level"], drop)
 
     def prepare(self, memory: Memory) -> Memory:
         """The memory that is stored, checked against the calibration."""
@@ -148,57 +157,11 @@ class Codec:
     def encode(self, memory: Memory) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors that hold a prepared memory, and what a reader needs to know besides shape and codec."""
         pair = torch.stack([memory.keys, memory.values]).detach().cpu()
-        kept = self._kept(pair.shape[1])
-        if self.name in FLOATS:
-            keys, values = pair[:, kept].to(FLOATS[self.name])
-            if not bool(torch.isfinite(keys).all() and torch.isfinite(values).all()):
-                raise CompressorError(f"this memory has values too large for {self.name}: use bf16 or float32")
-            return {"keys": keys, "values": values}, {}
-        pair = pair.float()
-        if self.name == "lowrank":
-            transform = self._fitted().transform
-            tokens = flatten_tokens(pair - self._fitted().means(memory))
-            integers = transform.quantise(transform.project(tokens), self.level)
-            models = np.broadcast_to(transform.models(self.level), integers.shape)
-            data = entropy.encode(integers.reshape(-1), models.reshape(-1), self.coder)
-            return {"payload": torch.frombuffer(bytearray(data or b"\0"), dtype=torch.uint8)}, {"sizes": [len(data)]}
-        return self._encode_integers(pair, memory, kept)
+        return self._encode(pair, memory, self._kept(pair.shape[1]))
 
-    def _encode_integers(
-        self, pair: Tensor, memory: Memory, kept: list[int]
-    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        bits = BITS[self.name]
-        half = 1 << (bits - 1)
-        tensors: dict[str, Tensor] = {}
-        if self.calibration is not None:
-            pair = (pair - self.calibration.means(memory))[:, kept]
-            steps = self._steps()[:, kept]
-        else:
-            pair = pair[:, kept]
-            tensors["steps"] = quantise.fit_steps(pair, bits)
-            steps = quantise.step_of(tensors["steps"])
-        integers = quantise.symbols(pair, steps, bits)  # [2, kept layers, heads, tokens, head size]
-        models = None
-        if self.coder != "none":
-            if self.calibration is None:
-                grouped = integers.flatten(3).flatten(0, 2).T.numpy()
-                chosen = torch.from_numpy(entropy.choose_models(grouped, (-half, half - 1)))
-                tensors["models"] = chosen.reshape(integers.shape[:3])
-            models = self._models(tensors.get("models"), integers.shape, kept)
-        if self.calibration is not None:
-            # Channels that do not vary: nothing to code, with or without a coder.
-            integers[self._models(None, integers.shape, kept) == entropy.DROPPED] = 0
-        streams = []
-        for layer in range(len(kept)):
-            values = integers[:, layer].flatten().numpy()
-            if models is None:
-                streams.append(quantise.pack(values, bits).tobytes())
-            else:
-                here = models[:, layer].flatten().numpy()
-                streams.append(entropy.encode(values, here, self.coder, (-half, half - 1)))
-        # An empty tensor has no bytes to point to; readers go by `sizes`.
-        tensors["payload"] = torch.frombuffer(bytearray(b"".join(streams) or b"\0"), dtype=torch.uint8)
-        return tensors, {"sizes": [len(stream) for stream in streams]}
+    def _encode(self, pair: Tensor, memory: Memory, kept: list[int]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """`encode`: `pair` is `[2, layers, kv_heads, tokens, head_size]`, of which the layers `kept` are stored."""
+        raise NotImplementedError
 
     def decode(
         self, tensors: Mapping[str, Tensor], details: Mapping[str, Any], shape: Sequence[int], slots: Sequence[int]
@@ -224,55 +187,16 @@ class Codec:
         full = torch.zeros(2, layers, heads, tokens, size)
         if self.calibration is not None:
             full = self.calibration.mean[:, :, :, list(slots)].clone()
-        if self.name in FLOATS:
-            wanted_shape = (len(kept), heads, tokens, size)
-            for name in ("keys", "values"):
-                _check_tensor(tensors, name, FLOATS[self.name], wanted_shape)
-            full = full.to(FLOATS[self.name])
-            full[:, kept] = torch.stack([tensors["keys"], tensors["values"]])
-        elif self.name == "lowrank":
-            (data,) = _streams(tensors, details, 1)
-            transform = self._fitted().transform
-            models = np.tile(transform.models(self.level), tokens)
-            integers = entropy.decode(data, models, self.coder).reshape(tokens, -1)
-            centred = unflatten_tokens(transform.reconstruct(integers, self.level), shape)
-            full = (full.double() + centred).float()
-        else:
-            restored = self._decode_integers(tensors, details, (2, len(kept), heads, tokens, size), kept)
-            full[:, kept] = full[:, kept] + restored if self.calibration is not None else restored
+        full = self._decode(tensors, details, full, kept)
         if not bool(torch.isfinite(full).all()):
             raise CompressorError("damaged: it holds values that are not finite")
         return full[0], full[1]
 
-    def _decode_integers(
-        self, tensors: Mapping[str, Tensor], details: Mapping[str, Any], shape: tuple[int, ...], kept: list[int]
+    def _decode(
+        self, tensors: Mapping[str, Tensor], details: Mapping[str, Any], full: Tensor, kept: list[int]
     ) -> Tensor:
-        bits = BITS[self.name]
-        half = 1 << (bits - 1)
-        if self.calibration is None:
-            _check_tensor(tensors, "steps", torch.int8, (*shape[:3], shape[4]))
-            steps = quantise.step_of(tensors["steps"])
-        else:
-            steps = self._steps()[:, kept]
-        models = None
-        if self.coder != "none":
-            if self.calibration is None:
-                _check_tensor(tensors, "models", torch.uint8, shape[:3])
-                if not bool(((tensors["models"] < _GROUPS) & (tensors["models"] % 64 < entropy.SCALES)).all()):
-                    raise CompressorError("damaged: it names entropy models that do not exist")
-            models = self._models(tensors.get("models"), shape, kept)
-        count = shape[0] * shape[2] * shape[3] * shape[4]
-        integers = torch.empty(shape, dtype=torch.int64)
-        for layer, data in enumerate(_streams(tensors, details, len(kept))):
-            if models is None:
-                if len(data) != -(-count * bits // 8):
-                    raise CompressorError(f"damaged: layer {kept[layer]} has {len(data)} bytes for {count} integers")
-                values = quantise.unpack(np.frombuffer(data, dtype=np.uint8), bits, count)
-            else:
-                here = models[:, layer].flatten().numpy()
-                values = entropy.decode(data, here, self.coder, (-half, half - 1))
-            integers[:, layer] = torch.from_numpy(values).reshape(shape[0], *shape[2:])
-        return quantise.dequantise(integers, steps)
+        """`decode`: keys and values `[2, layers, kv_heads, tokens, head_size]`, `full` being the means, or zeros."""
+        raise NotImplementedError
 
     def _kept(self, layers: int) -> list[int]:
         if any(not 0 <= layer < layers for layer in self.drop_layers) or len(self.drop_layers) >= layers:
@@ -283,25 +207,15 @@ class Codec:
         assert self.calibration is not None  # __post_init__ refuses lowrank without one
         return self.calibration
 
-    def _steps(self) -> Tensor:
-        return self._fitted().deviation * quantise.STEPS[BITS[self.name]]
 
-    def _models(self, stored: Tensor | None, shape: Sequence[int], kept: list[int]) -> Tensor:
-        """The entropy model of every integer, uint8 `[2, kept layers, heads, tokens, head_size]`."""
-        if stored is not None:
-            return stored[..., None, None].expand(*shape)
-        place = list(quantise.STEPS).index(BITS[self.name])
-        return self._fitted().models[place][:, kept].unsqueeze(3).expand(*shape)
-
-
-def _check_tensor(tensors: Mapping[str, Tensor], name: str, dtype: torch.dtype, shape: Sequence[int]) -> None:
+def check_tensor(tensors: Mapping[str, Tensor], name: str, dtype: torch.dtype, shape: Sequence[int]) -> None:
     found = tensors.get(name)
     if found is None or found.dtype != dtype or tuple(found.shape) != tuple(shape):
         got = "missing" if found is None else f"{found.dtype} {tuple(found.shape)}"
         raise CompressorError(f"damaged: {name} is {got}, not {dtype} {tuple(shape)}")
 
 
-def _streams(tensors: Mapping[str, Tensor], details: Mapping[str, Any], count: int) -> list[bytes]:
+def streams_of(tensors: Mapping[str, Tensor], details: Mapping[str, Any], count: int) -> list[bytes]:
     """The payload cut into its streams."""
     payload, sizes = tensors.get("payload"), details["sizes"]
     if payload is None or payload.dtype != torch.uint8 or payload.dim() != 1:

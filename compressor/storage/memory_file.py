@@ -11,18 +11,19 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from compressor.errors import CompressorError
-from compressor.model.config import Layout
 from compressor.model.memory import Memory, Segment
+from compressor.model.table import LAYOUTS
 from compressor.provenance import VERSION
 from compressor.storage import container
 from compressor.storage.calibration import Calibration
-from compressor.storage.codec import FLOATS, Codec
+from compressor.storage.codec import Codec
+from compressor.storage.codec_floats import FLOATS
 
 FORMAT = 2
 BESIDE = "calibration.safetensors"
@@ -173,7 +174,7 @@ def restore(
             )
         tensors = {name: tensor for name, tensor in tensors.items() if name not in (TEXT, _RESIDUAL)}
         layout, most = settings["layout"], whole(settings["most"], 1, MOST_TOKENS)
-        if layout not in get_args(Layout):
+        if layout not in LAYOUTS:
             raise CompressorError(f"{path} has layout {str(layout)[:20]!r}, which this version does not know")
         parts = tuple(Segment(whole(k, 1, most), whole(n, 1, 1 << 31)) for k, n in segments)
         layers, heads, size = (whole(number, 1, MOST_LAYERS) for number in settings["shape"])
