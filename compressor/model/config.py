@@ -10,7 +10,8 @@ from compressor.errors import require
 from compressor.model.table import LAYOUTS, METHODS, layouts_of
 
 if TYPE_CHECKING:
-    Layout = TrainedMethod = str
+    Layout = str
+    TrainedMethod = str
 else:
     Layout, TrainedMethod = Literal[tuple(LAYOUTS)], Literal[tuple(METHODS)]
 BaseMismatch = Literal["refuse", "allow"]
