@@ -13,10 +13,13 @@ from torch import Tensor
 
 from compressor.api import Compressor
 from compressor.commands.train import train_main
+from compressor.data.asked import Draw
 from compressor.data.batches import IGNORED, answer_pair
 from compressor.errors import CompressorError
-from compressor.model.generation import decode
+from compressor.model.generation import decode, label_nats
+from compressor.model.memory import memory_prefix
 from compressor.parsing import parse_config
+from compressor.processes import make_accelerator
 from compressor.training.answer import AnswerStage
 from compressor.training.config import RunConfig
 from compressor.training.loop import start_run
@@ -214,3 +217,42 @@ def test_settings_that_cannot_train_are_refused(options: list[str]) -> None:
     ):
         with pytest.raises(CompressorError, match=message):
             parse_config(RunConfig, [*options, *argv], "test")
+
+
+def test_instructions_are_read_from_the_memories_of_all_segments(
+    tmp_path: Path, tiny_base_folder: Path, corpus: tuple[str, str], training_options: list[str]
+) -> None:
+    """Their loss is that of the concatenated memory, and its gradient reaches every segment."""
+    text = "Ada met Charles in London and they spoke of engines until the evening came. " * 4
+    rows = [
+        {"id": str(i), "passage": f"{i} {text}", "instruction": "List the people.", "answer": "Ada; Charles"}
+        for i in range(8)
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    summaries = [{"id": str(i), "text": f"{i} Short text here.", "targets": ["Short."]} for i in range(8)]
+    (tmp_path / "tldr.jsonl").write_text("".join(json.dumps(row) + "\n" for row in summaries))
+    sets = [{"data": [str(tmp_path / "rows.jsonl")], "prompt": "entities", "share": 0.5}]
+    sets += [{"data": [str(tmp_path / "tldr.jsonl")], "prompt": "summarise", "share": 0.5}]
+    options = [*training_options, "--stage=answer", f"--data.instructions={json.dumps(sets)}"]
+    options += ["--data.question_share=1.0", f"--output={tmp_path / 'run'}", "--training.steps=2"]
+    options += ["--compressor.layout=nested", "--training.validate_every=2", "--training.warmup_steps=1"]
+    assert train_main(options) == 0
+    config, _ = parse_config(RunConfig, options, "")
+    stage = AnswerStage(config, make_accelerator())
+    assert {len(one.segments(32)) > 1 for one in stage.asked} == {True, False}
+    place = next(i for i, one in enumerate(stage.asked) if len(one.segments(32)) > 1)
+    one = stage.asked[place]
+    batch = stage.collate_questions(stage.asked, [Draw(place, (0,), one.length)], [4])
+    assert batch["answer_segments"] == [list(range(len(one.segments(32))))]
+    model = stage.module.eval()
+    (memory,) = model.compress_ids([one.ids], 4, segment_tokens=32)
+    with torch.no_grad():
+        prefix = memory_prefix(model.base, [memory])
+        expected = label_nats(model.base, prefix, batch["answer_inputs"], batch["answer_labels"])
+        assert float(model(batch)) == pytest.approx(float(expected.sum()), rel=1e-4)
+    keys, values = model.encode(batch["input_ids"], batch["lengths"], 4)
+    keys.retain_grad()
+    prefix = model.joined_prefix(keys, values, batch["lengths"], batch["memory_tokens"], batch["answer_segments"])
+    answer_loss(model, prefix, batch).backward()
+    assert (keys.grad.abs().amax(dim=(0, 2, 3, 4)) > 0).all()
+    assert len(keys.grad[0]) == len(memory.segments)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -108,10 +109,15 @@ def test_questions_of_a_window_share_it_and_what_is_nowhere_is_counted(tiny_base
     for one in placed[:-1]:
         assert any(answer in tiny_base.tokenizer.decode(one.ids) for answer in one.question.answers)
     parts = ask(questions, tiny_base.tokenizer, QUESTION, 24, LeftOut())
-    assert [len(part.prompts) for part in parts] == [3, 2]
+    assert [len(part.prompts) for part in parts] == [3, 2, 1]
     assert parts[0].answers[2] == []  # of the unanswerable one: EOS follows at once
-    with pytest.raises(CompressorError, match=r"no question to train on: left out 1 of 1 questions: 1: no right"):
-        ask(questions[3:4], tiny_base.tokenizer, QUESTION, 24)
+    # What stands nowhere, and an instruction, is about the whole context, in segments.
+    (whole,) = ask([questions[3], replace(questions[0], whole=True)], tiny_base.tokenizer, QUESTION, 24)
+    assert len(whole.prompts) == 2
+    assert [token for segment in whole.segments(24) for token in segment] == whole.ids
+    assert len(whole.segments(24)) == -(-len(whole.ids) // 24)
+    with pytest.raises(CompressorError, match=r"no question to train on: left out 1 of 1 questions: 1: the context is"):
+        ask(questions[3:4], tiny_base.tokenizer, QUESTION, 24, longest=20)
 
 
 def test_every_window_of_the_shipped_questions_holds_a_right_answer(tiny_base: Base) -> None:

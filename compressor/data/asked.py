@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ QUESTIONS_TOGETHER = 4
 
 @dataclass(frozen=True)
 class Asked:
-    """A passage of at most the compressor's limit, and the questions it answers."""
+    """A passage and the questions it answers; one about which instructions are given may be over the limit."""
 
     id: str
     ids: list[int]
@@ -38,6 +39,11 @@ class Asked:
     def length(self) -> int:
         return len(self.ids)
 
+    def segments(self, most: int) -> list[list[int]]:
+        """The passage in the fewest segments of at most `most` tokens, as equal as can be."""
+        count = -(-len(self.ids) // most)
+        return [self.ids[a:b] for a, b in pairwise(len(self.ids) * i // count for i in range(count + 1))]
+
 
 def questions_digest(asked: Sequence[Asked]) -> str:
     """Number of passages with questions, and a hash over the tokens of passages, questions and answers."""
@@ -49,23 +55,35 @@ def questions_digest(asked: Sequence[Asked]) -> str:
 
 
 def ask(
-    questions: Sequence[Question], tokenizer: Any, template: str, most: int, left_out: LeftOut | None = None
+    questions: Sequence[Question],
+    tokenizer: Any,
+    template: str,
+    most: int,
+    left_out: LeftOut | None = None,
+    longest: int | None = None,
 ) -> list[Asked]:
     """Group questions by passage and tokenise them.
 
     A context over `most` tokens is cut; a question then goes to the window that holds its answer (`place_questions`).
-    The answer to an unanswerable question is no token but EOS.
+    Where none holds it, and where it is an instruction, it is about the whole context, in segments. The answer to an
+    unanswerable question is no token but EOS.
 
     Args:
         template: see `question_ids`.
-        most: most tokens of a passage.
-        left_out: counts the questions that no window holds the answer of.
+        most: most tokens of a window.
+        left_out: counts the questions that are left out.
+        longest: leave questions about longer passages out.
 
     Raises:
         CompressorError: there is no question left.
     """
     left_out = LeftOut() if left_out is None else left_out
-    placed = list(place_questions(questions, tokenizer, most, left_out))
+    placed = []
+    for one in place_questions(questions, tokenizer, most, left_out, whole=True):
+        if longest is None or len(one.ids) <= longest:
+            placed.append(one)
+        else:
+            left_out.add("beyond_positions", one.question.id)
     if not placed:
         raise CompressorError(
             f"there is no question to train on: {left_out.line('questions', 0) or 'the data holds none'}"
@@ -91,16 +109,33 @@ class Draw:
 
 
 class QuestionPlan(Rounds[Draw]):
-    """Micro-batches of passages in random order, each with up to `QUESTIONS_TOGETHER` of its questions."""
+    """Micro-batches of passages in random order, each with up to `QUESTIONS_TOGETHER` of its questions.
 
-    def __init__(self, asked: Sequence[Asked], batch_tokens: int, batch_passages: int, seed: int):
+    Args:
+        shares: how many passages each data set has, in their order, and which share of those drawn are its.
+    """
+
+    def __init__(
+        self,
+        asked: Sequence[Asked],
+        batch_tokens: int,
+        batch_passages: int,
+        seed: int,
+        shares: Sequence[tuple[int, float]] = (),
+    ):
         super().__init__(batch_tokens, batch_passages, seed)
         self.asked = asked
+        self.sizes, self.shares = (np.array(one) for one in zip(*(shares or [(len(asked), 1.0)]), strict=True))
 
     def draw_round(self, rng: np.random.Generator, number: int) -> list[Draw]:
         """See `Rounds`."""
         drawn = []
-        for place in rng.integers(len(self.asked), size=ROUND).tolist():
+        if len(self.sizes) == 1:
+            places = rng.integers(len(self.asked), size=ROUND)
+        else:
+            sets = rng.choice(len(self.sizes), size=ROUND, p=self.shares / self.shares.sum())
+            places = (np.cumsum(self.sizes) - self.sizes)[sets] + rng.integers(self.sizes[sets])
+        for place in places.tolist():
             count = len(self.asked[place].prompts)
             questions = rng.permutation(count)[:QUESTIONS_TOGETHER].tolist()
             drawn.append(Draw(place, tuple(questions), self.asked[place].length))

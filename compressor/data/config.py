@@ -21,6 +21,22 @@ class LengthRange:
 
 
 @dataclass
+class InstructionData:
+    """Rows that a preset makes instructions of; without `prompt` they hold their instructions."""
+
+    data: list[str]
+    """Files, folders, shipped names or hub ids."""
+    prompt: str = ""
+    """Preset in configs/tasks, or a YAML file."""
+    share: float = 0.25
+    """Of the passages that are asked about."""
+
+    def __post_init__(self) -> None:
+        require(bool(self.data), "data.instructions.data", self.data, "a non-empty list of sources")
+        require(0 < self.share <= 1, "data.instructions.share", self.share, "above 0, up to 1")
+
+
+@dataclass
 class DataConfig:
     """Passages to train and validate on: a corpus folder, files, or a hub data set id."""
 
@@ -41,11 +57,15 @@ class DataConfig:
     `validation_limit` contexts are validated on instead."""
     question_columns: dict[str, str] = field(default_factory=dict)
     """Names of the questions' columns where they are not the usual ones, for instance `{context: abstract}`."""
+    instructions: list[InstructionData] = field(default_factory=list)
+    """Instructions to train on beside questions (stage `answer`), each set with its share of the micro-batches'
+    passages that are asked about; questions have the rest."""
     question_share: float = 0.5
     """Share of the micro-batches that hold questions; the others hold passages (stage `answer`)."""
     question_tokens: int | None = None
     """Contexts of questions are cut to at most so many tokens, and a question goes to the stretch that holds its
-    answer; by default to as many as the compressor takes. Where none holds it the question is left out and counted."""
+    answer; by default to as many as the compressor takes. Where none holds it, and for instructions, the memories of
+    all stretches are read."""
     keep_unanswerable: bool = False
     """Train on questions that the data says have no answer (SQuAD 2.0), too: the right answer is nothing but EOS."""
     workers: int = 1
@@ -56,6 +76,10 @@ class DataConfig:
         require(bool(self.validation), "data.validation", self.validation, "a non-empty list of sources")
         require(bool(self.lengths), "data.lengths", self.lengths, "a non-empty list")
         require(0 < self.question_share <= 1, "data.question_share", self.question_share, "above 0, up to 1")
+        shares = sum(one.share for one in self.instructions)
+        most = "below 1 in total, beside data.questions" if self.questions else "up to 1 in total"
+        fits = shares < 1 if self.questions else shares <= 1 + 1e-9
+        require(fits, "data.instructions.share", shares, most)
         require(
             self.question_tokens is None or self.question_tokens >= 1,
             "data.question_tokens",

@@ -11,6 +11,7 @@ REASONS = {
     "unanswerable": "the data says that the context does not answer it",
     "answer_not_found": "no right answer stands in the context as a word or words of it",
     "answer_too_long": "the answer is longer than a window",
+    "beyond_positions": "the context is about as long as the base's positions, or longer",
     "too_short": "it is shorter than every range of data.lengths",
     "bad_record": "the record cannot be used",
     "no_tokens": "the text has no tokens",

@@ -138,7 +138,7 @@ def load_questions(
         left_out.merge(ours)
     elif ours.total:
         note(f"note: {ours.line('questions', len(found))}")
-    return found
+    return found if prompt is None else prompt.completed(found)
 
 
 def _hub_ids(source: Any) -> Any:

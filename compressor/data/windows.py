@@ -41,7 +41,7 @@ class Placed(NamedTuple):
 
 
 def place_questions(
-    questions: Sequence[Question], tokenizer: Any, most: int | None, left_out: LeftOut
+    questions: Sequence[Question], tokenizer: Any, most: int | None, left_out: LeftOut, whole: bool = False
 ) -> Iterator[Placed]:
     """The passage of each question, in their order.
 
@@ -49,6 +49,8 @@ def place_questions(
         most: most tokens of a passage; None leaves contexts whole.
         left_out: counts the questions that no passage holds the answer of, which are not yielded. In a context of one
             segment an answer is not looked for, so that it may be one that the context implies.
+        whole: questions whose answer stands nowhere get the whole context, as those about all of it (`Question.whole`)
+            always do.
     """
     contexts = list(dict.fromkeys(question.context for question in questions))
     numbers = {context: number for number, context in enumerate(contexts)}
@@ -60,6 +62,8 @@ def place_questions(
             # Contexts come in the order of their first questions: each is tokenised when it is first needed.
             windows += _tokenised(contexts[number : number + TOGETHER], tokenizer, most)
         found = windows[number].of(question)
+        if found == "answer_not_found" and whole:
+            found = 0, len(windows[number].ids)
         if isinstance(found, str):
             left_out.add(found, question.id)
             continue
@@ -93,8 +97,8 @@ class Windows:
         """First and last token (exclusive) of the question's window, or the reason why there is none (`REASONS`)."""
         if not self.segments:
             return "no_tokens"
-        if len(self.segments) == 1:
-            return self.segments[0]
+        if len(self.segments) == 1 or question.whole:
+            return 0, len(self.ids)
         if not question.answers:
             return self._most_shared(question.question)
         spans = answer_spans(question)

@@ -20,7 +20,7 @@ from compressor.model.base import Base
 from compressor.model.config import CompressorConfig
 from compressor.model.encoder import Encoder, equal_segments, pad
 from compressor.model.lora import add_adapters
-from compressor.model.memory import Memory, Prefix, Segment
+from compressor.model.memory import Memory, Prefix, Segment, memory_prefix
 from compressor.model.refinement import refine
 from compressor.progress import Progress
 
@@ -85,6 +85,28 @@ class Network(nn.Module):
             tokens = torch.full_like(lengths, slots)
         positions, used, start = self.encoder.places(lengths, slots, tokens)
         return Prefix(keys=list(self.base.rotate(keys, positions)), values=list(values), mask=used, start=start)
+
+    def joined_prefix(
+        self, keys: Tensor, values: Tensor, lengths: Tensor, tokens: Tensor, groups: Sequence[Sequence[int]]
+    ) -> Prefix:
+        """`prefix` of contexts that are several rows one after the other, as of a text's segments; differentiable.
+
+        Args:
+            tokens: memory tokens of each row, int64 `[batch]`.
+            groups: the rows of each context, in reading order.
+        """
+        parts = [
+            Memory(
+                keys[:, row, :, :count],
+                values[:, row, :, :count],
+                (Segment(count, length),),
+                self.encoder.memory_layout,
+                self.config.memory_tokens,
+                self.base.fingerprint,
+            )
+            for row, (count, length) in enumerate(zip(tokens.tolist(), lengths.tolist(), strict=True))
+        ]
+        return memory_prefix(self.base, [Memory.concatenate([parts[row] for row in group]) for group in groups])
 
     def segment(self, ids: Sequence[int], most: int | None = None) -> list[list[int]]:
         """Cut token ids into the fewest segments of at most `most` tokens, as equal as can be.

@@ -7,9 +7,11 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 
 from compressor.data.asked import Asked, Draw, QuestionPlan, ask, questions_digest
 from compressor.data.batches import IGNORED, answer_pair, padded_width, regeneration_pair, stack_pairs
+from compressor.data.instructions import Prompt, load_prompt
 from compressor.data.questions import load_questions
 from compressor.errors import CompressorError
 from compressor.methods.interface import token_prefix
@@ -24,6 +26,8 @@ from compressor.training.regenerate import CompressionStage
 from compressor.training.stage import Batch
 
 VALIDATED_TOGETHER = 8
+ROOM = 256
+"""Positions kept for prompt and answer after the longest passage that is asked about."""
 
 
 class AnswerStage(CompressionStage):
@@ -35,22 +39,36 @@ class AnswerStage(CompressionStage):
 
         left_out = self.left_out["questions"]
         with accelerator.main_process_first():
-            questions = load_questions(
-                data.questions,
-                split="train",
-                limit=data.limit,
-                columns=data.question_columns or None,
-                keep_unanswerable=data.keep_unanswerable,
-                skip_bad_records=config.skip_bad_records,
-                left_out=left_out,
-            )
             most = min(data.question_tokens or model.config.max_passage_tokens, model.config.max_passage_tokens)
-            asked = ask(questions, model.base.tokenizer, model.config.question_template, most, left_out)
-            # Questions of one context stay on one side, whatever segments they went to.
-            count = min(data.validation_limit, len(asked) // 4)
-            last = {one.context for one in asked[len(asked) - count :]}
-            held_out = [one for one in asked if one.context in last]
-            asked = [one for one in asked if one.context not in last]
+            # Tokens that are read at a time: bounds read passages whole.
+            self.most = most if model.encoder.makes_memories else 1 << 30
+            longest = None if model.base.positions is None else model.base.positions - ROOM
+            sets: list[tuple[list[str], Prompt | None, float]] = [
+                (one.data, load_prompt(one.prompt) if one.prompt else None, one.share) for one in data.instructions
+            ]
+            if data.questions:
+                sets = [(data.questions, None, 1 - sum(share for _, _, share in sets)), *sets]
+            asked, held_out, shares = [], [], []
+            for sources, prompt, share in sets:
+                questions = load_questions(
+                    sources,
+                    split="train",
+                    limit=data.limit,
+                    columns=(data.question_columns or None) if prompt is None else None,
+                    keep_unanswerable=data.keep_unanswerable,
+                    skip_bad_records=config.skip_bad_records,
+                    left_out=left_out,
+                    prompt=prompt,
+                )
+                template = (prompt and prompt.template) or model.config.question_template
+                found = ask(questions, model.base.tokenizer, template, most, left_out, longest)
+                # Questions of one context stay on one side, whatever segments they went to.
+                count = min(-(-data.validation_limit // len(sets)), len(found) // 4)
+                last = {one.context for one in found[len(found) - count :]}
+                held_out += [one for one in found if one.context in last]
+                kept = [one for one in found if one.context not in last]
+                asked += kept
+                shares.append((len(kept), share))
         if accelerator.is_main_process and left_out.total:
             note(f"note: {left_out.line('questions', sum(len(one.prompts) for one in [*asked, *held_out]))}")
         if not held_out or not asked:
@@ -58,7 +76,7 @@ class AnswerStage(CompressionStage):
             raise CompressorError(f"data.questions has {count} contexts, too few to hold some out: name more")
         self.asked, self.held_out_questions = asked, held_out
         settings = config.training
-        self.questions = QuestionPlan(asked, settings.batch_tokens, settings.batch_passages, config.seed)
+        self.questions = QuestionPlan(asked, settings.batch_tokens, settings.batch_passages, config.seed, shares)
         self._bounds: dict[str, float] = {}
 
     def micro_batch(self, index: int) -> Batch:
@@ -66,14 +84,18 @@ class AnswerStage(CompressionStage):
         if rng.random() >= self.config.data.question_share:
             return super().micro_batch(index)
         drawn = self.questions.batch(index)
-        tokens = self.draw_tokens(rng, [draw.length for draw in drawn])
+        segments = [self.asked[draw.passage].segments(self.most) for draw in drawn]
+        tokens = self.draw_tokens(rng, [max(map(len, one)) for one in segments])
         return self.collate_questions(self.asked, drawn, tokens)
 
     def collate_questions(self, asked: Sequence[Asked], drawn: Sequence[Draw], tokens: Sequence[int]) -> Batch:
         """Tensors for passages with their questions, each compressed to its number of memory tokens."""
         base, objective = self.module.base, self.config.objective
         chosen = [asked[draw.passage] for draw in drawn]
-        ids, lengths = pad([self.padded(one.ids) for one in chosen], width=padded_width)
+        segments = [one.segments(self.most) for one in chosen]
+        flat = [self.padded(segment) for one in segments for segment in one]
+        ids, lengths = pad(flat, width=padded_width)
+        tokens = [count for count, one in zip(tokens, segments, strict=True) for _ in one]
         rows = [(owner, q) for owner, draw in enumerate(drawn) for q in draw.questions]
         prompts = [chosen[owner].prompts[q] for owner, q in rows]
         answers = [chosen[owner].answers[q] for owner, q in rows]
@@ -94,9 +116,12 @@ class AnswerStage(CompressionStage):
             "answer_weight": objective.answer,
             "distillation_weight": objective.distillation,
         }
+        if len(flat) > len(chosen):
+            places = iter(range(len(flat)))
+            batch["answer_segments"] = [[next(places) for _ in one] for one in segments]
         if objective.asked_regeneration:
             # One encoding teaches both, and no step of an optimiser that scales gradients is the answers' alone.
-            stacked = stack_pairs([regeneration_pair(base.bos, base.eos, self.padded(one.ids)) for one in chosen])
+            stacked = stack_pairs([regeneration_pair(base.bos, base.eos, one) for one in flat])
             batch |= {"regeneration_inputs": stacked["inputs"], "regeneration_labels": stacked["labels"]}
             batch |= {"regeneration_weight": objective.asked_regeneration}
             batch["targets"] += stacked["targets"]
@@ -151,7 +176,7 @@ class AnswerStage(CompressionStage):
         with accelerator.autocast():
             for count in counts:
                 keys, slots = model.encode(ids, lengths, count)
-                prefix = model.prefix(keys, slots, lengths).select(owners)
+                prefix = self._contexts(batch, keys, slots, lengths).select(owners)
                 values.append(float(label_nats(base, prefix, inputs, labels).sum()))
             if not self._bounds:
                 full = token_prefix(base, [self.held_out_questions[i].ids for i in group]).select(owners)
@@ -166,6 +191,12 @@ class AnswerStage(CompressionStage):
                 values.append(float(label_nats(base, nothing, *shown).sum()))
         return values, int((labels != IGNORED).sum())
 
+    def _contexts(self, batch: Batch, keys: Tensor, values: Tensor, lengths: Tensor) -> Prefix:
+        """What the decoder reads of each passage of `collate_questions`, in however many segments it was encoded."""
+        if (groups := batch.get("answer_segments")) is None:
+            return self.module.prefix(keys, values, lengths)
+        return self.module.joined_prefix(keys, values, lengths, torch.full_like(lengths, keys.shape[3]), groups)
+
     def _answers(self, drawn: Sequence[Draw]) -> list[list[int]]:
         return [self.held_out_questions[draw.passage].answers[q] for draw in drawn for q in draw.questions]
 
@@ -174,10 +205,11 @@ class AnswerStage(CompressionStage):
         model, base = self.module, self.module.base
         chosen = self.held_out_questions[:count]
         prompts = [one.prompts[0] for one in chosen]
-        ids, lengths = pad([self.padded(one.ids) for one in chosen], accelerator.device)
+        drawn = [Draw(i, (0,), one.length) for i, one in enumerate(chosen)]
+        batch = self.collate_questions(chosen, drawn, [tokens] * len(chosen))
+        ids, lengths = (batch[name].to(accelerator.device) for name in ("input_ids", "lengths"))
         with accelerator.autocast():
-            keys, values = model.encode(ids, lengths, tokens)
-            memory = model.prefix(keys, values, lengths)
+            memory = self._contexts(batch, *model.encode(ids, lengths, tokens), lengths)
             full = token_prefix(base, [one.ids for one in chosen])
             written = [self._written(prefix, prompts) for prefix in (memory, full)]
         lines = []

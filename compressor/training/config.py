@@ -193,7 +193,7 @@ class RunConfig:
                 f"at most compressor.memory_tokens = {self.compressor.memory_tokens}",
             )
         require(
-            self.stage != "answer" or bool(self.data.questions),
+            self.stage != "answer" or bool(self.data.questions or self.data.instructions),
             "data.questions",
             self.data.questions,
             "a non-empty list of sources in stage answer",

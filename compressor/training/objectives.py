@@ -53,6 +53,8 @@ def loss(model: Network, batch: dict[str, Any], activation_checkpointing: bool =
             losses = nats(model.base, prefix, batch[f"{name}_inputs"], batch[f"{name}_labels"])
             total = total + batch[f"{name}_weight"] * losses.sum()
     if "answer_inputs" in batch:
+        if (groups := batch.get("answer_segments")) is not None:
+            prefix = model.joined_prefix(keys, values, batch["lengths"], tokens, groups)
         total = total + answer_loss(model, prefix, batch)
     return total
 
@@ -62,7 +64,8 @@ def answer_loss(model: Network, prefix: Prefix, batch: dict[str, Any]) -> Tensor
 
     The batch holds `answer_inputs` and `answer_labels` (int64 `[questions, width]`), `answer_owners` (the passage of
     each question, int64 `[questions]`), `answer_prompts` (token ids of each question), `answer_passages` (token ids of
-    each passage, without what a method extends it by), `answer_weight` and `distillation_weight`.
+    each passage, without what a method extends it by), `answer_weight` and `distillation_weight`; where a passage was
+    encoded in segments, `answer_segments` says which rows are each one's.
 
     Returns:
         Summed over the answers' tokens, EOS included. The divergence is KL(teacher || student) at the same places,

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
-from compressor.data.instructions import Prompt, either, load_prompt
+from compressor.data.instructions import Prompt, load_prompt
 from compressor.data.prompts import QUESTION, label_ids, question_ids
 from compressor.data.questions import Question, load_questions
 from compressor.errors import CompressorError
@@ -48,10 +47,10 @@ class Prompted(QuestionAnswering):
         self.new_tokens, self.template = self.prompt.new_tokens, self.prompt.template
 
     def load(self, source: str, config: Any) -> list[Question]:
-        """The first `limit` instructions of a data set, with the labels to choose from."""
+        """The first `limit` instructions of a data set."""
         prompt = self.prompt
         try:
-            found = load_questions(
+            return load_questions(
                 source,
                 split=config.split or (prompt.split if source in prompt.data else None),
                 limit=config.limit,
@@ -61,18 +60,6 @@ class Prompted(QuestionAnswering):
             )
         except CompressorError as error:
             raise error if prompt.needs in str(error) else CompressorError(f"{error}. {prompt.needs}") from None
-        if prompt.answer != "label" or prompt.options:
-            return found
-        labels = prompt.labels or sorted({one.answers[0] for one in found})
-        if len(labels) < 2:
-            raise CompressorError(
-                f"all {len(found)} texts have the label {labels[0]!r}: there is nothing to tell apart; give more or "
-                "other data"
-            )
-        return [
-            replace(one, question=one.question.replace("{labels}", either(labels)), choices=tuple(labels))
-            for one in found
-        ]
 
     def items(self, records: Sequence[Question], tokenizer: Any, config: Any) -> list[Item]:
         """One item for each instruction; those about one passage share its token ids."""
