@@ -426,31 +426,63 @@ def codecs() -> str:
 TASKS = {
     "continuation": ("the text after the passage", "nats/token ↓", "nll_per_token", 2),
     "retrieve": ("the passage a title belongs to", "MRR ↑", "mrr", 3),
-    "summarise": ("one-sentence summary (SciTLDR)", "ROUGE-L ↑", "rouge_l", 3),
-    "classify-roles": ("role of a sentence (CSAbstruct)", "accuracy ↑", "accuracy", 1),
-    "classify-sentiment": ("sentiment (SST-2)", "accuracy ↑", "accuracy", 1),
-    "paraphrase": ("whether two sentences agree (MRPC)", "accuracy ↑", "accuracy", 1),
 }
-"""Tasks of runs/tasks.sh: what is asked for, the figure shown, its column and decimals."""
+PRESETS = {
+    "summarise": ("one-sentence summary (SciTLDR)", "ROUGE-L ↑", "rouge_l", 3),
+    "entities": ("names in a paragraph (SQuAD, silver labels)", "set F1 ↑", "list_f1", 1),
+    "roles": ("role of a sentence (CSAbstruct)", "accuracy ↑", "accuracy", 1),
+    "sentiment": ("sentiment (SST-2)", "AUC ↑", "auc", 3),
+    "paraphrase": ("whether two sentences agree (MRPC)", "AUC ↑", "auc", 3),
+    "translate": ("English into French (shipped sentences)", "chrF ↑", "chrf", 1),
+}
+"""What is asked for, the figure shown, its column and decimals."""
+READINGS = {
+    "no passage": ("none", None),
+    "memory, k = 1": ("kv", 1),
+    "k = 4": ("kv", 4),
+    "k = 16": ("kv", 16),
+    "recited, k = 16": ("recite", 16),
+    "whole passage": ("full", None),
+}
+
+
+def _tasks(shown: dict[str, tuple[str, str, str, int]], found: Callable[[str], Any]) -> str:
+    """A row a task, from nothing, from memories and from the whole passage."""
+    body = []
+    for name, (label, figure, column, decimals) in shown.items():
+        if (metrics := found(name)) is not None:
+            rows = {(row["method"], row["tokens"]): row for row in metrics["rows"]}
+            chosen = [rows[cell] for cell in READINGS.values()]
+            body.append([label, str(chosen[0]["n"]), figure, *(_interval(row, column, decimals) for row in chosen)])
+    return table(["task", "n", "figure", *READINGS], body)
 
 
 def tasks() -> str:
-    """The other tasks from nothing, from memories and from the whole passage."""
-    cells = {
-        "no passage": ("none", None),
-        "memory, k = 1": ("kv", 1),
-        "k = 4": ("kv", 4),
-        "k = 16": ("kv", 16),
-        "recited, k = 16": ("recite", 16),
-        "whole passage": ("full", None),
-    }
-    header = ["task", "n", "figure", *cells]
-    body = []
-    for name, (label, shown, figure, decimals) in TASKS.items():
-        rows = {(row["method"], row["tokens"]): row for row in results(f"tasks/{name}.json")["rows"]}
-        chosen = [rows[cell] for cell in cells.values()]
-        body.append([label, str(chosen[0]["n"]), shown, *(_interval(row, figure, decimals) for row in chosen)])
-    return table(header, body)
+    """Tasks that are no instructions, on arxiv-mini."""
+    return _tasks(TASKS, lambda name: results(f"tasks/{name}.json"))
+
+
+def prompted() -> str:
+    """Tasks that are instructions, on SmolLM2, and where the whole passage does not help."""
+    found = results("tasks.json")
+    useless = [
+        PRESETS[name][0]
+        for name, metrics in found.items()
+        if name in PRESETS and any("not better than reading none" in note for note in metrics["notes"])
+    ]
+    said = f"The whole passage is not better than none for certain in: {'; '.join(useless)}." if useless else ""
+    return f"{_tasks(PRESETS, found.get)}\n\n{said}".rstrip()
+
+
+def sent() -> str:
+    """A text sent in several ways: bytes, and what comes back."""
+    found = results("sent.json")
+    body = [
+        [row["way"], f"{row['bytes']:,}", f"{row['rouge_1']:.2f}", f"{row['rouge_l']:.2f}", row["text"][:160].strip()]
+        for row in found["rows"]
+    ]
+    shown = table(["what is sent", "bytes", "ROUGE-1", "ROUGE-L", "what comes back begins with"], body)
+    return f"One abstract of {found['bytes']:,} bytes (`runs/sent.py`): an illustration, no measurement.\n\n{shown}"
 
 
 PARTS: dict[str, Callable[[], str]] = {
@@ -474,4 +506,6 @@ PARTS: dict[str, Callable[[], str]] = {
     "lossless": lossless,
     "codecs": codecs,
     "tasks": tasks,
+    "prompted": prompted,
+    "sent": sent,
 }

@@ -442,3 +442,4 @@ def _one_thread() -> Iterator[None]:
 def small_default(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a test names no checkpoint it means the small one, whatever base this machine has."""
     monkeypatch.setattr("compressor.model.bases.FLAGSHIP", "models/arxiv-mini/compressor")
+    monkeypatch.setattr("compressor.model.bases.WRITER", "models/arxiv-mini/base")

@@ -19,7 +19,16 @@ from compressor.commands.pack import TEXT_MAGIC
 from compressor.errors import CompressorError
 from compressor.model.generation import Sampling
 from compressor.packing.table import TEXT_CODECS
-from compressor.packing.text_codecs import MAGIC, Embedding, Words, Writer, pack_text, text_codec, unpack_text
+from compressor.packing.text_codecs import (
+    MAGIC,
+    Embedding,
+    Words,
+    Writer,
+    fitting,
+    pack_text,
+    text_codec,
+    unpack_text,
+)
 
 pytest.importorskip("yake")
 Load = Callable[..., Words | Embedding]
@@ -130,6 +139,24 @@ def test_embeddings_need_their_checkpoint(
             Embedding(other, **wrong)
 
 
+def test_prompts_are_whole(tiny_base_folder: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base_folder)
+
+    def kept(text: str, most: int) -> str:
+        ids = fitting(tokenizer, text, most)
+        assert len(ids) <= most
+        return tokenizer.decode(ids)
+
+    text = "We study heat. A new model is proposed, and tested."
+    sentence, both = (len(tokenizer(part, add_special_tokens=False)["input_ids"]) for part in (text[:14], text))
+    assert kept(text, both) == text
+    for most in range(sentence, both):
+        assert kept(text, most) == text[:14]
+    assert text.startswith(kept(text, sentence - 1) + " ")
+    assert kept("graphene ribbons, heat transport", 10) in ("graphene ribbons", "graphene")
+    assert kept("x" * 40, 3)
+
+
 @pytest.mark.parametrize("name", ["keywords", "sentence-embedding"])
 def test_damaged_files_are_refused(name: str, text: str, load: Load) -> None:
     blob, expected = pack_text(text[:80], name, load(name))
@@ -182,6 +209,13 @@ def test_commands(text: str, checkpoint: str, tiny_base_folder: Path, tmp_path: 
     assert main(["unpack", "-c", str(packed), *base]) == 0
     assert capsysbinary.readouterr().out == first != text.encode()
     assert main(["pack", str(source), "--codec", "summary", *base]) == 2  # gzip's way: what exists is left alone
+    assert main(["pack", "-c", "--hex", "--codec", "keywords", "--tokens", "6", "--seed", "3", str(source), *base]) == 0
+    (tmp_path / "digits.txt").write_bytes(digits := capsysbinary.readouterr().out)
+    assert bytes.fromhex(digits.decode()) == packed.read_bytes()
+    assert main(["unpack", "-c", "--hex", str(tmp_path / "digits.txt"), *base]) == 0
+    assert capsysbinary.readouterr().out == first
+    assert main(["unpack", "-c", "--hex", str(packed), *base]) == 1
+    assert b"not hexadecimal" in capsysbinary.readouterr().err
     embedding = ["--codec", "sentence-embedding", "--checkpoint", checkpoint]
     assert main(["pack", str(source), "-f", *embedding]) == 0
     assert main(["unpack", "-t", str(packed), *embedding[2:]]) == 0

@@ -48,8 +48,8 @@ def _parser(unpack: bool) -> argparse.ArgumentParser:
     parser.add_argument("-v", "--verbose", action="store_true", help="say what each file came to")
     parser.add_argument(
         "--base",
-        default="models/arxiv-mini/base",
-        help="the model that predicts: folder, hub id, GGUF file or name (smollm2-135m)",
+        help="the model that predicts: folder, hub id, GGUF file or name; by default models/arxiv-mini/base, and of "
+        "text codecs smollm2-135m where it is at hand",
     )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, help="threads of the processor; any number gives the same bytes")
@@ -60,6 +60,7 @@ def _parser(unpack: bool) -> argparse.ArgumentParser:
         "--lane-tokens", type=int, default=1024, help="packing: tokens decoded one after the other; more pack better"
     )
     group = parser.add_argument_group("text codecs", "lossy: the input is kept; any causal LM may be the --base")
+    group.add_argument("--hex", action="store_true", help="packed data are written and read as hexadecimal digits")
     group.add_argument("--codec", default="lossless", choices=("lossless", *TEXT_CODECS), help="packing: what to store")
     group.add_argument("--tokens", type=int, help="packing: tokens that stand for each piece of the text")
     group.add_argument(
@@ -121,13 +122,14 @@ def _loader(options: argparse.Namespace) -> Callable[[], Any]:
             from transformers.utils import logging
 
             from compressor.model.base import load_base
+            from compressor.model.bases import SMALL_BASE
             from compressor.model.config import BaseConfig
             from compressor.packing.float64 import ExactBase
 
             logging.disable_progress_bar()
             if options.threads:
                 torch.set_num_threads(options.threads)
-            loaded.append(ExactBase(load_base(BaseConfig(path=options.base), options.device)))
+            loaded.append(ExactBase(load_base(BaseConfig(path=options.base or SMALL_BASE), options.device)))
         return loaded[0]
 
     return load
@@ -139,7 +141,8 @@ def _one(name: str, options: argparse.Namespace, load: Callable[[], Any]) -> Non
     target = _target(source, options)
     if source is None and sys.stdin.isatty() and not options.force:
         raise CompressorError("nothing is read from a terminal; name a file, or use -f to force it")
-    if target is None and not options.test and not options.decompress and sys.stdout.isatty() and not options.force:
+    plain = options.test or options.decompress or options.force or options.hex
+    if target is None and not plain and sys.stdout.isatty():
         raise CompressorError("packed data is not written to a terminal; use -f to force it")
     if target is not None:
         _may_write(target, source, options)
@@ -148,6 +151,11 @@ def _one(name: str, options: argparse.Namespace, load: Callable[[], Any]) -> Non
     data = input_stream().read() if source is None else source.read_bytes()
     from compressor.packing.lossless import pack_bytes, unpack_bytes
 
+    if options.hex and options.decompress:
+        try:
+            data = bytes.fromhex(data.decode("ascii"))
+        except ValueError:
+            raise CompressorError("not hexadecimal digits: leave --hex out, or get it again") from None
     with _Stages(name) as progress:
         if options.codec != "lossless" or (options.decompress and data[:1] == TEXT_MAGIC):
             result = _text(data, options)
@@ -155,6 +163,8 @@ def _one(name: str, options: argparse.Namespace, load: Callable[[], Any]) -> Non
             result = unpack_bytes(data, load, options.batch, progress=progress)
         else:
             result = pack_bytes(data, load(), options.lane_tokens, options.batch, progress)
+    if options.hex and not options.decompress:
+        result = result.hex().encode() + b"\n"
     if target is not None:
         with atomic_file(target) as temporary:
             temporary.write_bytes(result)
@@ -175,6 +185,7 @@ def _text(data: bytes, options: argparse.Namespace) -> bytes:
     """Pack or unpack a text by a text codec."""
     from dataclasses import replace
 
+    from compressor.model.bases import default_writer
     from compressor.packing.text_codecs import Options, pack_text, text_codec, unpack_text
 
     def checkpoint() -> Any:
@@ -184,7 +195,7 @@ def _text(data: bytes, options: argparse.Namespace) -> bytes:
 
     def load(name: str) -> Any:
         chosen = (options.tokens, options.bits, options.summariser)
-        return text_codec(name, Options(options.base, checkpoint, options.device, *chosen))
+        return text_codec(name, Options(options.base or default_writer(), checkpoint, options.device, *chosen))
 
     if options.decompress:
         return unpack_text(data, load).encode()

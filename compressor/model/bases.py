@@ -49,6 +49,8 @@ FLAGSHIP, FLAGSHIP_BASE = "models/smollm2-135m/compressor", "smollm2-135m"
 """The compressor that is used where none is named, and the base it needs."""
 WITHOUT = "models/arxiv-mini/compressor"
 """Checkpoint whose base ships with the project."""
+SMALL_BASE, WRITER = "models/arxiv-mini/base", FLAGSHIP_BASE
+"""The base that ships with the project, and the better writer."""
 _HUB_FILE = re.compile(r"([\w.-]+/[\w.-]+):(.+\.gguf)", re.IGNORECASE)
 _OF_MODELS = ("*.json", "*.jinja", "*.txt", "*.model", "*.safetensors")
 
@@ -98,11 +100,21 @@ def default_checkpoint() -> str:
 
     A line says so where it is the latter.
     """
-    known = NAMED[FLAGSHIP_BASE]
-    if cached(known.sha256) or _installed(known):
+    if at_hand(FLAGSHIP_BASE):
         return FLAGSHIP
     note_once(f"{WITHOUT} is used, a small one: `compressor fetch {FLAGSHIP_BASE}` gets the base of {FLAGSHIP}")
     return WITHOUT
+
+
+def default_writer() -> str:
+    """The base that writes texts from a few words of them where none is named."""
+    return WRITER if at_hand(FLAGSHIP_BASE) else SMALL_BASE
+
+
+def at_hand(name: str) -> bool:
+    """Whether a named base loads without the hub."""
+    known = NAMED[name]
+    return bool(cached(known.sha256) or _installed(known))
 
 
 def remedy(path: str) -> str:

@@ -10,6 +10,7 @@ another text is never given.
 from __future__ import annotations
 
 import copy
+import re
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -38,9 +39,11 @@ from compressor.packing.table import TEXT_CODECS
 from compressor.processes import check_device
 from compressor.storage.quantise import pack, unpack
 
-MAGIC, VERSION = 0xCD, 0x20
+MAGIC, VERSION = 0xCD, 0x30
 _SAMPLED = 1
 _HEAD = 3 + IDENTITY_BYTES + 4
+SUMMARY_TOKENS = 48
+"""Most tokens of a summary where none is asked for: a sentence takes more than a few keywords."""
 PIECE = 480
 """Most tokens of a text that one prompt stands for."""
 _MOST = 1 << 12
@@ -102,7 +105,7 @@ class Words:
     sampling: ClassVar[Sampling] = Sampling(temperature=0.7, top_p=0.9)
 
     def __init__(self, writer: Writer, tokens: int = 16, choose: Callable[[Any], Any] = Keywords):
-        """`tokens`: of the prompt for each piece of a text; `choose` makes the method that finds them."""
+        """`tokens`: most of the prompt for each piece of a text; `choose` makes the method that finds it."""
         if tokens < 1:
             raise CompressorError(f"tokens = {tokens}: give at least 1")
         self.writer, self.tokens, self.choose = writer, tokens, choose
@@ -110,14 +113,15 @@ class Words:
     def encode(self, text: str) -> bytes:
         """Number of pieces, and for each its length in tokens and the prompt's token ids."""
         pieces = equal_segments(tokenise(self.writer.tokenizer, [text])[0], PIECE)
-        (found,) = self.choose(self.writer).compress(pieces, [self.tokens])
+        texts = [self.writer.tokenizer.decode(piece, skip_special_tokens=True) for piece in pieces]
+        found = self.choose(self.writer).stand_ins(texts, self.tokens)
         body, vocabulary = varint(len(pieces)), len(self.writer.tokenizer)
-        for piece, (one,) in zip(pieces, found, strict=True):
+        for piece, text, one in zip(pieces, texts, found, strict=True):
+            held = fitting(self.writer.tokenizer, one.strip() or text.strip(), self.tokens) or piece[: self.tokens]
             number = 0
-            for token in one.held:
+            for token in held:
                 number = number * vocabulary + token
-            ids = number.to_bytes(_id_bytes(len(one.held), vocabulary), "little")
-            body += varint(len(piece)) + varint(len(one.held)) + ids
+            body += varint(len(piece)) + varint(len(held)) + number.to_bytes(_id_bytes(len(held), vocabulary), "little")
         return body
 
     def decode(self, body: bytes, sampling: Sampling) -> str:
@@ -130,12 +134,26 @@ class Words:
             for _ in range(count):
                 number, token = divmod(number, len(tokenizer))
                 ids.insert(0, token)
-            shown = tokenizer.decode(ids, skip_special_tokens=True) + "\n"
+            # No line break follows: a small base would begin another text.
+            shown = tokenizer.decode(ids, skip_special_tokens=True)
             (asked,) = tokenise(tokenizer, [shown])
             embedded = self.writer.embed([start_token(tokenizer), *asked])
             texts.append(shown + self.writer.write(embedded, max(8, length - len(asked)), sampling))
         reader.end()
         return "\n".join(texts)
+
+
+def fitting(tokenizer: Any, text: str, most: int) -> list[int]:
+    """Tokens of the beginning of a text, at most `most`: whole sentences if one fits, else keywords, else words."""
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    if len(encoded["input_ids"]) <= most:
+        return list(encoded["input_ids"])
+    beyond = encoded["offset_mapping"][most][0]
+    for end in (r"(?<=[.!?])(?=\s)", r"(?=,\s)", r"(?<=\S)(?=\s)"):
+        ends = [match.start() for match in re.finditer(end, text) if match.start() <= beyond]
+        if ends:
+            return tokenise(tokenizer, [text[: ends[-1]]])[0][:most]
+    return list(encoded["input_ids"][:most])
 
 
 def _id_bytes(count: int, vocabulary: int) -> int:
@@ -227,7 +245,7 @@ def keywords(options: Options) -> Words:
 def summary(options: Options) -> Words:
     """The codec `summary`."""
     writer = Writer.load(options.base, options.device)
-    return Words(writer, options.tokens or 16, lambda writer: Summary(writer, options.summariser))
+    return Words(writer, options.tokens or SUMMARY_TOKENS, lambda writer: Summary(writer, options.summariser))
 
 
 def sentence_embedding(options: Options) -> Embedding:
