@@ -464,6 +464,8 @@ def tasks() -> str:
 
 def prompted() -> str:
     """Tasks that are instructions, on SmolLM2, and where the whole passage does not help."""
+    if not (ROOT / "results" / "tasks.json").exists():
+        return "Not measured yet: `runs/tasks.sh FOLDER`."
     found = results("tasks.json")
     useless = [
         PRESETS[name][0]
@@ -476,6 +478,8 @@ def prompted() -> str:
 
 def sent() -> str:
     """A text sent in several ways: bytes, and what comes back."""
+    if not (ROOT / "results" / "sent.json").exists():
+        return "Not measured yet: `python runs/sent.py`."
     found = results("sent.json")
     body = [
         [row["way"], f"{row['bytes']:,}", f"{row['rouge_1']:.2f}", f"{row['rouge_l']:.2f}", row["text"][:160].strip()]

@@ -51,9 +51,8 @@ def main() -> None:
     packed = pack_bytes(text.encode(), ExactBase(load_base(BaseConfig(path=SMALL_BASE), "cpu")))
     add("pack, without loss", "arxiv-mini", len(packed), text)
     found = {"text": text, "bytes": len(text.encode()), "rows": rows}
-    (ROOT / "results" / "sent.json").write_text(
-        json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
+    written = json.dumps(found, indent=1, ensure_ascii=False) + "\n"
+    (ROOT / "results" / "sent.json").write_text(written, encoding="utf-8")
 
 
 if __name__ == "__main__":
