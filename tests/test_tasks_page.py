@@ -89,6 +89,6 @@ def test_commands_of_the_page_run(
         assert cli(arguments) == 0, (line, capsys.readouterr().err)
     sent = bytes.fromhex((files / "summary.hex").read_text())
     assert sent[0] == 0xCD
-    assert (files / "summary.txt").read_text().startswith("A new engine is proposed.")
+    assert (files / "summary.txt").read_text().startswith("Ada Lovelace met Charles Babbage in London.")
     assert (files / "seq2seq.txt").read_text().startswith("An engine is proposed.")
     assert (files / "talk.txt").read_text() == "talk by whisper-tiny.en\n"
