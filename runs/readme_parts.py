@@ -489,6 +489,28 @@ def sent() -> str:
     return f"One abstract of {found['bytes']:,} bytes (`runs/sent.py`): an illustration, no measurement.\n\n{shown}"
 
 
+def serving() -> str:
+    """Time to first token and throughput of vLLM, from memories and from text."""
+    found = results("benchmark-serving.json")
+    ways = ("memories", "memories, no prefix cache", "passages", "passages, no prefix cache")
+    cells = {(row["passages"], row["length"], row["clients"], row["way"]): row for row in found["rows"]}
+    header = ["first token, s (requests/s)", "clients", *ways, "text / memory", "no cache"]
+    body = []
+    for count, length, clients in dict.fromkeys(key[:3] for key in cells):
+        rows = [cells[count, length, clients, way] for way in ways]
+        shown = [f"{row['first_token']:.2f} ({row['per_second']:.1f})" for row in rows]
+        ratios = [f"{rows[place + 2]['first_token'] / rows[place]['first_token']:.1f}x" for place in (0, 1)]
+        positions = f"{count} x {length} tokens: {rows[0]['positions']} positions, not {rows[2]['positions']}"
+        body.append([positions, str(clients), *shown, *ratios])
+    machine, settings = found["machine"], found["settings"]
+    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    return table(header, body) + (
+        f"\n\n{settings['checkpoint']}, float32, {settings['seconds']:g} seconds a cell, medians; server and clients together "
+        f"on {machine['cores_used']} core{'s' * (machine['cores_used'] > 1)}\n({machine['processor']}; load "
+        f"{machine['load_before']:.0f} before), {versions}."
+    )
+
+
 PARTS: dict[str, Callable[[], str]] = {
     "headline": headline,
     "flagship": flagship,
@@ -512,4 +534,5 @@ PARTS: dict[str, Callable[[], str]] = {
     "tasks": tasks,
     "prompted": prompted,
     "sent": sent,
+    "serving": serving,
 }

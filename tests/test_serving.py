@@ -25,12 +25,12 @@ import torch
 
 from compressor.api import Compressor
 from compressor.commands.cli import main
+from compressor.commands.serve import chat_template
 from compressor.errors import CompressorError
 from compressor.model.generation import decode
-from compressor.model.memory import Memory, Prefix, memory_prefix
-from compressor.serving.command import chat_template
+from compressor.model.memory import Memory, Prefix, memory_prefix, place
 from compressor.serving.front import CANARIES, CHAT, COMPLETIONS, Desk, Front
-from compressor.serving.shelf import Folder, Refused, Shelf, place
+from compressor.serving.shelf import Folder, Refused, Shelf
 
 Make = Callable[..., Compressor]
 TEXTS = [
@@ -70,31 +70,38 @@ def test_the_shelf_decodes_once_stays_within_its_bound_and_keeps_what_is_read(
     def load(name: str) -> Callable[[], Memory]:
         return lambda: loaded.append(name) or memories[name]  # type: ignore[func-returns-value]
 
-    shelf = Shelf(tmp_path, 1)
-    first = shelf.put(("a",), base, load("a"))
-    with shelf.reading(first):
-        assert shelf.put(("a",), base, load("a")) == first
-        with shelf.reading(shelf.put(("b",), base, load("b"))), shelf.reading(shelf.put(("c",), base, load("c"))):
-            assert len(list(tmp_path.iterdir())) == 3
-    assert loaded == ["a", "b", "c"]
-    with shelf.reading(shelf.put(("b",), base, load("b"))):
-        assert len(list(tmp_path.iterdir())) == 1
-    assert shelf.put(("a",), base, load("a")) == first
-    assert loaded[3:] == ["a"]
+    def files() -> int:
+        return len(list((tmp_path / "shelf").iterdir()))
+
+    shelf = Shelf(tmp_path / "shelf", 1)
+    first = shelf.take(("a",), base, load("a"))
+    assert shelf.take(("a",), base, load("a")) == first
+    others = [shelf.take((name,), base, load(name)) for name in "bc"]
+    assert (files(), loaded) == (3, ["a", "b", "c"])
+    for one in (first, *others):
+        shelf.give_back(one)
+    shelf.take(("b",), base, load("b"))
+    assert (files(), loaded) == (2, ["a", "b", "c"])  # that of the first is read once still
+    shelf.give_back(first)
+    (tmp_path / "shelf" / f"{others[0].name}.safetensors").unlink()
+    shelf.take(("b",), base, load("b"))
+    assert (files(), loaded[3:]) == (1, ["b"])
+    assert shelf.take(("a",), base, load("a")) == first
+    assert loaded[4:] == ["a"]
 
 
 def test_names_that_lead_elsewhere_are_refused(tmp_path: Path) -> None:
     folder = Folder(tmp_path)
     for name in ("../secret", "/etc/passwd", ".hidden", "", "a/b", "no\n", "x" * 300):
         with pytest.raises(Refused, match="there is no memory"):
-            folder.version(name)
+            folder.state(name)
 
 
 def test_making_a_memory_twice_makes_it_once(desk: Desk) -> None:
     made = desk.create({"text": TEXTS[0], "tokens": 4})
-    written = next(desk.library.folder.iterdir()).stat().st_mtime_ns  # type: ignore[attr-defined]
+    written = next(desk.library.folder.iterdir()).stat().st_mtime_ns
     assert desk.create({"text": TEXTS[0], "tokens": 4}) == made
-    assert next(desk.library.folder.iterdir()).stat().st_mtime_ns == written  # type: ignore[attr-defined]
+    assert next(desk.library.folder.iterdir()).stat().st_mtime_ns == written
     assert made["tokens"] == 4
     assert made["ratio"] == made["passage_tokens"] / 4
     assert 0 <= made["fidelity"] <= 1
@@ -121,8 +128,6 @@ def test_a_request_gets_placeholders_and_a_salt_of_its_memory(desk: Desk) -> Non
     assert prepared(prompt="a", memories=[one], memory_tokens=2)["kv_transfer_params"]["tokens"] == 2
     assert prepared(prompt="a", memories=[one], cache_salt="mine")["cache_salt"].endswith(":mine")
     assert prepared(CHAT, messages=[], memories=[one])["chat_template_kwargs"] == {"memory_tokens": 8}
-    own = {"kv_transfer_params": {"memory": one, "tokens": 8}, "prompt": again["prompt"]}
-    assert prepared(**own)["cache_salt"] == again["cache_salt"]
     assert prepared(prompt="as it is") == {"prompt": "as it is"}
 
 
@@ -130,22 +135,21 @@ def test_wrong_requests_say_what_is_wrong(desk: Desk, make_family_base: Any, mak
     one = desk.create({"text": TEXTS[0]})["id"]
     foreign = make_tiny_compressor(base=make_family_base("qwen2")).compress(TEXTS[0])
     desk.library.add("foreign", foreign)
-    whole = desk.library.path(one).read_bytes()  # type: ignore[attr-defined]
-    desk.library.path("cut").write_bytes(whole[: len(whole) // 2])  # type: ignore[attr-defined]
-    desk.library.path("turned").write_bytes(whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:])  # type: ignore[attr-defined]
+    whole = desk.library.path(one).read_bytes()
+    (desk.library.folder / "cut.memory").write_bytes(whole[: len(whole) // 2])
+    (desk.library.folder / "turned.memory").write_bytes(whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:])
     cases: list[tuple[int, str, dict[str, Any]]] = [
         (404, "there is no memory 'gone'", {"memories": ["gone"]}),
         (404, "1 segments", {"memories": [f"{one}:1"]}),
         (422, "made with another base", {"memories": ["foreign"]}),
-        (422, "cannot be read", {"memories": ["cut"]}),
-        (422, "cannot be read", {"memories": ["turned"]}),
+        (422, "memory 'cut'", {"memories": ["cut"]}),
+        (422, "memory 'turned'", {"memories": ["turned"]}),
         (422, "cannot concatenate", {"memories": [one, "foreign"]}),
         (400, "must be a list of ids", {"memories": one}),
         (400, "cannot truncate to 9", {"memories": [one], "memory_tokens": 9}),
         (400, "echo cannot be used", {"memories": [one], "echo": True}),
-        (400, "has 8 tokens: give tokens = 8", {"kv_transfer_params": {"memory": one, "tokens": 7}}),
-        (400, "placeholders", {"kv_transfer_params": {"memory": one, "tokens": 8}, "prompt": [5] * 12}),
-        (400, "name them in memories", {"memory_tokens": 4}),
+        (400, "name the memories", {"kv_transfer_params": {"memory": one, "tokens": 7}}),
+        (400, "name the memories", {"memory_tokens": 4}),
         (400, "reads no memories", {"memories": [one], "path": "/v1/responses"}),
         (400, "prompt must be", {"memories": [one], "prompt": [None]}),
     ]
@@ -193,7 +197,7 @@ class _Said:
         from compressor.model.generation import score
 
         body = json.loads((await receive())["body"])
-        model, memory = self.desk.model, self.desk.canaries[body["memories"][0]]  # type: ignore[attr-defined]
+        model, memory = self.desk.model, self.desk.canaries[body["memories"][0]]
         (ours,) = score(model.base, memory_prefix(model.base, [memory]), [[model.base.bos]], [[3, 4]])
         said = (ours[:, 0] - (0 if self.right else 0.1)).tolist()
         choice = {"token_ids": [3, 4], "logprobs": {"token_logprobs": said}}
@@ -209,10 +213,10 @@ def test_a_canary_that_differs_from_our_decoder_keeps_the_server_shut(desk: Desk
         front = Front(app)
         front.desk = app.desk = desk
         if right:
-            asyncio.run(front._try_canaries(app, "float32"))
+            asyncio.run(front.try_canaries(app, 0.02))
         else:
             with pytest.raises(CompressorError, match="vLLM reads memories otherwise"):
-                asyncio.run(front._try_canaries(app, "float32"))
+                asyncio.run(front.try_canaries(app, 0.02))
 
 
 # -- the real server ---------------------------------------------------------------------------------------------
@@ -403,8 +407,8 @@ def test_wrong_memories_are_refused_and_the_engine_lives(
         assert (code, reply["error"]["code"]) == (status, status), reply
         chat = {"model": server.model, "messages": [{"role": "user", "content": "Why?"}], "memories": [name]}
         assert server.ask("POST", CHAT, chat)[0] == status
-    wrong = {"kv_transfer_params": {"memory": made["id"], "tokens": 5}, "prompt": [2] * 5 + [1]}
-    assert server.ask("POST", COMPLETIONS, {**body, **wrong})[0] == 400
+    for wrong in ({"memory_tokens": 17}, {"memories": None, "kv_transfer_params": {"memory": made["id"], "tokens": 5}}):
+        assert server.ask("POST", COMPLETIONS, {**body, "memories": [made["id"]], **wrong})[0] == 400
     assert server.ask("POST", COMPLETIONS, {**body, "memories": [made["id"]]}, key="wrong")[0] == 401
     assert server.ask("GET", f"/v1/memories/{made['id']}", key="wrong")[0] == 401
     assert server.ask("GET", f"/v1/memories/{made['id']}")[1] == made

@@ -348,8 +348,8 @@ def fetch(argv: list[str]) -> int:
 
 def serve(argv: list[str]) -> int:
     """serve memories to any OpenAI client, by vLLM (what follows -- goes to vLLM as it is)"""
+    from compressor.commands import serve as command
     from compressor.parsing import parse_config
-    from compressor.serving import command
 
     own, rest = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
     options, _ = parse_config(command.ServeOptions, own, f"compressor serve: {serve.__doc__}")

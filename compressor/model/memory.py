@@ -332,3 +332,22 @@ def memory_prefix(base: Base, memories: Sequence[Memory]) -> Prefix:
         mask[row, : memory.tokens] = True
         start[row] = first
     return Prefix(list(base.rotate(keys, positions)), list(values), mask, start)
+
+
+def place(base: Base, memory: Memory) -> tuple[Tensor, Tensor]:
+    """Keys and values for an engine that counts positions on from the memory's tokens, as vLLM does.
+
+    What follows k memory tokens is at position k there, and at the decoder's start here: keys move by the difference.
+
+    Returns:
+        Each `[layers, tokens, kv_heads, head_size]`, on the CPU in the base's type.
+
+    Raises:
+        CompressorError: the memory was made with another base or tokenizer.
+    """
+    check_base(memory, base)
+    positions, start = memory.positions()
+    moved = (positions + memory.tokens - start)[None].to(base.device)
+    keys = base.rotate(memory.keys.to(base.device, base.dtype)[:, None], moved)[:, 0]
+    values = memory.values.to(base.device, base.dtype)
+    return keys.transpose(1, 2).contiguous().cpu(), values.transpose(1, 2).contiguous().cpu()
