@@ -40,6 +40,9 @@ TEXTS = [
 ]
 
 
+QUESTION = "What do we study?"
+
+
 @pytest.fixture
 def desk(make_tiny_compressor: Make, tmp_path: Path) -> Desk:
     """A desk without a server, over a tiny compressor."""
@@ -286,6 +289,12 @@ class Server:
         extra = {"memories": list(names), **body}
         return self.client.completions.create(model=self.model, prompt="", temperature=0, extra_body=extra)
 
+    def answer(self, *names: str, max_tokens: int) -> Any:
+        """A chat of one question about memories, greedy."""
+        asked = [{"role": "user", "content": QUESTION}]
+        options = {"temperature": 0, "max_tokens": max_tokens, "extra_body": {"memories": list(names)}}
+        return self.client.chat.completions.create(model=self.model, messages=asked, **options)
+
 
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 
@@ -304,37 +313,31 @@ def mini(project: Path) -> Compressor:
 
 @pytest.mark.slow
 @needs_vllm
-def test_every_checkpoint_of_the_base_regenerates_and_answers_as_here(server: Server, project: Path) -> None:
-    question = "What do we study?"
-    checkpoints = [project / "models/arxiv-mini/compressor", *sorted((project / "models/arxiv-mini/methods").iterdir())]
-    for checkpoint in checkpoints:
+def test_every_checkpoint_of_the_base_regenerates_and_answers_as_here(
+    server: Server, mini: Compressor, project: Path
+) -> None:
+    text, template, wanted = TEXTS[0], mini.config.question_template, {}
+    for checkpoint in (project / "models/arxiv-mini/compressor", *(project / "models/arxiv-mini/methods").iterdir()):
         model = Compressor.from_pretrained(checkpoint)
         for tokens in (16, 4, 1):
-            if tokens > model.config.memory_tokens:
-                continue
             try:
-                memory = model.compress(TEXTS[0], tokens)
+                memory = model.compress(text, tokens)
             except CompressorError:  # a method of one number of tokens
                 continue
             name = f"{checkpoint.name}-{tokens}"
             memory.save(server.folder / "memories" / f"{name}.memory")
-            reply = server.regenerate(name)
-            assert reply.choices[0].text == model.regenerate(memory), name
-            assert reply.usage.prompt_tokens == memory.tokens + 1
-            assert reply.usage.prompt_tokens_details.cached_tokens >= memory.tokens
-            chat = server.client.chat.completions.create(
-                model=server.model,
-                messages=[{"role": "user", "content": question}],
-                temperature=0,
-                max_tokens=48,
-                extra_body={"memories": [name]},
-            )
-            wanted = model.answer(
-                memory,
-                question,
-                template=Compressor.from_pretrained(project / "models/arxiv-mini/compressor").config.question_template,
-            )
-            assert chat.choices[0].message.content.strip() == wanted, name
+            answer = model.answer(memory, QUESTION, template=template, limit=16)
+            wanted[name] = (memory.tokens, model.regenerate(memory), answer)
+    assert {"compressor-16", "compressor-4", "compressor-1", "kv-16", "icae-16"} <= set(wanted)
+    with ThreadPoolExecutor(64) as pool:
+        regenerated = dict(zip(wanted, pool.map(server.regenerate, wanted), strict=True))
+        answered = dict(zip(wanted, pool.map(lambda name: server.answer(name, max_tokens=16), wanted), strict=True))
+    for name, (tokens, back, answer) in wanted.items():
+        reply = regenerated[name]
+        assert reply.choices[0].text == back, name
+        assert reply.usage.prompt_tokens == tokens + 1
+        assert reply.usage.prompt_tokens_details.cached_tokens >= tokens
+        assert answered[name].choices[0].message.content.strip() == answer, name
 
 
 @pytest.mark.slow
@@ -357,20 +360,15 @@ def test_many_requests_at_once_and_streams_equal_one_after_the_other(server: Ser
 def test_several_memories_lie_in_one_context(server: Server, mini: Compressor) -> None:
     memories = mini.compress(TEXTS)
     names = [server.make(text)["id"] for text in TEXTS]
-    question = "What did the telescope see?"
-    chat = server.client.chat.completions.create(
-        model=server.model,
-        messages=[{"role": "user", "content": question}],
-        temperature=0,
-        max_tokens=48,
-        extra_body={"memories": names},
-    )
-    assert chat.choices[0].message.content.strip() == mini.answer(Memory.concatenate(memories), question)
+    chat = server.answer(*names, max_tokens=48)
+    assert chat.choices[0].message.content.strip() == mini.answer(Memory.concatenate(memories), QUESTION)
     assert chat.usage.prompt_tokens > 48
-    long = server.make(" ".join(TEXTS * 12), segment_tokens=200)
+    long = server.make(" ".join(TEXTS), segment_tokens=30)
     assert long["segments"] > 1
-    parts = [server.regenerate(f"{long['id']}:{i}", max_tokens=230).choices[0].text for i in range(long["segments"])]
-    assert "".join(parts) == mini.regenerate(mini.compress(" ".join(TEXTS * 12), segment_tokens=200))
+    with ThreadPoolExecutor(8) as pool:
+        names = [f"{long['id']}:{i}" for i in range(long["segments"])]
+        parts = [reply.choices[0].text for reply in pool.map(server.regenerate, names)]
+    assert "".join(parts) == mini.regenerate(mini.compress(" ".join(TEXTS), segment_tokens=30))
 
 
 @pytest.mark.slow

@@ -35,7 +35,6 @@ COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 # Routes that answer, too, and settings that read a prompt as text, cut it, or replace the template: not with memories.
 WITHOUT = ("/v1/responses", "/v1/messages")
 UNREADABLE = ("echo", "suffix", "prompt_logprobs", "prompt_embeds", "truncate_prompt_tokens", "chat_template")
-MOST_STEPS = 100
 CANARIES = ("The committee chose the smaller of two bridges.", "Glass cools slowly in an oven.")
 
 
@@ -60,7 +59,7 @@ class Desk:
         text, steps = wanted.get("text"), wanted.get("refine_steps") or 0
         tokens, segment_tokens = wanted.get("tokens"), wanted.get("segment_tokens")
         require_texts("text", [text])
-        require_whole("refine_steps", steps, 0, MOST_STEPS)
+        require_whole("refine_steps", steps, 0, 100)
         content = json.dumps([self.name, self.library.codec, tokens, segment_tokens, steps, text])
         name = hashlib.sha256(content.encode()).hexdigest()[:32]
         try:
