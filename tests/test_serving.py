@@ -18,6 +18,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,8 +30,9 @@ from compressor.commands.serve import chat_template
 from compressor.errors import CompressorError
 from compressor.model.generation import decode
 from compressor.model.memory import Memory, Prefix, memory_prefix, place
-from compressor.serving.front import CANARIES, CHAT, COMPLETIONS, Desk, Front
-from compressor.serving.shelf import Folder, Refused, Shelf
+from compressor.serving.front import CANARIES, CHAT, COMPLETIONS, Desk, Front, _reply
+from compressor.serving.shelf import Shelf
+from compressor.storage.library import Library, Missing
 
 Make = Callable[..., Compressor]
 TEXTS = [
@@ -47,7 +49,7 @@ QUESTION = "What do we study?"
 def desk(make_tiny_compressor: Make, tmp_path: Path) -> Desk:
     """A desk without a server, over a tiny compressor."""
     model = make_tiny_compressor()
-    return Desk(model, Folder(tmp_path / "memories"), Shelf(tmp_path / "shelf", 1 << 24), model.base.eos, "tiny")
+    return Desk(model, Library(tmp_path / "memories"), Shelf(tmp_path / "shelf", 1 << 24), model.base.eos, "tiny")
 
 
 @pytest.mark.parametrize("layout", ["nested", "after", "spread", "front"])
@@ -94,9 +96,9 @@ def test_the_shelf_decodes_once_stays_within_its_bound_and_keeps_what_is_read(
 
 
 def test_names_that_lead_elsewhere_are_refused(tmp_path: Path) -> None:
-    folder = Folder(tmp_path)
+    folder = Library(tmp_path)
     for name in ("../secret", "/etc/passwd", ".hidden", "", "a/b", "no\n", "x" * 300):
-        with pytest.raises(Refused, match="there is no memory"):
+        with pytest.raises(Missing, match="there is no memory"):
             folder.state(name)
 
 
@@ -113,6 +115,24 @@ def test_making_a_memory_twice_makes_it_once(desk: Desk) -> None:
     for wrong in ({}, {"text": 3}, {"text": ""}, {"text": "a", "tokens": 99}, {"text": "a", "speed": 1}):
         with pytest.raises(CompressorError):
             desk.create(wrong)
+
+
+class _Store:
+    """What a library asks of a store: the memories given, the last of which is nearest."""
+
+    def __init__(self, memories: dict[str, Memory]):
+        self.memories = memories
+
+    def _rows(self, names: list[str], *_: str) -> list[dict[str, Any]]:
+        if names[0] not in self.memories:
+            raise CompressorError("has no memory")
+        return [{"coded": 1, "digest": name} for name in names]
+
+    def load(self, names: list[str]) -> list[Memory]:
+        return [self.memories[name] for name in names]
+
+    def search(self, question: str, top: int) -> list[Any]:
+        return [SimpleNamespace(id=name) for name in reversed(self.memories)][:top]
 
 
 def test_a_request_gets_placeholders_and_a_salt_of_its_memory(desk: Desk) -> None:
@@ -132,6 +152,10 @@ def test_a_request_gets_placeholders_and_a_salt_of_its_memory(desk: Desk) -> Non
     assert prepared(prompt="a", memories=[one], cache_salt="mine")["cache_salt"].endswith(":mine")
     assert prepared(CHAT, messages=[], memories=[one])["chat_template_kwargs"] == {"memory_tokens": 8}
     assert prepared(prompt="as it is") == {"prompt": "as it is"}
+    desk.library.store = _Store({"far": desk.library.load(one), "near": desk.library.load(two)})
+    found = prepared(prompt="Why?", retrieve={"question": "Why?", "top": 2})
+    assert found["cache_salt"] == both["cache_salt"]
+    assert prepared(prompt="Why?", memories=["near"])["cache_salt"] == other["cache_salt"]
 
 
 def test_wrong_requests_say_what_is_wrong(desk: Desk, make_family_base: Any, make_tiny_compressor: Make) -> None:
@@ -153,13 +177,15 @@ def test_wrong_requests_say_what_is_wrong(desk: Desk, make_family_base: Any, mak
         (400, "echo cannot be used", {"memories": [one], "echo": True}),
         (400, "name the memories", {"kv_transfer_params": {"memory": one, "tokens": 7}}),
         (400, "name the memories", {"memory_tokens": 4}),
+        (400, "there is no store", {"retrieve": {"question": "Why?"}}),
+        (400, "retrieve is", {"retrieve": "Why?"}),
         (400, "reads no memories", {"memories": [one], "path": "/v1/responses"}),
         (400, "prompt must be", {"memories": [one], "prompt": [None]}),
     ]
     for status, message, body in cases:
         with pytest.raises(CompressorError, match=message) as caught:
             asyncio.run(desk.prepare({"prompt": "a", **body}, body.get("path", COMPLETIONS)))
-        assert getattr(caught.value, "status", 400) == status, body
+        assert json.loads(_reply(caught.value).body)["error"]["code"] == status, body
 
 
 def test_the_chat_template_asks_as_the_compressor_was_trained_to() -> None:
@@ -208,8 +234,6 @@ class _Said:
 
 
 def test_a_canary_that_differs_from_our_decoder_keeps_the_server_shut(desk: Desk) -> None:
-    from types import SimpleNamespace
-
     for right in (True, False):
         app: Any = _Said(right)
         app.state = SimpleNamespace(args=SimpleNamespace(api_key=None))

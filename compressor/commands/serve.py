@@ -31,6 +31,8 @@ class ServeOptions:
     """Folder of the files ID.memory, to which POST /v1/memories adds."""
     files: list[str] = field(default_factory=list)
     """Memory files elsewhere, whose ids are their names."""
+    store: str | None = None
+    """Store of `compressor index`, whose memories are found by their ids, too, and by `retrieve` in requests."""
     host: str = "127.0.0.1"
     port: int = 8000
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -112,6 +114,7 @@ def arguments(options: ServeOptions) -> list[str]:
         "memories": str(memories),
         "files": [str(Path(file).absolute()) for file in options.files],
         "codec": options.codec,
+        "store": options.store,
         "device": options.device,
         "placeholder": tokenizer.eos_token_id,
         "shelf": str(shelf / f"kv-compressor-{os.getuid()}-{options.port}"),

@@ -27,8 +27,9 @@ from compressor.model.checkpoint import compressor_name
 from compressor.model.fidelity import fidelities
 from compressor.model.generation import regeneration_limit, score
 from compressor.model.memory import Memory, memory_prefix, signed
-from compressor.serving.shelf import Folder, Placed, Refused, Shelf
+from compressor.serving.shelf import Placed, Shelf
 from compressor.storage.codec import Codec
+from compressor.storage.library import Library, Missing
 from compressor.storage.memory_file import as_stored
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
@@ -38,10 +39,18 @@ UNREADABLE = ("echo", "suffix", "prompt_logprobs", "prompt_embeds", "truncate_pr
 CANARIES = ("The committee chose the smaller of two bridges.", "Glass cools slowly in an oven.")
 
 
+class Refused(CompressorError):
+    """A request that cannot be served, and the HTTP status that says so."""
+
+    def __init__(self, status: int, message: str):
+        super().__init__(message)
+        self.status = status
+
+
 class Desk:
     """Makes memories, finds them by id, and puts them into requests at the positions of placeholders."""
 
-    def __init__(self, model: Compressor, library: Folder, shelf: Shelf, placeholder: int, name: str):
+    def __init__(self, model: Compressor, library: Library, shelf: Shelf, placeholder: int, name: str):
         self.model, self.library, self.shelf, self.placeholder = model, library, shelf, placeholder
         self.name = compressor_name(model, name)
         self.canaries: dict[str, Memory] = {}
@@ -64,7 +73,7 @@ class Desk:
         name = hashlib.sha256(content.encode()).hexdigest()[:32]
         try:
             return self.describe(name)
-        except Refused:  # not there, or damaged
+        except CompressorError:  # not there, or damaged
             ids = tokenise(self.model.base.tokenizer, [str(text)])
         (memory,) = self.model.compress_ids(ids, tokens, segment_tokens=segment_tokens, refine_steps=steps)
         stored = as_stored(memory, Codec.parse(self.library.codec)) if self.library.codec else memory
@@ -85,7 +94,7 @@ class Desk:
         memory = self.canaries.get(name) or self.library.load(name)
         if part:
             if not part.isdecimal() or int(part) >= len(memory.segments):
-                raise Refused(404, f"memory {name!r} has {len(memory.segments)} segments, from 0 on; no {part[:9]!r}")
+                raise Missing(f"memory {name!r} has {len(memory.segments)} segments, from 0 on; no {part[:9]!r}")
             memory = memory.split()[int(part)]
         return memory if tokens is None else memory.truncate(tokens)
 
@@ -103,12 +112,18 @@ class Desk:
 
         try:
             return self.shelf.take((str(tokens), *names, *states), self.model.base, load)
-        except CompressorError as error:  # what does not fit this server, or each other; else a wrong k
-            raise Refused(getattr(error, "status", 400 if tokens else 422), str(error)) from None
+        except Missing:
+            raise
+        except CompressorError as error:  # damaged, or what does not fit this server or each other; else a wrong k
+            raise Refused(400 if tokens else 422, str(error)) from None
 
     async def prepare(self, body: dict[str, Any], path: str) -> Placed | None:
         """Turn `memories` of a request to `path` into what the connector reads; None where it names none."""
         names, tokens = body.pop("memories", None), body.pop("memory_tokens", None)
+        if (wanted := body.pop("retrieve", None)) is not None:
+            if names is not None or not isinstance(wanted, dict) or set(wanted) - {"question", "top"}:
+                raise Refused(400, 'retrieve is {"question": TEXT, "top": NUMBER}, and goes without memories')
+            names = await self.alone(self.library.search, str(wanted.get("question", "")), wanted.get("top", 4))
         if names is None:
             if tokens is not None or "memory" in (body.get("kv_transfer_params") or ()):
                 raise Refused(400, 'name the memories to read: "memories": [ids]')
@@ -168,7 +183,12 @@ class Front:
         dtype = str(app.state.vllm_config.model_config.dtype).removeprefix("torch.")
         checkpoint, base, device = (extra[name] for name in ("checkpoint", "base", "device"))
         model = await asyncio.to_thread(Compressor.from_pretrained, checkpoint, base, device, dtype)
-        library = Folder(extra["memories"], extra["files"], extra["codec"])
+        store = None
+        if extra["store"]:
+            from compressor.storage.store import Store
+
+            store = Store.open(extra["store"], base=model.base)
+        library = Library(extra["memories"], extra["files"], extra["codec"], store)
         shelf = Shelf(extra["shelf"], extra["shelf_bytes"])
         self.desk = Desk(model, library, shelf, extra["placeholder"], checkpoint)
         for route in app.routes:
@@ -248,6 +268,6 @@ def _reply(said: dict[str, Any] | CompressorError) -> Any:
     """A JSON response; an error as OpenAI's API writes one."""
     if isinstance(said, dict):
         return JSONResponse(said)
-    status = getattr(said, "status", 400)
+    status = 404 if isinstance(said, Missing) else getattr(said, "status", 400)
     error = {"message": str(said), "type": "NotFoundError" if status == 404 else "BadRequestError", "code": status}
     return JSONResponse({"error": error}, status)

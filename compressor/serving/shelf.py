@@ -1,71 +1,20 @@
-"""Memories by id, and the shelf from which vLLM's workers take them: decoded once, keys placed, in a bounded folder."""
+"""The shelf from which vLLM's workers take memories: decoded once, their keys placed, in a bounded folder."""
 
 from __future__ import annotations
 
 import hashlib
-import re
 import shutil
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
-from compressor.errors import CompressorError
-from compressor.files import atomic_file, make_folder
+from compressor.files import atomic_file
 from compressor.model.base import Base
 from compressor.model.memory import Memory, place
-
-_ID = re.compile(r"[A-Za-z0-9_][\w.-]{0,199}", re.ASCII)
-
-
-class Refused(CompressorError):
-    """A request that cannot be served, and the HTTP status that says so."""
-
-    def __init__(self, status: int, message: str):
-        super().__init__(message)
-        self.status = status
-
-
-class Folder:
-    """Memories by id: the files `ID.memory` of a folder, and files elsewhere, whose ids are their names."""
-
-    def __init__(self, folder: str | Path, files: Sequence[str] = (), codec: str | None = None):
-        self.folder, self.codec = Path(folder), codec
-        make_folder(self.folder)
-        self.files = {Path(file).stem: Path(file) for file in files}
-
-    def path(self, name: str) -> Path:
-        """The file of an id; `Refused` with 404 where there is none."""
-        file = self.files.get(name, self.folder / f"{name}.memory")
-        if not _ID.fullmatch(name) or not file.is_file():
-            raise Refused(404, f"there is no memory {name[:80]!r}: POST its text to /v1/memories")
-        return file
-
-    def state(self, name: str) -> tuple[int, str]:
-        """Bytes of the file, and what changes when its memory does."""
-        found = self.path(name).stat()
-        return found.st_size, f"{found.st_mtime_ns}:{found.st_size}:{found.st_ino}"
-
-    def load(self, name: str) -> Memory:
-        """Read and decode; `Refused` with 422 if the file is damaged."""
-        try:
-            return Memory.load(self.path(name))
-        except CompressorError as error:
-            told = str(error).replace(str(self.path(name)), f"memory {name!r}")
-            raise Refused(getattr(error, "status", 422), told) from None
-
-    def add(self, name: str, memory: Memory) -> None:
-        """Keep a memory, which is then found by this id."""
-        memory.save(self.folder / f"{name}.memory", self.codec)
-
-    def delete(self, name: str) -> None:
-        """Forget a memory."""
-        if name in self.files:
-            raise Refused(409, f"memory {name!r} is a file given with --files: leave it out at the next start")
-        self.path(name).unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)
