@@ -1,4 +1,4 @@
-"""A layout, a method, a codec and a text codec of a module outside the package, each by one line in a table."""
+"""A layout, a method, a codec, a text codec and a task of a module outside the package, each by one line in a table."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+from compressor.commands.evaluate import evaluate_main
+from compressor.evaluation.settings import RegenerationSettings
+from compressor.evaluation.table import TASKS, Entry
 from compressor.model.memory import Memory
 from compressor.model.table import LAYOUTS, METHODS, LayoutEntry, MethodEntry
 from compressor.packing.table import TEXT_CODECS, TextCodec
@@ -19,6 +22,7 @@ from compressor.storage.table import CODECS
 THINGS = """
 import torch
 
+from compressor.evaluation.tasks.regeneration import Regeneration
 from compressor.methods.kv import KVEncoder
 from compressor.methods.truncate import Truncate
 from compressor.model.layouts import Placing
@@ -38,6 +42,11 @@ class Shifted(KVEncoder):
     def encode(self, model, passages, lengths, tokens):
         keys, values = super().encode(model, passages, lengths, tokens)
         return keys, values + 1
+
+
+class Shouted(Regeneration):
+    def note(self):
+        return "LOUD"
 
 
 class Double(Codec):
@@ -111,3 +120,19 @@ def test_a_text_codec(things: str, tiny_base_folder: Path, monkeypatch: pytest.M
     assert written.startswith("We meas")
     assert blob[2] == 200
     assert unpack_text(blob, lambda name: codec) == written
+
+
+def test_a_task(
+    things: str,
+    make_tiny_compressor: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setitem(TASKS, "shouted", Entry(f"{things}:Shouted", RegenerationSettings))
+    make_tiny_compressor().save_pretrained(tmp_path / "checkpoint")
+    argv = ["--checkpoint", str(tmp_path / "checkpoint"), "--task", "shouted", "--lengths", "16", "--limit", "2"]
+    assert evaluate_main([*argv, "--tokens", "4", "--resamples", "5", "--output", str(tmp_path / "out")]) == 0
+    assert "LOUD" in capsys.readouterr().out
+    assert evaluate_main([*argv, "--candidates", "4"]) == 2
+    assert "candidates means nothing to --task shouted" in capsys.readouterr().err

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Any
 
 from compressor.data.instructions import preset_names
 from compressor.errors import CompressorError
 from compressor.evaluation import settings
+from compressor.model.table import load
+
+STUDY = "compressor.evaluation.studies"
 
 
 @dataclass(frozen=True)
@@ -20,26 +22,26 @@ class Entry:
     """A task or study."""
 
     place: str
-    """Module under `compressor.evaluation`, and what to take of it."""
+    """Module and name: of the package, or with dots of any."""
     settings: type[settings.EvaluationConfig] = settings.TaskSettings
     """What it reads."""
+    package: str = "compressor.evaluation.tasks"
 
     def load(self) -> Any:
         """The subclass of `Task`, or the study's function."""
-        module, _, attribute = self.place.partition(":")
-        return getattr(import_module(f"compressor.evaluation.{module}"), attribute)
+        return load(self.place, self.package)
 
 
 TASKS: dict[str, Entry] = {
-    "regeneration": Entry("tasks.regeneration:Regeneration", settings.RegenerationSettings),
-    "qa": Entry("tasks.qa:QuestionAnswering", settings.QuestionAnsweringSettings),
-    "continuation": Entry("tasks.continuation:Continuation", settings.ContinuationSettings),
-    "retrieve": Entry("tasks.retrieve:Retrieve", settings.RetrieveSettings),
-    "prompt": Entry("tasks.prompt:Prompted", settings.PromptSettings),
+    "regeneration": Entry("regeneration:Regeneration", settings.RegenerationSettings),
+    "qa": Entry("qa:QuestionAnswering", settings.QuestionAnsweringSettings),
+    "continuation": Entry("continuation:Continuation", settings.ContinuationSettings),
+    "retrieve": Entry("retrieve:Retrieve", settings.RetrieveSettings),
+    "prompt": Entry("prompt:Prompted", settings.PromptSettings),
 }
 STUDIES: dict[str, Entry] = {
-    "utilisation": Entry("studies.utilisation:utilisation", settings.UtilisationSettings),
-    "efficiency": Entry("studies.efficiency:efficiency", settings.EfficiencySettings),
+    "utilisation": Entry("utilisation:utilisation", settings.UtilisationSettings, STUDY),
+    "efficiency": Entry("efficiency:efficiency", settings.EfficiencySettings, STUDY),
 }
 
 

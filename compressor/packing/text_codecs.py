@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from compressor.data.prompts import tokenise
 from compressor.errors import CompressorError, first_line
+from compressor.methods.interface import TextMethod
 from compressor.methods.keywords import Keywords
 from compressor.methods.sentence_embedding import SentenceEmbeddingEncoder
 from compressor.methods.summary import Summary
@@ -113,11 +114,18 @@ class Words:
     def encode(self, text: str) -> bytes:
         """Number of pieces, and for each its length in tokens and the prompt's token ids."""
         pieces = equal_segments(tokenise(self.writer.tokenizer, [text])[0], PIECE)
-        texts = [self.writer.tokenizer.decode(piece, skip_special_tokens=True) for piece in pieces]
-        found = self.choose(self.writer).stand_ins(texts, self.tokens)
+        method = self.choose(self.writer)
+        if isinstance(method, TextMethod):
+            texts = [self.writer.tokenizer.decode(piece, skip_special_tokens=True).strip() for piece in pieces]
+            found = method.stand_ins(texts, self.tokens)
+            chosen = [
+                fitting(self.writer.tokenizer, one.strip() or text, self.tokens)
+                for one, text in zip(found, texts, strict=True)
+            ]
+        else:
+            chosen = [one.held for (one,) in method.compress(pieces, [self.tokens])[0]]
         body, vocabulary = varint(len(pieces)), len(self.writer.tokenizer)
-        for piece, text, one in zip(pieces, texts, found, strict=True):
-            held = fitting(self.writer.tokenizer, one.strip() or text.strip(), self.tokens) or piece[: self.tokens]
+        for piece, held in zip(pieces, chosen, strict=True):
             number = 0
             for token in held:
                 number = number * vocabulary + token
