@@ -10,14 +10,14 @@ from typing import Any, overload
 import torch
 from typing_extensions import Self
 
-from compressor.errors import CompressorError, require_texts
+from compressor.errors import CompressorError, as_path, require_texts
 from compressor.methods.recite import recited_prefix
 from compressor.methods.table import encoder_class
 from compressor.model import generation
 from compressor.model.base import Base
 from compressor.model.checkpoint import find_base, load_weights, read_settings, save_checkpoint
 from compressor.model.config import CompressorConfig
-from compressor.model.fidelity import compress_to_fidelity
+from compressor.model.fidelity import compress_to_fidelity, noted
 from compressor.model.memory import Memory, memory_prefix
 from compressor.model.network import Network
 
@@ -45,6 +45,7 @@ class Compressor(Network):
         target_fidelity: float | None = None,
         segment_tokens: int | None = None,
         refine_steps: int = 0,
+        measure: bool | None = None,
     ) -> Memory: ...
     @overload
     def compress(
@@ -56,6 +57,7 @@ class Compressor(Network):
         target_fidelity: float | None = None,
         segment_tokens: int | None = None,
         refine_steps: int = 0,
+        measure: bool | None = None,
     ) -> list[Memory]: ...
 
     def compress(
@@ -67,6 +69,7 @@ class Compressor(Network):
         target_fidelity: float | None = None,
         segment_tokens: int | None = None,
         refine_steps: int = 0,
+        measure: bool | None = None,
     ) -> Memory | list[Memory]:
         """Compress one passage, or several in batches.
 
@@ -81,6 +84,9 @@ class Compressor(Network):
                 which holds less; by default segments are as long as the compressor takes.
             refine_steps: gradient steps on each memory itself (`compressor/model/refinement.py`), each of which takes a
                 forward and a backward pass over the passage: 10 to 50 keep far more with few memory tokens.
+            measure: how much of the passages comes back when they are written from their memories. True measures all
+                (`Memory.fidelity`), False none; by default as many segments as one batch takes, which is cheap for
+                many texts and all of a short one. Where less than 90% comes back, a warning says so.
 
         Returns:
             A memory, or a list of them.
@@ -92,6 +98,8 @@ class Compressor(Network):
         ids = self.base.tokenise(texts)
         if target_fidelity is None:
             memories = self.compress_ids(ids, tokens, batch_size, segment_tokens, refine_steps)
+            if memories and measure is not False:
+                memories = noted(self, memories, ids, batch_size, every=measure is True)
         else:
             memories = compress_to_fidelity(
                 self, ids, target_fidelity, tokens, batch_size, segment_tokens, refine_steps
@@ -152,7 +160,7 @@ class Compressor(Network):
 
     def load_trainable(self, folder: str | Path) -> None:
         """Read what `save_pretrained` wrote into this compressor, exactly."""
-        load_weights(self, Path(folder))
+        load_weights(self, as_path(folder))
 
     @classmethod
     def from_pretrained(

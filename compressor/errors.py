@@ -102,6 +102,16 @@ def require_whole(name: str, value: Any, low: int = 1, high: int | None = None) 
     require(low <= int(value) and (high is None or int(value) <= high), name, value, allowed)
 
 
+def as_path(value: Any) -> Path:
+    """A `Path` from a str or one; anything else, or one that no file can have, is a `CompressorError`."""
+    name = os.fspath(value) if isinstance(value, str | os.PathLike) else None
+    if not isinstance(name, str):
+        raise CompressorError(f"the path is {type(value).__name__}: give a str or a Path")
+    if "\0" in name:
+        raise CompressorError(f"the path {name!r} holds a NUL, which no file's name has: give another")
+    return Path(name)
+
+
 def require_texts(name: str, values: Sequence[Any]) -> None:
     """Raise a `CompressorError` unless all are text that UTF-8 can hold."""
     for number, value in enumerate(values):

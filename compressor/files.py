@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 from safetensors import SafetensorError
 
-from compressor.errors import NO_WRITE, CompressorError, WriteError
+from compressor.errors import NO_WRITE, CompressorError, WriteError, as_path
 
 _PACKAGE = Path(__file__).resolve().parent
 PROJECT = shipped if (shipped := _PACKAGE / "shipped").is_dir() else _PACKAGE.parent
@@ -61,7 +61,7 @@ def atomic_file(target: str | os.PathLike[str]) -> Iterator[Path]:
         CompressorError: as `check_file`.
         WriteError: the disk is full, a limit is reached, or permission is missing.
     """
-    target = Path(target)
+    target = as_path(target)
     check_file(target)
     if is_special(target):
         with tempfile.TemporaryDirectory() as folder:
@@ -222,7 +222,7 @@ def check_folder(
         CompressorError: `target` is no folder, holds something else than this kind of output or one of the inputs, or
             exists.
     """
-    target = Path(target)
+    target = as_path(target)
     check_no_file(target)
     if not target.is_dir() or not any(target.iterdir()):
         return

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterable, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
@@ -106,6 +107,49 @@ def _plain_names(config: type, argv: list[str]) -> list[str]:
     return found
 
 
+def name_plain(config: type, argv: list[str], names: Sequence[str], flags: Iterable[str]) -> list[str]:
+    """Put an option's name before each plain argument, wherever it stands: the first is `names[0]`, and so on.
+
+    `-o` is `--output`. What follows an option that takes a value is that value.
+
+    Raises:
+        CompressorError: more plain arguments than names, or one for an option that is given by name too.
+    """
+    kinds, lists, known = get_type_hints(config), list_types(config), {*known_keys(config), "config"} - set(flags)
+    plain: list[str] = []
+    found: list[str] = []
+    rest = ["--output" if one == "-o" and "output" in kinds else one for one in argv]
+    while rest:
+        argument = rest.pop(0)
+        if argument == "-" or not argument.startswith("-"):
+            plain.append(argument)
+            continue
+        found.append(argument)
+        key, given, _ = argument[2:].partition("=")
+        key = key.replace("-", "_").rstrip("+")
+        if argument.startswith("--") and key not in {*known, *flags, "help", "print_config"}:
+            return argv  # the parser names it
+        if given or key not in known or not rest or not argument.startswith("--"):
+            continue
+        if kinds.get(key) is bool:
+            takes = [rest[0].lower() in ("true", "false")]
+        elif key in lists:
+            number = lists[key] in (int, float)
+            takes = [not one.startswith("--") and not (number and one[:1].isalpha()) for one in rest]
+        else:
+            takes = [not rest[0].startswith("--")]
+        count = [*takes, False].index(False)
+        found, rest = found + rest[:count], rest[count:]
+    for name, value in zip(names, plain, strict=False):
+        if any(one == f"--{name}" or one.startswith(f"--{name}=") for one in found):
+            raise CompressorError(f"{value!r} stands for --{name}, which is given too: leave one of them out")
+    if len(plain) > len(names):
+        raise CompressorError(
+            f"{plain[len(names)]!r} is one too many: without its name only {', '.join(names)} is given"
+        )
+    return [*(part for pair in zip(names, plain, strict=False) for part in (f"--{pair[0]}", pair[1])), *found]
+
+
 def join_lists(config: type, argv: list[str]) -> list[str]:
     """Let lists be written with spaces: `--tokens 16 4 1` becomes `--tokens [16,4,1]`."""
     lists = list_types(config)
@@ -131,7 +175,11 @@ def join_lists(config: type, argv: list[str]) -> list[str]:
 
 
 def parse_config(
-    config: type, argv: list[str] | None, description: str, flags: dict[str, str] | None = None
+    config: type,
+    argv: list[str] | None,
+    description: str,
+    flags: dict[str, str] | None = None,
+    plain: Sequence[str] = (),
 ) -> tuple[Any, Namespace]:
     """Parse `--config FILE` and overrides into `config`.
 
@@ -140,6 +188,7 @@ def parse_config(
         argv: arguments; None means the process's own. Lists may be written with spaces (`join_lists`).
         description: for `--help`.
         flags: extra on/off options, name to help text.
+        plain: options that may be given without their names, in this order.
 
     Returns:
         The validated dataclass and a namespace with the extra flags.
@@ -149,6 +198,8 @@ def parse_config(
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     argv = [f"--{SHORT[argument]}" if argument in SHORT else argument for argument in argv]
+    if plain:
+        argv = name_plain(config, argv, plain, [*(flags or {}), *FLAGS])
     argv = join_lists(config, _plain_names(config, argv))
     # The texts under the fields of a configuration are what --help says about them.
     set_parsing_settings(docstring_parse_attribute_docstrings=True)

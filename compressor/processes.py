@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
-from compressor.errors import CompressorError, first_line
+from compressor.errors import CompressorError, first_line, require
 from compressor.progress import is_quiet, note
 
 LONGEST_WAIT = timedelta(hours=6)
@@ -119,7 +119,7 @@ def check_device(device: str | torch.device) -> None:
         torch.zeros(1, device=device)
     except torch.OutOfMemoryError:
         raise
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
         raise CompressorError(
             f"device {str(device)!r} cannot be used here ({first_line(error)}): give cpu, or the name of a device that "
             "this machine and this build of torch have (cuda, cuda:0, mps)"
@@ -142,3 +142,9 @@ def summed(values: torch.Tensor, accelerator: Accelerator) -> list[float]:
     """The sums over all processes of what each has."""
     device = accelerator.device
     return accelerator.reduce(values.to(precise(device)).to(device), "sum").tolist()
+
+
+def check_dtype(dtype: Any) -> None:
+    """Raise a `CompressorError` unless keys, values and weights can be held in this type."""
+    floating = isinstance(dtype, torch.dtype) and dtype.is_floating_point
+    require(floating, "dtype", dtype, "a floating-point type of torch (torch.bfloat16)")

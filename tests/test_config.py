@@ -234,6 +234,39 @@ def test_a_wrong_command_line_says_what_is_wrong(argv: list[str], message: str) 
     assert re.search(message, str(raised.value), re.DOTALL)
 
 
+@pytest.mark.parametrize(
+    ("argv", "wanted"),
+    [
+        ("notes.txt -o m", {"text": "notes.txt", "output": "m"}),
+        ("--checkpoint X notes.txt -o m", {"text": "notes.txt", "checkpoint": "X"}),
+        ("-o m --checkpoint=X --tokens 4 notes.txt", {"text": "notes.txt", "tokens": 4}),
+        ("-q -o m --keep-text notes.txt --overwrite", {"text": "notes.txt", "keep_text": True}),
+        ("-o m --keep-text true notes.txt", {"text": "notes.txt", "keep_text": True}),
+        ("-o m --keep-text false -", {"text": "-", "keep_text": False}),
+        ("-o m --drop-layers 1 2 notes.txt", {"text": "notes.txt", "drop_layers": [1, 2]}),
+        ("--drop_layers [1,2] notes.txt -o m", {"text": "notes.txt", "drop_layers": [1, 2]}),
+        ("-o m --text notes.txt", {"text": "notes.txt", "output": "m"}),
+        ("-o m a.txt b.txt", "'b.txt' is one too many: without its name only text is given"),
+        ("-o m a.txt --text b.txt", "'a.txt' stands for --text, which is given too"),
+        ("-o m a.txt --text=b.txt", "'a.txt' stands for --text, which is given too"),
+        ("a.txt --tokens -o m", "tokens"),
+        ("a.txt -o m --bogus 3", "there is no setting bogus"),
+    ],
+)
+def test_a_plain_argument_may_stand_anywhere(argv: str, wanted: dict[str, Any] | str) -> None:
+    from compressor.commands.memory import CompressOptions
+
+    def parse() -> Any:
+        return parse_config(CompressOptions, argv.split(), "test", {"overwrite": "replace"}, ["text"])[0]
+
+    if isinstance(wanted, str):
+        with pytest.raises(CompressorError, match=wanted):
+            parse()
+    else:
+        found = parse()
+        assert {name: getattr(found, name) for name in wanted} == wanted
+
+
 @pytest.mark.parametrize("content", ["- a\n- b\n", "just text", "key: [unclosed", "\ttabs: no\n", "\xff\xfe"])
 def test_a_file_that_is_no_settings_file_is_refused_by_name(tmp_path: Path, content: str) -> None:
     path = tmp_path / "broken.yaml"

@@ -102,6 +102,29 @@ def test_what_the_tokenizer_cannot_spell_does_not_come_back(
     assert fidelities(bundled, [memory], [ids]) == [1 - ids.count(ids[3]) / 20]
 
 
+def test_python_says_what_does_not_come_back_without_being_asked(
+    bundled: Compressor, texts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good, bad = KINDS["English"], KINDS["Chinese"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        memory = bundled.compress(good)
+        assert memory.fidelity == pytest.approx(_share(bundled, memory, _ids(bundled, good)), abs=0.001)
+        assert bundled.compress(bad, measure=False).fidelity is None
+        assert bundled.compress([]) == []
+    share = _share(bundled, bundled.compress(bad, measure=False), _ids(bundled, bad))
+    with pytest.warns(UserWarning, match=f"only {share:.1%} of it comes back"):
+        assert bundled.compress(bad).fidelity == pytest.approx(share, abs=0.001)
+
+    # Of many segments as many are tried as fit one batch; all if that is asked for.
+    tried: list[int] = []
+    honest = compressor.model.fidelity._written
+    monkeypatch.setattr(compressor.model.fidelity, "_written", lambda *all: tried.append(len(all[1])) or honest(*all))
+    with pytest.warns(UserWarning, match="only .* of 1 of 2 passages that were tried, at worst comes back"):
+        memories = bundled.compress([good, good, bad], 16, 2)
+    assert (tried, [memory.fidelity is None for memory in memories]) == ([2], [False, True, False])
+
+
 KINDS = {
     "English": "We measure the thermal conductivity of graphene ribbons with rough edges.",
     "Chinese": "我们测量了边缘粗糙的石墨烯带的热导率。",

@@ -11,8 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
+from compressor.api import Compressor
 from compressor.commands.train import train_main
 from compressor.errors import CompressorError
 from compressor.model.memory import Memory
@@ -203,19 +206,71 @@ def test_what_the_api_cannot_take_is_told_in_its_own_words(
         tiny_compressor.compress(**arguments)
 
 
-def test_what_the_api_cannot_take_of_a_memory(tiny_compressor: Any) -> None:
-    memory = tiny_compressor.compress("We study thin films.")
+def test_what_the_api_cannot_take_of_a_memory(tiny_compressor: Any, tmp_path: Path) -> None:
+    from compressor.model import generation
+    from compressor.storage.codec import Codec
+
+    model, file = tiny_compressor, tmp_path / "a.memory"
+    memory = model.compress("We study thin films.")
+    memory.save(file)
+    written = file.read_bytes()
+    ids = model.base.tokenizer("We study thin films.")["input_ids"]
     for wrong, message in (
         (lambda: memory.truncate(2.0), "tokens = 2.0 is not a whole number"),
-        (lambda: tiny_compressor.regenerate(memory, batch_size=0), "batch_size = 0"),
-        (lambda: tiny_compressor.regenerate(None), "got NoneType, not a memory"),
-        (lambda: tiny_compressor.regenerate("notes.memory"), "got str, not a memory"),
-        (lambda: tiny_compressor.answer(["a.memory"], ["What?"]), "got str, not a memory"),
-        (lambda: tiny_compressor.answer(memory, None), "the question is NoneType, not text"),
-        (lambda: tiny_compressor.answer(memory, "\udc80?"), "the question holds half of a surrogate pair"),
+        (lambda: model.regenerate(memory, batch_size=0), "batch_size = 0"),
+        (lambda: model.regenerate(None), "got NoneType, not a memory"),
+        (lambda: model.regenerate("notes.memory"), "got str, not a memory"),
+        (lambda: model.regenerate(memory, sampling=0.5), "sampling is float: give a Sampling"),
+        (lambda: model.answer(["a.memory"], ["What?"]), "got str, not a memory"),
+        (lambda: model.answer(memory, None), "the question is NoneType, not text"),
+        (lambda: model.answer(memory, "\udc80?"), "the question holds half of a surrogate pair"),
+        (lambda: model.answer(memory, "What?", limit="3"), "limit = '3' is not a whole number"),
+        (lambda: model.answer(memory, "What?", limit=0), "limit = 0 is out of range"),
+        (lambda: model.answer(memory, "What?", template=None), "question template is NoneType, not text"),
+        (lambda: model.refine([memory], [], 1), "got 1 memories and 0 passages"),
+        (lambda: model.compress_ids(None), "passages is NoneType"),
+        (lambda: model.compress_ids(ids), "passage 0 is int"),
+        (lambda: model.compress_ids(["We study"]), "passage 0 holds a str"),
+        (lambda: model.compress_ids([[1.5]]), "passage 0 holds a float"),
+        (lambda: model.compress_ids([ids, [512]]), "passage 1 holds the token 512: the base has 0 to 511"),
+        (lambda: model.compress_ids([[-1]]), "passage 0 holds the token -1"),
+        *((lambda path=path: memory.save(path), r"is NoneType|is int|is bytes") for path in (None, 3, b"a")),
+        *((lambda path=path: Memory.load(path), r"is NoneType|is int|is Memory") for path in (None, 3, memory)),
+        *((lambda use=use: use("a\0b"), "holds a NUL") for use in (memory.save, Memory.load, model.save_pretrained)),
+        (lambda: model.save_pretrained(None), "the path is NoneType"),
+        (lambda: model.load_trainable(None), "the path is NoneType"),
+        (lambda: Compressor.from_pretrained(3), "the path is int"),
+        (lambda: model.save_pretrained(tmp_path / "c", dtype="bfloat16"), "dtype = 'bfloat16' is out of range"),
+        (lambda: model.save_pretrained(tmp_path / "c", dtype=torch.int8), "dtype = torch.int8 is out of range"),
+        (lambda: Compressor.from_pretrained(file.parent, base=3), "is not a compressor checkpoint"),
+        *(
+            (lambda codec=codec: memory.save(file, codec), "codec is")
+            for codec in (8, 0.25, True, torch.bfloat16, ["a"])
+        ),
+        (lambda: Codec.parse(None), "codec is NoneType, not text"),
+        (lambda: Codec.parse("int4", drop_layers=1), "drop_layers = 1: give a list of layers"),
+        (lambda: Codec.parse("int4", drop_layers=[1.5]), "drop_layers = 1.5 is not a whole number"),
+        (lambda: Codec.parse("int4", 3), "the path is int"),
+        (lambda: memory.save(file, passage_bytes=-1), "passage_bytes = -1 is out of range"),
+        (lambda: memory.to("bogus"), "device 'bogus' cannot be used here"),
+        (lambda: memory.to(dtype="bfloat16"), "dtype = 'bfloat16' is out of range: it must be a floating-point"),
+        (lambda: memory.to(dtype=torch.int8), "dtype = torch.int8 is out of range"),
+        (lambda: memory.to([1]), "device .* cannot be used here"),
+        (lambda: memory.to_cache(None), "the base is NoneType: give the Base"),
+        (lambda: memory.to_cache(model), "the base is Compressor: give the Base"),
+        (lambda: Memory.concatenate("ab"), "got str, not a memory"),
+        (lambda: Memory.concatenate(memory), "got one memory"),
+        (lambda: Memory(None, None, (), "nested", 8, ""), "keys are NoneType"),
+        (lambda: generation.Sampling("warm"), "temperature = 'warm'"),
+        (lambda: generation.Sampling(seed=None), "seed = None"),
+        (lambda: generation.Sampling(top_k=1.5), "top_k = 1.5"),
     ):
         with pytest.raises(CompressorError, match=message):
             wrong()
+    assert file.read_bytes() == written
+    # What numpy counts with, and paths, are as good as int and str.
+    model.compress("We study thin films.", np.int64(4)).save(str(file))
+    assert Memory.load(str(file)).tokens == 4
 
 
 def test_a_table_says_that_its_tokens_are_of_each_segment() -> None:

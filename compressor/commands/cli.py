@@ -1,7 +1,7 @@
 """The command `compressor`: one sub-command for each thing people do with the project.
 
-    compressor compress --text notes.txt --output notes.memory
-    compressor regenerate --memory notes.memory
+    compressor compress notes.txt -o notes.memory
+    compressor regenerate notes.memory
     compressor corpus --config configs/corpora/arxiv-snapshot.yaml --source FILE --output outputs/arxiv
 
 `compressor --help` lists the sub-commands, `compressor corpus --help` the options of one. Each is a
@@ -13,13 +13,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compressor.data.prompts import QUESTION
 from compressor.errors import CompressorError, unknown
 from compressor.model.config import BaseMismatch
-from compressor.progress import SHORT, note
+from compressor.progress import note
 from compressor.provenance import VERSION
 from compressor.streams import check_output, exits_cleanly, write_output
 
@@ -27,23 +26,18 @@ if TYPE_CHECKING:
     from compressor.model.base import Base
     from compressor.model.memory import Memory
 
-LITTLE = 0.9
-"""Share of a text that comes back from a memory, below which commands that read it say so."""
 OVERWRITE = {"overwrite": "replace what is at --output if it exists"}
 
 
-def _options(config: type, argv: list[str], command: Callable[[list[str]], int], folder: bool = False) -> Any:
-    """Options of a command that writes `output`, a file or a `folder`, which it must not replace unless told to."""
+def _options(config: type, argv: list[str], command: Callable[[list[str]], int], plain: str) -> Any:
+    """Options of a command that writes the file `output`, which it must not replace unless told to."""
     from compressor.files import check_file
     from compressor.parsing import parse_config
 
     name = command.__name__.replace("_", "-")
-    options, switches = parse_config(config, argv, f"compressor {name}: {command.__doc__}", OVERWRITE)
-    if not folder:
-        inputs = [getattr(options, name, None) for name in ("text", "data", "calibration", "source")]
-        check_file(options.output, switches.overwrite, [source for source in inputs if source is not None])
-    elif Path(options.output).exists() and not switches.overwrite:
-        raise CompressorError(f"{options.output} exists: choose another --output, or give --overwrite")
+    options, switches = parse_config(config, argv, f"compressor {name}: {command.__doc__}", OVERWRITE, [plain])
+    inputs = [getattr(options, name, None) for name in ("text", "data", "calibration", "source")]
+    check_file(options.output, switches.overwrite, [source for source in inputs if source is not None])
     return options
 
 
@@ -53,7 +47,7 @@ def corpus(argv: list[str]) -> int:
     from compressor.parsing import parse_config
 
     flags = {"overwrite": "replace the output folder if it is a corpus built earlier"}
-    config, options = parse_config(CorpusConfig, argv, f"compressor corpus: {corpus.__doc__}", flags)
+    config, options = parse_config(CorpusConfig, argv, f"compressor corpus: {corpus.__doc__}", flags, ["source"])
     manifest = build_corpus(config, overwrite=options.overwrite)
     kept = sum(manifest["kept"].values())
     print(f"read {manifest['read']:,} records, kept {kept:,}")
@@ -72,7 +66,7 @@ def questions(argv: list[str]) -> int:
     from compressor.parsing import parse_config
 
     flags = {"overwrite": "replace the output folder if this command built it earlier"}
-    config, options = parse_config(ArxivQAConfig, argv, f"compressor questions: {questions.__doc__}", flags)
+    config, options = parse_config(ArxivQAConfig, argv, f"compressor questions: {questions.__doc__}", flags, ["source"])
     manifest = build_questions(config, overwrite=options.overwrite)
     asked, pairs = manifest["abstracts"], manifest["pairs"]
     print(f"asked about {asked['asked']:,} abstracts, {pairs['accepted']:,} questions accepted")
@@ -90,18 +84,10 @@ def entities(argv: list[str]) -> int:
     """make instructions that ask for the names in texts, labelled by spaCy, by columns or spans, or by questions"""
     from compressor.data.builders.entities import EntitiesConfig, build_entities
 
-    config = _options(EntitiesConfig, _named(argv, "source"), entities)
+    config = _options(EntitiesConfig, argv, entities, "source")
     counts = build_entities(config)
     print(f"{', '.join(f'{count:,} about {kind}' for kind, count in counts.items())}: {config.output}")
     return 0
-
-
-def _named(argv: list[str], first: str) -> list[str]:
-    """Arguments with an option's name before a leading plain one, and `--output` for `-o`."""
-    switches = [argument for argument in argv if argument in SHORT]
-    argv = [argument for argument in argv if argument not in SHORT] + switches
-    named = ["--output" if argument == "-o" else argument for argument in argv]
-    return [f"--{first}", *named] if named and (named[0] == "-" or not named[0].startswith("-")) else named
 
 
 def compress(argv: list[str]) -> int:
@@ -109,12 +95,12 @@ def compress(argv: list[str]) -> int:
     from compressor.commands import memory as command
     from compressor.parsing import parse_config
 
-    argv = _named(argv, "text")
-    options, _ = parse_config(command.CompressOptions, argv, f"compressor compress: {compress.__doc__}", OVERWRITE)
+    described = f"compressor compress: {compress.__doc__}"
+    options, _ = parse_config(command.CompressOptions, argv, described, OVERWRITE, ["text"])
     if command.is_corpus(options.text):
         printed = command.compress_corpus(options)
     else:
-        printed = command.compress_text(_options(command.CompressOptions, argv, compress))
+        printed = command.compress_text(_options(command.CompressOptions, argv, compress, "text"))
     if printed:
         print(printed)
     return 0
@@ -125,7 +111,7 @@ def calibrate(argv: list[str]) -> int:
     from compressor.commands import memory as command
     from compressor.files import owned
 
-    options = _options(command.CalibrateOptions, _named(argv, "data"), calibrate)
+    options = _options(command.CalibrateOptions, argv, calibrate, "data")
     with owned(options.output):
         printed = command.calibrate_codecs(options, again="--overwrite" in argv)
     print(printed)
@@ -138,7 +124,8 @@ def inspect(argv: list[str]) -> int:
     from compressor.parsing import parse_config
     from compressor.storage.inspection import describe
 
-    options, _ = parse_config(command.InspectOptions, _named(argv, "file"), f"compressor inspect: {inspect.__doc__}")
+    described = f"compressor inspect: {inspect.__doc__}"
+    options, _ = parse_config(command.InspectOptions, argv, described, plain=["file"])
     write_output(describe(options.file))
     return 0
 
@@ -169,6 +156,7 @@ def _memory_and_base(options: MemoryOptions) -> tuple[Memory, Base]:
     """The memory that the options name, and its base."""
     from compressor.model.base import load_base
     from compressor.model.config import BaseConfig
+    from compressor.model.fidelity import LITTLE
     from compressor.model.memory import Memory, check_base, on_base
     from compressor.storage.collection import Collection, is_collection
 
@@ -202,7 +190,7 @@ def regenerate(argv: list[str]) -> int:
     """write the passage of a memory file back"""
     from compressor.parsing import parse_config
 
-    options, _ = parse_config(RegenerateOptions, argv, f"compressor regenerate: {regenerate.__doc__}")
+    options, _ = parse_config(RegenerateOptions, argv, f"compressor regenerate: {regenerate.__doc__}", plain=["memory"])
     from compressor.model import generation
 
     check_output()
@@ -246,7 +234,7 @@ def ask(argv: list[str]) -> int:
     from compressor.data.speech import is_speech, transcribe
     from compressor.parsing import parse_config
 
-    options, _ = parse_config(AskOptions, argv, f"compressor ask: {ask.__doc__}")
+    options, _ = parse_config(AskOptions, argv, f"compressor ask: {ask.__doc__}", plain=["memory", "question"])
     prompt = Prompt() if options.prompt is None else load_prompt(options.prompt)
     asked = options.question
     if is_speech(asked):
@@ -298,7 +286,7 @@ def transcribe(argv: list[str]) -> int:
     from compressor.parsing import parse_config
 
     about = f"compressor transcribe: {transcribe.__doc__}"
-    options, switches = parse_config(TranscribeOptions, _named(argv, "audio"), about, OVERWRITE)
+    options, switches = parse_config(TranscribeOptions, argv, about, OVERWRITE, ["audio"])
     if options.output:
         check_file(options.output, switches.overwrite, [options.audio])
     text = speech.transcribe(options.audio, options.speech, options.device)

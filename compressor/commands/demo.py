@@ -93,7 +93,9 @@ def _shown_answers(result: dict[str, Any]) -> list[str]:
 def demo_main(argv: list[str] | None = None) -> int:
     """Entry point of `demo.py`; returns the exit status."""
     flags = {"json": "print one JSON object instead of text", "web": "open a page in the browser (extra web)"}
-    config, options = parse_config(DemoConfig, argv, "Compress a passage and regenerate it from its memory.", flags)
+    config, options = parse_config(
+        DemoConfig, argv, "Compress a passage and regenerate it from its memory.", flags, ["text"]
+    )
     if options.web:
         from compressor.commands.web import serve
 

@@ -328,7 +328,9 @@ def _compress_corpus(options: CompressOptions, codec: Any, accelerator: Any) -> 
     if left_out.total:
         source["left_out"] = left_out.record()
     writer = CollectionWriter(options.output, codec, accelerator.process_index, source)
-    stamp = signed(model.compress(texts[0], options.tokens), model.base, compressor_name(model, options.checkpoint))
+    stamp = signed(
+        model.compress(texts[0], options.tokens, measure=False), model.base, compressor_name(model, options.checkpoint)
+    )
     stamp = replace(stamp, made=stamp.made | how_made(options, model))
     if accelerator.is_main_process:
         writer.begin(stamp.to("cpu"))

@@ -34,6 +34,10 @@ def question_ids(tokenizer: Any, questions: Sequence[str], template: str = QUEST
     Raises:
         CompressorError: the tokenizer has no chat template, or the template has no place for the question.
     """
+    if not isinstance(template, str):
+        raise CompressorError(
+            f"the question template is {type(template).__name__}, not text: give one with {{question}}"
+        )
     arguments = chat_arguments(template)
     if arguments is not None:
         return [_chat_ids(tokenizer, question.strip(), arguments) for question in questions]

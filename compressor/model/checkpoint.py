@@ -14,13 +14,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from compressor.errors import CompressorError, require
+from compressor.errors import CompressorError, as_path, require
 from compressor.files import FolderKind, atomic_folder, bundled, read_json, sha256, unreadable, write_json
 from compressor.model.base import Base, load_base
 from compressor.model.bases import NAMED, default_checkpoint
 from compressor.model.config import BaseConfig, BaseMismatch, CompressorConfig
 from compressor.model.fingerprints import public_name
 from compressor.model.lora import READER
+from compressor.processes import check_dtype
 from compressor.progress import note_once
 from compressor.provenance import VERSION
 
@@ -61,6 +62,8 @@ def compressor_name(network: Network, checkpoint: str) -> str:
 
 def save_checkpoint(model: Network, folder: str | Path, dtype: torch.dtype | None = None) -> None:
     """Write a checkpoint folder, atomically; see `Compressor.save_pretrained`."""
+    if dtype is not None:
+        check_dtype(dtype)
     with atomic_folder(folder, CHECKPOINT) as path:
         files = [ENCODER]
         if model.peft is not None:
@@ -185,11 +188,11 @@ def find_base(
     base_mismatch: str = "refuse",
 ) -> tuple[Path, Base]:
     """A checkpoint's folder and the base it was trained on, loaded; arguments as for `Compressor.from_pretrained`."""
-    path = path or default_checkpoint()
+    path = default_checkpoint() if path is None or path == "" else as_path(path)
     folder = fetch_checkpoint(str(path), revision)
     trained_on = read_settings(folder)["base"]
     if not isinstance(base, Base):
-        name = base or base_of(folder, trained_on["path"])
+        name = str(as_path(base)) if base else base_of(folder, trained_on["path"])
         if quantization is None:
             quantization = trained_on.get("quantisation", "none")
             dtype = trained_on.get("dtype", dtype)

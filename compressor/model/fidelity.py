@@ -25,6 +25,9 @@ from compressor.model.memory import Memory, Prefix, memory_prefix
 from compressor.model.network import Network
 from compressor.model.refinement import refine
 
+LITTLE = 0.9
+"""Share of a text that comes back from a memory, below which is said so."""
+
 
 def passage_scores(base: Base, prefix: Prefix, passages: Sequence[Sequence[int]]) -> list[Tensor]:
     """Scores (`generation.score`) of each passage and its EOS after a prefix, as a regeneration begins: with BOS."""
@@ -46,18 +49,61 @@ def fidelities_under(
     base: Base, memories: Sequence[Memory], passages: Sequence[Sequence[int]], batch_size: int = 16
 ) -> list[float]:
     """`fidelities` under a base whose adapters, if it has any, are off."""
-    pieces: list[tuple[int, Memory, Sequence[int]]] = []
-    for owner, (memory, ids) in enumerate(zip(memories, passages, strict=True)):
-        pieces += [(owner, part, segment) for part, segment in memory.split_with(ids)]
-    wrong, total = [0] * len(memories), [0] * len(memories)
+    counts = _counts(base, _pieces(memories, passages), batch_size)
+    return [
+        1 - sum(wrong for wrong, _ in counts[i]) / sum(total for _, total in counts[i]) for i in range(len(memories))
+    ]
+
+
+Piece = tuple[int, Memory, Sequence[int]]
+"""Number of the memory that a segment is of, the segment's memory and tokens."""
+
+
+def _pieces(memories: Sequence[Memory], passages: Sequence[Sequence[int]]) -> list[Piece]:
+    pairs = enumerate(zip(memories, passages, strict=True))
+    return [(owner, *piece) for owner, (memory, ids) in pairs for piece in memory.split_with(ids)]
+
+
+def _counts(base: Base, pieces: Sequence[Piece], batch_size: int) -> dict[int, list[tuple[int, int]]]:
+    """For each memory the edits, and tokens of the longer of passage and what is written, of its segments."""
+    counts: dict[int, list[tuple[int, int]]] = {}
     order = sorted(range(len(pieces)), key=lambda i: len(pieces[i][2]))
     for start in range(0, len(order), batch_size):
         chosen = [pieces[i] for i in order[start : start + batch_size]]
         written = _written(base, [memory for _, memory, _ in chosen], [ids for _, _, ids in chosen])
         for (owner, _, ids), back in zip(chosen, written, strict=True):
-            wrong[owner] += edits([-1 if token == base.tokenizer.unk_token_id else token for token in ids], back)
-            total[owner] += max(len(ids), len(back))
-    return [1 - count / whole for count, whole in zip(wrong, total, strict=True)]
+            wanted = [-1 if token == base.tokenizer.unk_token_id else token for token in ids]
+            counts.setdefault(owner, []).append((edits(wanted, back), max(len(ids), len(back))))
+    return counts
+
+
+def noted(
+    model: Network, memories: Sequence[Memory], passages: Sequence[Sequence[int]], batch_size: int, every: bool
+) -> list[Memory]:
+    """The memories with their fidelity, and a warning where little comes back.
+
+    Args:
+        every: measure all; else as many segments as one batch takes, evenly spread over all, so that it costs one
+            greedy pass at most. Memories with segments that are not tried stay without a fidelity.
+    """
+    pieces = _pieces(memories, passages)
+    if not every and len(pieces) > batch_size:
+        pieces = [pieces[(2 * i + 1) * len(pieces) // (2 * batch_size)] for i in range(batch_size)]
+    try:
+        counts = _counts(model.base, pieces, batch_size)
+    except CompressorError as error:  # a passage that fits the base, but not after its memory
+        warnings.warn(f"how much of the text comes back cannot be measured: {error}", stacklevel=3)
+        return list(memories)
+    shares = {i: 1 - sum(wrong for wrong, _ in some) / sum(total for _, total in some) for i, some in counts.items()}
+    if short := [share for share in shares.values() if share < LITTLE]:
+        which = "it" if len(memories) == 1 else f"{len(short)} of {len(shares)} passages that were tried, at worst"
+        warnings.warn(
+            f"only {min(short):.1%} of {which} comes back from the memory (measure=False does not look): give more "
+            "memory tokens, shorter segments (segment_tokens=...) or refine_steps=20, or keep the text itself, too",
+            stacklevel=3,
+        )
+    whole = {i for i, some in counts.items() if len(some) == len(memories[i].segments)}
+    return [replace(one, fidelity=shares[i]) if i in whole else one for i, one in enumerate(memories)]
 
 
 def _written(base: Base, memories: Sequence[Memory], passages: Sequence[Sequence[int]]) -> list[list[int]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any
 
 import torch
@@ -36,17 +37,15 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if (
-            not 0 <= self.temperature < math.inf
-            or not 0 < self.top_p <= 1
-            or (self.top_k is not None and self.top_k < 1)
-        ):
+        numbers = all(isinstance(value, Real) for value in (self.temperature, self.top_p))
+        if not numbers or not 0 <= self.temperature < math.inf or not 0 < self.top_p <= 1:
             raise CompressorError(
-                f"sampling needs temperature >= 0, 0 < top_p <= 1 and top_k >= 1, got temperature {self.temperature}, "
-                f"top_p {self.top_p}, top_k {self.top_k}"
+                f"sampling needs temperature >= 0 and 0 < top_p <= 1, got temperature = {self.temperature!r}, top_p = "
+                f"{self.top_p!r}"
             )
-        if not -(1 << 63) <= self.seed < 1 << 63:
-            raise CompressorError(f"seed = {self.seed} is out of range: it must be a whole number of 64 bits")
+        if self.top_k is not None:
+            require_whole("top_k", self.top_k)
+        require_whole("seed", self.seed, -(1 << 63), (1 << 63) - 1)
 
 
 @dataclass
@@ -223,6 +222,8 @@ def stream(
         For each row the new token and its log-probability, or None when the row has ended. EOS is yielded too.
     """
     sampling = sampling or Sampling()
+    if not isinstance(sampling, Sampling):
+        raise CompressorError(f"sampling is {type(sampling).__name__}: give a Sampling(temperature=...)")
     if any(not prompt for prompt in prompts):
         raise CompressorError("generation needs at least one prompt token for each row (BOS asks for regeneration)")
     batch, device = len(prompts), base.device
@@ -326,6 +327,7 @@ def answer(
     """
     if any(not question.strip() for question in questions):
         raise CompressorError("a question is empty: ask something")
+    require_whole("limit", limit)
     prompts = after(base, prefix, question_ids(base.tokenizer, questions, template))
     written = generate(base, prefix, prompts, [limit] * len(prompts), sampling)
     texts = [base.tokenizer.decode(one.ids, skip_special_tokens=True).strip() for one in written]

@@ -18,6 +18,7 @@ from compressor.model.config import Layout
 from compressor.model.fingerprints import public_name, tokenizer_fingerprint
 from compressor.model.layouts import decoder_start, memory_positions, placing
 from compressor.model.table import LAYOUTS
+from compressor.processes import check_device, check_dtype
 from compressor.progress import note_once
 
 if TYPE_CHECKING:
@@ -66,6 +67,9 @@ class Memory:
     """Share of the passage that it gives back (`compressor/model/fidelity.py`); None where not measured."""
 
     def __post_init__(self) -> None:
+        if not isinstance(self.keys, Tensor) or not isinstance(self.values, Tensor):
+            found = f"{type(self.keys).__name__}, values {type(self.values).__name__}"
+            raise CompressorError(f"a memory's keys are {found}: give tensors [layers, heads, tokens, head size]")
         if self.keys.dim() != 4 or self.keys.shape != self.values.shape or self.keys.shape[2] != self.tokens:
             raise CompressorError(
                 f"a memory of {self.tokens} tokens needs keys and values [layers, heads, {self.tokens}, head size], "
@@ -89,6 +93,10 @@ class Memory:
 
     def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> Memory:
         """This memory on another device or in another floating-point type."""
+        if device is not None:
+            check_device(device)
+        if dtype is not None:
+            check_dtype(dtype)
         keys, values = self.keys.to(device=device, dtype=dtype), self.values.to(device=device, dtype=dtype)
         return replace(self, keys=keys, values=values)
 
@@ -173,6 +181,11 @@ class Memory:
         Raises:
             CompressorError: none given, or they are of different bases, layouts or sizes.
         """
+        if isinstance(memories, Memory):
+            raise CompressorError("got one memory: give a list of those to concatenate")
+        for one in memories or ():
+            if not isinstance(one, Memory):
+                raise CompressorError(f"got {type(one).__name__}, not a memory: give a list of memories")
         if not memories:
             raise CompressorError("cannot concatenate an empty list of memories")
         first = memories[0]
@@ -197,6 +210,8 @@ class Memory:
 
     def to_cache(self, base: Base) -> DynamicCache:
         """A new cache that holds this memory, its keys placed; the next token's position is `positions()[1]`."""
+        if not isinstance(base, Base):
+            raise CompressorError(f"the base is {type(base).__name__}: give the Base (of a compressor, model.base)")
         return memory_prefix(base, [self]).to_cache()
 
     def positions(self) -> tuple[Tensor, Tensor]:

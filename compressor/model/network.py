@@ -7,7 +7,9 @@ the encoder, reads these instead of the passage.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from numbers import Integral
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -147,6 +149,7 @@ class Network(nn.Module):
                 f"the method {self.config.method} is a bound to compare with and makes no memories: evaluate it "
                 f"(evaluate.py --methods {self.config.method}=CHECKPOINT), or load another checkpoint"
             )
+        passages = token_ids(passages, self.base.embeddings.weight.shape[0])
         tokens = self.config.memory_tokens if tokens is None else tokens
         require_whole("tokens", tokens, 0)
         require_whole("batch_size", batch_size)
@@ -157,6 +160,7 @@ class Network(nn.Module):
             raise CompressorError(
                 f"cannot compress to {tokens} memory tokens: this compressor has 1 to {self.config.memory_tokens}"
             )
+        tokens, batch_size, refine_steps = int(tokens), int(batch_size), int(refine_steps)  # numpy's among them
         most = min(segment_tokens or self.config.max_passage_tokens, self.config.max_passage_tokens)
         owners, segments = [], []
         for owner, ids in enumerate(passages):
@@ -191,3 +195,23 @@ class Network(nn.Module):
     def trainable_state(self) -> dict[str, Tensor]:
         """Adapter weights and memory tokens by parameter name."""
         return {name: p.detach() for name, p in self.named_parameters() if p.requires_grad}
+
+
+def token_ids(passages: Any, vocabulary: int) -> list[list[int]]:
+    """Tokenised passages as lists of ids; what is none, or not of the vocabulary, is a `CompressorError`."""
+    if isinstance(passages, str) or not isinstance(passages, Iterable):
+        raise CompressorError(f"passages is {type(passages).__name__}: give lists of token ids")
+    found = []
+    for number, passage in enumerate(passages):
+        if not isinstance(passage, Iterable):
+            raise CompressorError(f"passage {number} is {type(passage).__name__}: give a list of token ids")
+        ids = passage.tolist() if isinstance(passage, Tensor) else list(passage)
+        for one in ids:
+            if isinstance(one, bool) or not isinstance(one, Integral):
+                raise CompressorError(
+                    f"passage {number} holds a {type(one).__name__}, not a token id: give whole numbers"
+                )
+            if not 0 <= one < vocabulary:
+                raise CompressorError(f"passage {number} holds the token {one}: the base has 0 to {vocabulary - 1}")
+        found.append(list(map(int, ids)))
+    return found

@@ -52,6 +52,8 @@ def refine(
         raise CompressorError(f"refine_steps = {steps} is out of range: give 0 (none) or more")
     if not steps:
         return list(memories)
+    if len(memories) != len(passages):
+        raise CompressorError(f"got {len(memories)} memories and {len(passages)} passages: give one passage for each")
     parts: list[tuple[Memory, Sequence[int]]] = []
     for memory, ids in zip(memories, passages, strict=True):
         if memory.passage_tokens != len(ids):

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from compressor.errors import CompressorError
+from compressor.errors import CompressorError, as_path
 from compressor.files import atomic_file, unreadable
 
 MOST_HEADER = 64 << 20
@@ -77,6 +77,7 @@ def read_header(path: str | Path, kind: str, what: str) -> tuple[dict[str, Any],
     Raises:
         CompressorError: not a safetensors file, or not of this kind.
     """
+    path = as_path(path)
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compressor.errors import CompressorError
+from compressor.errors import CompressorError, require_whole
 from compressor.model.memory import Memory, Segment
 from compressor.model.table import LAYOUTS
 from compressor.provenance import VERSION
@@ -94,8 +94,10 @@ def save_memory(
     Raises:
         CompressorError: the codec cannot store this memory.
     """
+    if passage_bytes is not None:
+        require_whole("passage_bytes", passage_bytes, 0)
     if not isinstance(codec, Codec):
-        codec = Codec.parse(codec or as_held(memory))
+        codec = Codec.parse(as_held(memory) if codec is None or codec == "" else codec)
     memory = codec.prepare(memory)
     tensors, details = encode(memory, codec)
     segments = [[segment.tokens, segment.passage_tokens] for segment in memory.segments]
