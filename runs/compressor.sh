@@ -11,13 +11,16 @@ cd "$(dirname "$0")/.."
 corpus=${1:?usage: runs/compressor.sh CORPUS SQUAD_TRAIN} squad=${2:?usage: runs/compressor.sh CORPUS SQUAD_TRAIN}
 output=outputs/arxiv-mini
 runs/rule-questions.sh "$corpus" "$output/questions"
-if [ ! -f "$output/context-passages.jsonl" ]; then
-  python runs/context-passages.py "$squad" --output "$output/context-passages.jsonl"
+source runs/made-from.sh
+passages=$output/context-passages.jsonl
+if ! made_from "$passages" "$squad" models/arxiv-mini/base; then
+  python runs/context-passages.py "$squad" --output "$passages"
+  stamp "$passages" "$squad" models/arxiv-mini/base
 fi
 mkdir -p results
 for stage in regenerate dense answer together finish; do
   train=$corpus
-  case $stage in together|finish) train="$corpus,$output/context-passages.jsonl" ;; esac
+  case $stage in together|finish) train="$corpus,$passages" ;; esac
   # One that is done ends at once, or with an error if it was made from other data.
   python train.py --config "configs/arxiv-mini/$stage.yaml" --data.train "[$train]" --data.validation "[$corpus]" \
     --data.questions "[$output/questions,$squad]" --training.resume true

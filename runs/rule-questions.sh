@@ -4,5 +4,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 corpus=${1:?usage: runs/rule-questions.sh CORPUS OUTPUT} output=${2:?usage: runs/rule-questions.sh CORPUS OUTPUT}
-if [ -d "$output" ]; then exit; fi
+source runs/made-from.sh
+from=("$corpus" configs/corpora/arxivqa-rules.yaml 25000)
+if made_from "$output" "${from[@]}"; then exit; fi
 python -m compressor questions --config configs/corpora/arxivqa-rules.yaml --source "$corpus" --sample.train 25000 --output "$output"
+stamp "$output" "${from[@]}"

@@ -12,11 +12,10 @@ python -m compressor.commands.cli fetch smollm2-135m
 train() { # config, name, options
   local config=$1 name=$2
   shift 2
-  if [ ! -d "$output/$name/final" ]; then
-    python train.py --config "configs/smollm2-135m/$config.yaml" --output "$output/$name" --data.train "[$corpus]" \
-      --data.validation "[$corpus]" --training.resume true "$@"
-    [ -d "$output/$name/final" ] # a run that a signal stopped ends well too
-  fi
+  # One that is done ends at once, or with an error if it was made from other data.
+  python train.py --config "configs/smollm2-135m/$config.yaml" --output "$output/$name" --data.train "[$corpus]" \
+    --data.validation "[$corpus]" --training.resume true "$@"
+  [ -d "$output/$name/final" ] # a run that a signal stopped ends well too
   cp "$output/$name/log.jsonl" "$results/$name-log.jsonl"
   cp "$output/$name/run.json" "$results/$name-run.json"
 }

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -221,3 +223,33 @@ def test_a_checkpoint_that_does_not_record_its_origin_is_still_compared_with_its
     _other_weights(folder)
     assert _go_on(folder, begun[1], "--training.steps=3") == 2
     assert "(base: " in capsys.readouterr().err
+
+
+def test_scripts_refuse_what_they_made_from_other_data(project: Path, tmp_path: Path) -> None:
+    """runs/rule-questions.sh, with a stand-in for the command that makes the questions."""
+    (tmp_path / "bin").mkdir()
+    command = tmp_path / "bin" / "python"
+    command.write_text('#!/bin/sh\necho made\nfor last; do :; done\nmkdir "$last"\n')
+    command.chmod(0o755)
+    corpus, output = tmp_path / "corpus", tmp_path / "questions"
+    corpus.mkdir()
+    (corpus / "train.jsonl").write_text('{"text": "one"}')
+
+    def run() -> tuple[int, str, str]:
+        made = subprocess.run(
+            ["bash", "runs/rule-questions.sh", str(corpus), str(output)],
+            cwd=project,
+            env={**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"},
+            capture_output=True,
+            text=True,
+        )
+        return made.returncode, made.stdout, made.stderr
+
+    assert run() == (0, "made\n", "")
+    assert run() == (0, "", "")
+    (corpus / "train.jsonl").write_text('{"text": "two"}')
+    status, printed, message = run()
+    assert (status, printed) == (2, "")
+    assert f"error: {output} was made from other data or settings" in message
+    (corpus / "train.jsonl").write_text('{"text": "one"}')
+    assert run() == (0, "", "")

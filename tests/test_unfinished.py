@@ -204,6 +204,14 @@ def test_a_study_goes_on(checkpoint: str, tmp_path: Path, batches: list[Any]) ->
     for name in ("rows", "notes"):
         assert one[name] == other[name]
 
+    # The finished study is compared and not measured again.
+    before = len(batches)
+    assert evaluate_main([*argv, str(tmp_path / "out"), "--resume"]) == 0
+    assert evaluate_main([*argv, str(tmp_path / "out"), "--resume"]) == 0
+    assert len(batches) == before
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["rows"] == one["rows"]
+    assert evaluate_main([*argv, str(tmp_path / "out"), "--resume", "--limit", "3"]) == 2
+
 
 def test_parts_of_other_processes_are_read_and_theirs_not_written(tmp_path: Path) -> None:
     folder = tmp_path / "unfinished"
@@ -286,5 +294,6 @@ def test_times_of_an_interrupted_study_are_kept(
     assert evaluate_main(argv) == 130
     assert (tmp_path / "out" / "unfinished" / "parts-0.jsonl").exists()
     measured[:] = []
-    assert evaluate_main([*argv, "--resume"]) == 0
+    for _ in range(2):  # gone on with, then compared
+        assert evaluate_main([*argv, "--resume"]) == 0
     assert measured == [16]

@@ -40,13 +40,15 @@ from compressor.unfinished import PART_FILES, Unfinished
 
 UNFINISHED = "unfinished"
 """Folder in the output of what is done, until all is."""
+KEPT = "parts.jsonl"
+"""File of what a study measured, in its finished output."""
 PREDICTION_KEYS = ("method", "dataset", "part", "tokens", "length", "id")
 """What a line of `predictions.jsonl` holds besides its result."""
 PLOTS = tuple(f"{name}.png" for name in ("regeneration", "utilisation", "attention", "reading", "efficiency"))
 PARTS = tuple(f"{UNFINISHED}/{name}" for name in ("", *PART_FILES))
 EVALUATION = FolderKind(
     "an evaluation",
-    ("metrics.json", "predictions.jsonl", "config.yaml", "table.md", *PLOTS, "rate-distortion.png", *PARTS),
+    ("metrics.json", "predictions.jsonl", KEPT, "config.yaml", "table.md", *PLOTS, "rate-distortion.png", *PARTS),
 )
 INTERRUPTED = FolderKind("an interrupted evaluation", PARTS)
 
@@ -246,12 +248,13 @@ def write_predictions(path: Path, items: Sequence[Item], results: dict[str, Resu
 
 
 def finished_parts(output: Path, parts: Unfinished) -> None:
-    """Take up the predictions of a finished evaluation, so that they are compared with what would be made now."""
+    """Take up a finished evaluation's predictions, a study's parts, so that they are compared with what is made now."""
     parts.made_with = read_json(output / "metrics.json").get("made_with", {})
     if not parts.made_with:
         raise CompressorError(f"{output} does not say what it was made with: name another folder, or add --overwrite")
     places: Counter[tuple[str, int | None]] = Counter()
-    if (output / "predictions.jsonl").exists():  # studies have none, and are made again
+    parts.take(output / KEPT)
+    if (output / "predictions.jsonl").exists():
         for line in (output / "predictions.jsonl").read_text(encoding="utf-8").splitlines():
             values = json.loads(line)
             key = values["method"], values["tokens"]
@@ -279,6 +282,7 @@ def run_study(
     metrics = {"task": config.task, **findings.metrics, **entries}
     with output_folder(config, metrics) as path:
         findings.draw(path)
+        parts.keep(path / KEPT)
     return metrics
 
 
