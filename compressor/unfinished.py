@@ -110,7 +110,9 @@ class Unfinished:
     def keep(self, path: Path) -> None:
         """Write all parts, of every process, into one file, from which `take` goes on; when the work is done."""
         parts = [part for one in sorted(self.folder.glob("parts-*.jsonl")) for part in _read_lines(one)]
-        path.write_text("".join(json.dumps(part, default=_encoded) + "\n" for part in parts or self.parts), "utf-8")
+        path.write_text(
+            "".join(json.dumps(part, default=_encoded) + "\n" for part in parts or self.parts), encoding="utf-8"
+        )
 
     def take(self, path: Path) -> None:
         """Take up the parts of finished work, if it kept them."""

@@ -345,7 +345,15 @@ def serve(argv: list[str]) -> int:
     return 0
 
 
+def demo(argv: list[str]) -> int:
+    """compress an example or a text of yours and show what comes back; --web opens a page"""
+    from compressor.commands.demo import demo_main
+
+    return demo_main(argv)
+
+
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "demo": demo,
     "fetch": fetch,
     "compress": compress,
     "inspect": inspect,

@@ -33,6 +33,7 @@ def refine(
     passages: Sequence[Sequence[int]],
     steps: int,
     batch_size: int = 16,
+    advance: Callable[[int], object] | None = None,
 ) -> list[Memory]:
     """Memories from which the base is more likely to write their passages.
 
@@ -44,6 +45,7 @@ def refine(
     Args:
         passages: token ids that the memories were compressed from.
         steps: gradient steps; 0 returns the memories as they are.
+        advance: called with the steps that a batch has just done; what it raises ends the work.
 
     Raises:
         CompressorError: fewer than 0 steps, a memory of another base, or a passage of another length than its memory's.
@@ -67,7 +69,9 @@ def refine(
     groups = [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
     with Progress("refining", len(groups) * steps, "steps") as progress:
         for chosen in groups:
-            found = _refined([parts[i][0] for i in chosen], base, [parts[i][1] for i in chosen], steps, progress.add)
+            found = _refined(
+                [parts[i][0] for i in chosen], base, [parts[i][1] for i in chosen], steps, advance or progress.add
+            )
             better.update(zip(chosen, found, strict=True))
     place, refined = iter(range(len(parts))), []
     for memory in memories:
