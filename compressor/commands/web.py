@@ -498,10 +498,10 @@ def page(model: Compressor, folder: Path, text: str, question: str = "") -> Any:
     def showing(work: Callable[..., Steps], clocked: bool = False) -> Callable[..., Iterator[list[Any]]]:
         """A run as gradio takes it: values for `PARTS`."""
 
-        def run(*given: Any) -> Iterator[list[Any]]:
-            clock = given[-1] if clocked else 0.0
-            values = [int(value) if isinstance(value, float) else value for value in given[: len(given) - clocked]]
-            for step in does.run(work, *values, clock=clock):
+        def run(session: Session, *given: Any) -> Iterator[list[Any]]:
+            values = [int(value) if isinstance(value, float) else value for value in given]
+            clock = values.pop() if clocked else 0
+            for step in does.run(work, session, *values, clock=clock):
                 if "file" in step:
                     step = {**step, "file": gr.DownloadButton(value=step["file"], interactive=True)}
                 yield [step.get(name, gr.skip()) for name in PARTS]
@@ -521,7 +521,7 @@ def page(model: Compressor, folder: Path, text: str, question: str = "") -> Any:
                 passage = gr.Textbox(text, label="Passage", lines=7, max_lines=14, elem_id="kv-passage")
                 with gr.Row(elem_classes="kv-examples"):
                     shipped = examples(model)
-                    clicked = [(gr.Button(label, size="sm", min_width=125), *rest) for label, *rest in shipped]
+                    clicked = [(gr.Button(label, size="sm", min_width=125), rest) for label, *rest in shipped]
             with gr.Column(scale=2, min_width=300):
                 label, note = "Memory tokens (k)", "Moving it truncates what is compressed already."
                 tokens = gr.Slider(1, most, most, step=1, label=label, info=note, elem_id="kv-tokens")
@@ -549,14 +549,14 @@ def page(model: Compressor, folder: Path, text: str, question: str = "") -> Any:
         found = gr.HTML(elem_id="kv-answers")
 
         outputs = [status, shown, costs, found, save]
-        quiet = {"show_progress": "hidden", "concurrency_limit": None, "trigger_mode": "multiple"}
-        private = {**quiet, "api_visibility": "private"}
+        quiet: dict[str, Any] = {"show_progress": "hidden", "concurrency_limit": None, "trigger_mode": "multiple"}
+        private: dict[str, Any] = {**quiet, "api_visibility": "private"}
         inputs = [session, passage, tokens, segment_tokens, steps]
         compress = showing(does.compress)
         start.click(compress, inputs, outputs, api_name="compress", **quiet)
         made.load(compress, inputs, outputs, **private)
-        for button, example, about in clicked:
-            button.click(lambda text=example, about=about: (text, about), None, [passage, asked], **private).then(
+        for button, example in clicked:
+            button.click(lambda example=example: example, None, [passage, asked], **private).then(
                 compress, inputs, outputs, **private
             )
         resized, now = [session, tokens, steps, clock], "(session, k, steps, clock) => [session, k, steps, Date.now()]"

@@ -211,7 +211,7 @@ def token_ids(passages: Any, vocabulary: int) -> list[list[int]]:
                 raise CompressorError(
                     f"passage {number} holds a {type(one).__name__}, not a token id: give whole numbers"
                 )
-            if not 0 <= one < vocabulary:
+            if not 0 <= int(one) < vocabulary:
                 raise CompressorError(f"passage {number} holds the token {one}: the base has 0 to {vocabulary - 1}")
         found.append(list(map(int, ids)))
     return found
