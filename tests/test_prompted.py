@@ -24,6 +24,7 @@ from compressor.evaluation.settings import PromptSettings
 from compressor.evaluation.tasks.interface import Item, Result
 from compressor.evaluation.tasks.prompt import Prompted
 from compressor.methods.full import Full
+from compressor.methods.interface import MemoryMethod
 from compressor.model.base import Base
 
 TEXT = "the memory of a passage holds what it says so that a decoder can answer questions about it later on"
@@ -237,6 +238,27 @@ def test_bounds_stand_beside_every_figure(
     highest = [metrics["rows"][-1].get(f"{one}_high") for one in metrics["figures"] if one.endswith("_difference")]
     doubtful = any(high is not None and high >= 0 for high in highest)
     assert doubtful == ("reading the whole passage is not better than reading none" in capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "gpt_neox"])
+def test_bases_of_other_families_translate_from_memories(
+    kind: str, make_family_base: Callable[..., Base], make_tiny_compressor: Callable[..., Any], tmp_path: Path
+) -> None:
+    """No skill is needed to see that instruction, memory and figures meet."""
+    config = PromptSettings(task="translate", limit=2)
+    task, model = Prompted(config), make_tiny_compressor(base=make_family_base(kind))
+    items = task.items(task.load("parallel-en-fr", config), model.base.tokenizer, config)
+    method = MemoryMethod(model)
+    (contexts,) = method.compress([item.passage for item in items], [4])
+    with torch.no_grad():
+        results = task.run(method, items, contexts)
+    assert [result["answers"] for result in results] == [
+        ["Il fait froid aujourd'hui."],
+        ["Elle lit un livre dans le jardin."],
+    ]
+    assert all(result["memory_tokens"] == 4 and result["answer_nats"] > 0 for result in results)
+    sums = {name: np.array([sum(task.columns(one)[name] for one in results)]) for name in task.columns(results[0])}
+    assert 0 <= task.figures["chrf"](sums)[0] < 100
 
 
 def test_an_instruction_is_about_all_segments(checkpoint: str, tmp_path: Path) -> None:
