@@ -7,10 +7,10 @@ read through the questions' door (`load_questions`), by evaluation, by stage `an
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import yaml
 
@@ -18,9 +18,6 @@ from compressor.data.bad_records import BadRecord
 from compressor.data.sources import Row, type_name
 from compressor.errors import CompressorError, require
 from compressor.files import PROJECT
-
-if TYPE_CHECKING:
-    from compressor.data.questions import Question
 
 PRESETS = PROJECT / "configs" / "tasks"
 CONTEXT, ANSWERS = ("context", "passage", "text", "abstract", "source"), ("answers", "answer", "targets", "references")
@@ -125,25 +122,6 @@ class Prompt:
             if len(pairs) > 1 and (name := next((n for n in ("id", "abstract_id") if n in values), None)):
                 made["id"] = f"{values[name]}:{number}"
             yield row._replace(values=made)
-
-    def completed(self, questions: Sequence[Question]) -> list[Question]:
-        """The instructions of a data set with the labels to choose from, which may be those that it has.
-
-        Raises:
-            CompressorError: there is one label.
-        """
-        if self.answer != "label" or self.options:
-            return list(questions)
-        labels = self.labels or sorted({one.answers[0] for one in questions})
-        if len(labels) < 2:
-            raise CompressorError(
-                f"all {len(questions)} texts have the label {labels[0]!r}: there is nothing to tell apart; give more "
-                "or other data"
-            )
-        return [
-            replace(one, question=one.question.replace("{labels}", either(labels)), choices=tuple(labels))
-            for one in questions
-        ]
 
     def _answers(self, row: Row, value: Any) -> list[str]:
         """Right answers as texts: the meaning of a label, the members of a list in one text, or any of several."""

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from compressor.data.bad_records import BadRecord, BadRecords
-from compressor.data.instructions import Prompt
+from compressor.data.instructions import Prompt, either
 from compressor.data.left_out import LeftOut
 from compressor.data.question_forms import answer_texts, context_text, question_text, rows_of_questions
 from compressor.data.records import load_hub, record_id, string_value, text_value
@@ -138,7 +138,19 @@ def load_questions(
         left_out.merge(ours)
     elif ours.total:
         note(f"note: {ours.line('questions', len(found))}")
-    return found if prompt is None else prompt.completed(found)
+    return found if prompt is None or prompt.answer != "label" or prompt.options else _with_labels(found, prompt)
+
+
+def _with_labels(questions: list[Question], prompt: Prompt) -> list[Question]:
+    """Instructions with the labels to choose from, which may be those that occur."""
+    labels = prompt.labels or sorted({one.answers[0] for one in questions})
+    if len(labels) < 2:
+        raise CompressorError(
+            f"all {len(questions)} texts have the label {labels[0]!r}: there is nothing to tell apart; give more or "
+            "other data"
+        )
+    named = either(labels)
+    return [replace(one, question=one.question.replace("{labels}", named), choices=tuple(labels)) for one in questions]
 
 
 def _hub_ids(source: Any) -> Any:
