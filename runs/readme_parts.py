@@ -505,8 +505,8 @@ def serving() -> str:
     machine, settings = found["machine"], found["settings"]
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
     return table(header, body) + (
-        f"\n\n{settings['checkpoint']}, float32, {settings['seconds']:g} seconds a cell, medians; server and clients together "
-        f"on {machine['cores_used']} core{'s' * (machine['cores_used'] > 1)}\n({machine['processor']}; load "
+        f"\n\n{settings['checkpoint']}, float32, {settings['seconds']:g} seconds a cell, medians; server and clients "
+        f"together on {machine['cores_used']} core{'s' * (machine['cores_used'] > 1)}\n({machine['processor']}; load "
         f"{machine['load_before']:.0f} before), {versions}."
     )
 

@@ -400,7 +400,9 @@ def test_several_memories_lie_in_one_context(server: Server, mini: Compressor) -
 @needs_vllm
 def test_two_memories_behind_the_same_placeholders_never_meet(server: Server, mini: Compressor) -> None:
     # A prompt longer than a block, so that the block with the memory is kept in the prefix cache.
-    question = "What is shown in this text, what does it say about what is studied in it, and who says so? " * 2 + "Why?"
+    question = (
+        "What is shown in this text, what does it say about what is studied in it, and who says so? " * 2 + "Why?"
+    )
     body = {"model": server.model, "prompt": question, "temperature": 0, "max_tokens": 24}
     memories = mini.compress(TEXTS)
     names = [server.make(text)["id"] for text in TEXTS]
