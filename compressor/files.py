@@ -22,6 +22,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from compressor.errors import NO_WRITE, CompressorError, WriteError, as_path
@@ -273,8 +274,6 @@ def owned(output: str | os.PathLike[str]) -> Iterator[None]:
         CompressorError: another process holds it; names it.
         WriteError: there is no place for the lock.
     """
-    from filelock import FileLock, Timeout
-
     if is_special(output):
         yield
         return

@@ -11,8 +11,8 @@ from pathlib import Path
 ROWS = (
     ("__main__",),
     ("commands",),
-    ("evaluation", "training"),
-    ("api", "serving"),
+    ("evaluation", "serving", "training"),
+    ("api",),
     ("packing",),
     ("methods",),
     ("storage",),

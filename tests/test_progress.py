@@ -15,7 +15,7 @@ import pytest
 from compressor import progress
 from compressor.commands.cli import COMMANDS
 from compressor.commands.cli import main as cli
-from compressor.commands.demonstration import DemoConfig
+from compressor.commands.options import DemoConfig
 from compressor.parsing import parse_config
 from compressor.progress import Progress, counted, note, set_level
 

@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
-from compressor.commands.demonstration import DemoConfig, read_passage
+from compressor.commands.demonstration import read_passage
 from compressor.commands.memory import is_corpus
+from compressor.commands.options import DemoConfig
 from compressor.data.records import load_texts
 from compressor.data.sources import read_rows
 from compressor.data.text_files import read_text, text_lines

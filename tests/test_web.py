@@ -13,7 +13,7 @@ import pytest
 
 from compressor.api import Compressor
 from compressor.commands.demo import demo_main
-from compressor.commands.demonstration import differences
+from compressor.commands.shown import differences
 from compressor.commands.web import Followed, Page, Session, card, page, sides
 from compressor.errors import CompressorError
 from compressor.model.memory import Memory

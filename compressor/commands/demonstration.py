@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import difflib
-import re
 import time
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
+import torch
+
+from compressor.api import Compressor
+from compressor.commands.options import DemoConfig
+from compressor.data.examples import Example, example
 from compressor.data.text_files import read_text
-from compressor.errors import require
-from compressor.model.bases import default_checkpoint
-from compressor.model.config import BaseMismatch
-
-if TYPE_CHECKING:
-    from compressor.api import Compressor
-    from compressor.data.examples import Example
-    from compressor.model.memory import Memory
+from compressor.evaluation.metrics import bleu, bleu_statistics, chrf, chrf_statistics, rouge_l
+from compressor.methods.interface import token_prefix
+from compressor.methods.recite import recited_prefix
+from compressor.model.generation import answer
+from compressor.model.memory import Memory, memory_prefix
 
 EXAMPLE_TOKENS = 96
 """A shipped abstract is cut to this length, the shortest of the published evaluation."""
@@ -24,80 +24,16 @@ SHOWN_STEPS = 10
 """Gradient steps after which the shipped example is shown too."""
 
 
-@dataclass
-class DemoConfig:
-    """Options of the demo."""
-
-    text: str | None = None
-    """File with the passage, or - for standard input; by default an unseen abstract that ships with the project."""
-    tokens: int | None = None
-    """Memory tokens; by default all the compressor has."""
-    length: int | None = None
-    """Use the first so many tokens of the passage; by default 96 of the shipped abstract, all of your own text and all
-    of what a question is about."""
-    segment_tokens: int | None = None
-    """Compress in segments of at most so many tokens, each to `tokens` memory tokens; by default of as many as the
-    compressor takes."""
-    refine_steps: int | None = None
-    """Gradient steps on the memory: 10 to 50 keep far more with few memory tokens; by default none, and the shipped
-    example is shown after 10 too."""
-    question: str | None = None
-    """Answer this question about the passage instead of regenerating it."""
-    example: str = "abstract"
-    """A text that ships with the project: `abstract`, `published` (the example of the 500xCompressor paper, with its
-    question), or the number of another test abstract."""
-    checkpoint: str = ""
-    """Compressor checkpoint: folder or hub id; by default the bundled one of smollm2-135m where this base is at hand
-    (`compressor fetch smollm2-135m`), else that of arxiv-mini."""
-    base: str | None = None
-    """Frozen base: folder, hub id, GGUF file or name; by default the one the checkpoint names."""
-    base_mismatch: BaseMismatch = "refuse"
-    """allow: take a base with other weights than the checkpoint was trained on, with a warning."""
-    device: str = "cpu"
-    port: int | None = None
-    """Port of the page (--web); by default the first free one from 7860 on. It is served to this machine alone."""
-
-    def __post_init__(self) -> None:
-        self.checkpoint = self.checkpoint or default_checkpoint()
-        require(self.port is None or 1 <= self.port <= 65535, "port", self.port, "1 to 65535")
-        require(self.tokens is None or self.tokens >= 1, "tokens", self.tokens, "at least 1")
-        require(
-            self.segment_tokens is None or self.segment_tokens >= 1, "segment_tokens", self.segment_tokens, "at least 1"
-        )
-        require(self.refine_steps is None or self.refine_steps >= 0, "refine_steps", self.refine_steps, "at least 0")
-        require(self.length is None or self.length >= 1, "length", self.length, "at least 1")
-
-
 def read_passage(config: DemoConfig) -> Example:
     """The passage that the options name."""
-    from compressor.data.examples import Example, example  # which imports datasets: a second
-
     if config.text is None:
         return example(config.example)
     source = "standard input" if config.text == "-" else config.text
     return Example(read_text(config.text), source)
 
 
-def differences(passage: str, regeneration: str) -> list[tuple[str, str | None]]:
-    """Stretches of words that the passage and its regeneration share (None), or that are "missing" or "added"."""
-    old, new = re.findall(r"\S+\s*", passage), re.findall(r"\S+\s*", regeneration)
-    runs: list[tuple[str, str | None]] = []
-    matcher = difflib.SequenceMatcher(a=[w.strip() for w in old], b=[w.strip() for w in new], autojunk=False)
-    for kind, a, b, c, d in matcher.get_opcodes():
-        if kind == "equal":
-            runs.append(("".join(new[c:d]), None))
-            continue
-        if a < b:
-            runs.append(("".join(old[a:b]), "missing"))
-        if c < d:
-            runs.append(("".join(new[c:d]), "added"))
-    return runs
-
-
 def load_model(config: DemoConfig) -> Compressor:
     """The compressor that the options name."""
-    from compressor.api import Compressor
-
     return Compressor.from_pretrained(
         config.checkpoint, base=config.base, device=config.device, base_mismatch=config.base_mismatch
     )
@@ -147,8 +83,6 @@ def demonstrate(
         (seconds to compress, regenerate, answer) and `memory_bytes` (bfloat16); what `regenerate` returns, of a
         question what `answer_question` returns.
     """
-    import torch
-
     started = time.perf_counter()
     tokenizer = model.base.tokenizer
     (ids,) = model.base.tokenise([text])
@@ -181,10 +115,6 @@ def demonstrate(
 
 def regenerate(model: Compressor, memory: Memory, passage: str) -> dict[str, Any]:
     """`regeneration`, `bleu` and `chrf` (0-100) and `rouge_l` (0-1) of a passage written back from its memory."""
-    import numpy as np
-
-    from compressor.evaluation.metrics import bleu, bleu_statistics, chrf, chrf_statistics, rouge_l
-
     regeneration = model.regenerate(memory)
     statistics = bleu_statistics(regeneration, passage) | chrf_statistics(regeneration, passage)
     counts = {name: np.array([float(value)]) for name, value in statistics.items()}
@@ -203,11 +133,6 @@ def answer_question(model: Compressor, memory: Memory, passage: list[int], quest
         `question`; `answer` and `logprob` from the memory; and with a suffix those from the text that the memory
         regenerates (`_recite`), from the whole passage (`_full`) and from no passage (`_none`).
     """
-    from compressor.methods.interface import token_prefix
-    from compressor.methods.recite import recited_prefix
-    from compressor.model.generation import answer
-    from compressor.model.memory import memory_prefix
-
     base, template = model.base, model.config.question_template
     prefixes = {
         "": memory_prefix(base, [memory]),
@@ -220,19 +145,3 @@ def answer_question(model: Compressor, memory: Memory, passage: list[int], quest
     for suffix, found in answers.items():
         result |= {f"answer{suffix}": found.text, f"logprob{suffix}": round(found.logprob, 4)}
     return result
-
-
-def tokens_named(count: int) -> str:
-    """1 memory token, 16 memory tokens."""
-    return f"{count} memory token" + "s" * (count > 1)
-
-
-def answers_of(result: dict[str, Any]) -> list[tuple[str, str, float]]:
-    """What the base read, its answer, and the answer's log-probability, of each answer in `result`."""
-    read = {
-        "": tokens_named(result["tokens"]),
-        "_recite": "what they regenerate",
-        "_full": "the whole passage",
-        "_none": "no passage",
-    }
-    return [(label, result[f"answer{suffix}"], result[f"logprob{suffix}"]) for suffix, label in read.items()]

@@ -195,7 +195,7 @@ def how_made(options: CompressOptions, model: Compressor) -> dict[str, float]:
 
 def compress_text(options: CompressOptions) -> str:
     """Compress one passage into a memory file; returns a line about it."""
-    from compressor.commands.demonstration import tokens_named
+    from compressor.commands.shown import tokens_named
     from compressor.data.speech import is_speech, transcribe
     from compressor.data.text_files import read_text
 

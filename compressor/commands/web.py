@@ -19,7 +19,9 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compressor.commands.demonstration import EXAMPLE_TOKENS, DemoConfig, load_model, read_passage, tokens_named
+from compressor.commands.demonstration import EXAMPLE_TOKENS, load_model, read_passage
+from compressor.commands.options import DemoConfig
+from compressor.commands.shown import tokens_named
 from compressor.errors import CompressorError, require_texts
 
 if TYPE_CHECKING:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import string
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from compressor.data.bad_records import BadRecord
@@ -15,6 +16,24 @@ from compressor.data.sources import Row, type_name
 
 NO_ANSWER = "CANNOTANSWER"
 """What QuAC says, and ends its contexts with, where the context does not answer."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question that its context answers."""
+
+    id: str
+    context: str
+    question: str
+    answers: tuple[str, ...]
+    """What counts as right; the first is the one to train on. Empty only where unanswerable questions are kept."""
+    dataset: str
+    spans: tuple[tuple[int, int], ...] = ()
+    """Characters (first, and end, exclusive) of the context at which the source says that answers stand."""
+    whole: bool = False
+    """Whether it is about the whole context, as an instruction is, whatever stretch has words of its answer."""
+    choices: tuple[str, ...] = ()
+    """Answers to choose from, where each question has its own."""
 
 
 def rows_of_questions(row: Row, header: Mapping[str, Any]) -> Iterator[Row]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from json import JSONDecoder
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import Any
 from compressor.data.bad_records import BadRecord, BadRecords
 from compressor.data.instructions import Prompt, either
 from compressor.data.left_out import LeftOut
-from compressor.data.question_forms import answer_texts, context_text, question_text, rows_of_questions
+from compressor.data.question_forms import Question, answer_texts, context_text, question_text, rows_of_questions
 from compressor.data.records import load_hub, record_id, string_value, text_value
 from compressor.data.sources import Hub, Row, kind_of, read_document, read_rows, resolve, stem_of, type_name
 from compressor.errors import CompressorError
@@ -51,24 +51,6 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "dataset": ("dataset", "subset"),
 }
 """Fields of the schema, each with the names it is looked for under."""
-
-
-@dataclass(frozen=True)
-class Question:
-    """A question that its context answers."""
-
-    id: str
-    context: str
-    question: str
-    answers: tuple[str, ...]
-    """What counts as right; the first is the one to train on. Empty only where unanswerable questions are kept."""
-    dataset: str
-    spans: tuple[tuple[int, int], ...] = ()
-    """Characters (first, and end, exclusive) of the context at which the source says that answers stand."""
-    whole: bool = False
-    """Whether it is about the whole context, as an instruction is, whatever stretch has words of its answer."""
-    choices: tuple[str, ...] = ()
-    """Answers to choose from, where each question has its own."""
 
 
 def load_questions(

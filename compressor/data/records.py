@@ -13,18 +13,18 @@ import sys
 from collections.abc import Iterator, Sequence
 from itertools import groupby, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
+import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from compressor.data.bad_records import REASON, BadRecord, BadRecords
 from compressor.data.left_out import LeftOut
 from compressor.data.sources import Hub, Row, kind_of, open_parquet, read_rows, resolve, type_name
 from compressor.errors import CompressorError
 from compressor.processes import bars_on_terminals
-
-if TYPE_CHECKING:
-    import datasets
 
 TEXT_FIELDS = ("text", "abstract")
 
@@ -63,8 +63,6 @@ def load_texts(
     Raises:
         CompressorError: a source is not there, or a record is broken; names the file and line.
     """
-    import datasets
-
     if limit is not None and limit < 1:
         raise CompressorError(f"limit is {limit}; give 1 or more, or leave it out to read everything")
     bad = BadRecords(skip_bad_records, left_out)
@@ -118,8 +116,6 @@ class _Plan(NamedTuple):
 
 def _files(paths: list[Path], reading: _Reading, bad: BadRecords) -> Iterator[datasets.Dataset]:
     """One data set for each run of files that can be read alike, up to about `limit` records."""
-    import datasets
-
     planned = [(path, _plan(path, reading)) for path in paths]
     for plan, group in groupby(planned, key=lambda pair: pair[1]):
         files = [path for path, _ in group]
@@ -136,8 +132,6 @@ def _files(paths: list[Path], reading: _Reading, bad: BadRecords) -> Iterator[da
 
 
 def _plan(path: Path, reading: _Reading) -> _Plan:
-    import pyarrow as pa
-
     if path.suffix == ".parquet":
         with open_parquet(path) as file:
             schema, rows = file.schema_arrow, file.metadata.num_rows
@@ -171,9 +165,6 @@ def _first_files(files: list[Path], limit: int | None) -> list[Path]:
 
 def _usable_rows(path: Path, names: list[str], bad: BadRecords) -> np.ndarray:
     """Which rows of a Parquet file have an id and a text, bool `[rows]`. Reads in batches."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
     usable: list[np.ndarray] = []
     seen = 0
     with open_parquet(path) as file:
@@ -197,8 +188,6 @@ def _usable_rows(path: Path, names: list[str], bad: BadRecords) -> np.ndarray:
 
 def _generated(files: list[Path], plan: _Plan, reading: _Reading, bad: BadRecords) -> datasets.Dataset:
     """Rows checked one by one and kept in the loading layer's cache."""
-    import datasets
-
     names = ["id", "text", "bad", *(["date"] if plan.has_date else [])]
     # A key of our own: the layer's would not notice that a file changed under the same name.
     states = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
@@ -238,8 +227,6 @@ def _passages(files: list[str], field: str, reading: _Reading) -> Iterator[dict[
 
 
 def _hub(hub: Hub, split: str | None, field: str | None, bad: BadRecords) -> datasets.Dataset:
-    import datasets
-
     named = hub.name if hub.config is None else f"{hub.name}:{hub.config}"
     loaded = load_hub(hub, split)
     name = text_field(loaded.column_names, field, named)
@@ -262,8 +249,6 @@ def _hub(hub: Hub, split: str | None, field: str | None, bad: BadRecords) -> dat
 
 def load_hub(hub: Hub, split: str | None, *, streaming: bool = False) -> Any:
     """A split of a hub data set; without `split` it must have only one. Errors say what was wrong."""
-    import datasets
-
     try:
         loaded = datasets.load_dataset(hub.name, hub.config, split=split, streaming=streaming)
     except Exception as error:  # the hub client raises many kinds, also bare RuntimeError and OSError

@@ -16,6 +16,9 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from compressor.data.bad_records import BadRecord, BadRecords
 from compressor.data.text_files import MOST_LINE, raw_lines, read_text, text_lines
 from compressor.errors import CompressorError
@@ -309,8 +312,6 @@ def _document_rows(path: Path) -> Iterator[Row]:
 
 
 def _parquet_rows(path: Path) -> Iterator[Row]:
-    import pyarrow as pa
-
     number = 0
     with open_parquet(path) as file:
         try:
@@ -326,9 +327,6 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
 
 def open_parquet(path: Path) -> Any:
     """`pyarrow.parquet.ParquetFile`, or a `CompressorError` when `path` is not one."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     try:
         return pq.ParquetFile(path)
     except PermissionError as error:

@@ -13,8 +13,11 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from compressor.errors import CompressorError, WriteError, first_line, lacking
 from compressor.files import FolderKind, atomic_folder, read_json, sha256, write_json
@@ -108,8 +111,6 @@ def converted(name: str, digest: str, origin: str, source: Callable[[Path], Path
     """
     if (found := cached(digest)) is not None:
         return found
-    from filelock import FileLock, Timeout
-
     _require_gguf()
     cache = _writable_cache()
     target = cache / f"{Path(name).stem}-{digest[:16]}"
@@ -179,7 +180,10 @@ def _convert(path: Path, target: Path, record: dict[str, Any]) -> None:
             tokenizer.save_pretrained(folder)
             files = sorted(folder.iterdir())
             sizes = {file.name: file.stat().st_size for file in files}
-            record |= {"versions": {"gguf": _version(gguf), "transformers": transformers.__version__}, "files": sizes}
+            record |= {
+                "versions": {"gguf": version(gguf.__name__), "transformers": transformers.__version__},
+                "files": sizes,
+            }
             write_json(folder / RECORD, record)
     except Exception as error:  # of the disk, also through tokenizers, which raises a kind of its own
         reason = error.reason if isinstance(error, WriteError) else first_line(error)
@@ -201,9 +205,3 @@ def _quiet() -> Iterator[None]:
         redirect_stderr(sys.stderr if shown else nowhere),
     ):
         yield
-
-
-def _version(module: Any) -> str:
-    from importlib.metadata import version
-
-    return version(module.__name__)

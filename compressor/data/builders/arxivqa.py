@@ -16,6 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from compressor.data.bad_records import BadRecords
 from compressor.data.builders import generators
 from compressor.data.builders.abstracts import Fields, read_abstract
@@ -277,9 +280,6 @@ class _Writer:
             self._flush()
 
     def _flush(self) -> None:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
         if self.path.suffix == ".parquet":
             types = {"answers": pa.list_(pa.string())}
             schema = pa.schema([(name, types.get(name, pa.string())) for name in FIELDS])

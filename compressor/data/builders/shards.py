@@ -8,6 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from compressor.files import sha256
 
 FIELDS = ("id", "title", "abstract", "categories", "date")
@@ -44,9 +47,6 @@ class SplitWriter:
         return self.folder / f"{self.split}-{index:05d}.part"
 
     def _flush(self) -> None:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
         if not self._rows:
             return
         schema = pa.schema([(name, pa.string()) for name in FIELDS])
