@@ -21,9 +21,8 @@ from compressor.training.config import RunConfig, TokensShare
 
 PROJECT = Path(__file__).resolve().parents[1]
 CONFIGS = PROJECT / "configs"
-RUNS = sorted(
-    path for path in CONFIGS.rglob("*.yaml") if path.relative_to(CONFIGS).parts[0] not in ("accelerate", "corpora")
-)
+OTHERS = ("accelerate", "corpora", "tasks")
+RUNS = sorted(path for path in CONFIGS.rglob("*.yaml") if path.relative_to(CONFIGS).parts[0] not in OTHERS)
 
 
 def parse(*argv: str) -> RunConfig:
