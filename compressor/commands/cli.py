@@ -10,14 +10,21 @@ function here that imports what it needs when it is called, so that the others n
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from compressor.commands import memory as command
+from compressor.commands.pack import main as pack_main
 from compressor.data.prompts import QUESTION
 from compressor.errors import CompressorError, unknown
-from compressor.model.config import BaseMismatch
+from compressor.files import atomic_file, check_file, owned
+from compressor.model.bases import NAMED, WITHOUT
+from compressor.model.bases import fetch as fetch_base
+from compressor.model.config import BaseConfig, BaseMismatch
+from compressor.parsing import parse_config
 from compressor.progress import note
 from compressor.provenance import VERSION
 from compressor.streams import check_output, exits_cleanly, write_output
@@ -31,9 +38,6 @@ OVERWRITE = {"overwrite": "replace what is at --output if it exists"}
 
 def _options(config: type, argv: list[str], command: Callable[[list[str]], int], plain: str) -> Any:
     """Options of a command that writes the file `output`, which it must not replace unless told to."""
-    from compressor.files import check_file
-    from compressor.parsing import parse_config
-
     name = command.__name__.replace("_", "-")
     options, switches = parse_config(config, argv, f"compressor {name}: {command.__doc__}", OVERWRITE, [plain])
     inputs = [getattr(options, name, None) for name in ("text", "data", "calibration", "source")]
@@ -44,7 +48,6 @@ def _options(config: type, argv: list[str], command: Callable[[list[str]], int],
 def corpus(argv: list[str]) -> int:
     """build a corpus of abstracts (Parquet shards and a manifest) from arXiv, files or the hub"""
     from compressor.data.builders.corpora import CorpusConfig, build_corpus
-    from compressor.parsing import parse_config
 
     flags = {"overwrite": "replace the output folder if it is a corpus built earlier"}
     config, options = parse_config(CorpusConfig, argv, f"compressor corpus: {corpus.__doc__}", flags, ["source"])
@@ -63,7 +66,6 @@ def corpus(argv: list[str]) -> int:
 def questions(argv: list[str]) -> int:
     """build extractive questions about abstracts (by rules, or an instruct model) and a manifest"""
     from compressor.data.builders.arxivqa import ArxivQAConfig, build_questions
-    from compressor.parsing import parse_config
 
     flags = {"overwrite": "replace the output folder if this command built it earlier"}
     config, options = parse_config(ArxivQAConfig, argv, f"compressor questions: {questions.__doc__}", flags, ["source"])
@@ -92,9 +94,6 @@ def entities(argv: list[str]) -> int:
 
 def compress(argv: list[str]) -> int:
     """compress a text into a memory file, or a corpus into a collection of memories"""
-    from compressor.commands import memory as command
-    from compressor.parsing import parse_config
-
     described = f"compressor compress: {compress.__doc__}"
     options, _ = parse_config(command.CompressOptions, argv, described, OVERWRITE, ["text"])
     if command.is_corpus(options.text):
@@ -108,9 +107,6 @@ def compress(argv: list[str]) -> int:
 
 def calibrate(argv: list[str]) -> int:
     """fit what low-rank and calibrated codecs need to know about a compressor's memories"""
-    from compressor.commands import memory as command
-    from compressor.files import owned
-
     options = _options(command.CalibrateOptions, argv, calibrate, "data")
     with owned(options.output):
         printed = command.calibrate_codecs(options, again="--overwrite" in argv)
@@ -120,8 +116,6 @@ def calibrate(argv: list[str]) -> int:
 
 def inspect(argv: list[str]) -> int:
     """show what is in a memory file, a collection or a calibration, and where its bytes go"""
-    from compressor.commands import memory as command
-    from compressor.parsing import parse_config
     from compressor.storage.inspection import describe
 
     described = f"compressor inspect: {inspect.__doc__}"
@@ -155,7 +149,6 @@ class MemoryOptions:
 def _memory_and_base(options: MemoryOptions) -> tuple[Memory, Base]:
     """The memory that the options name, and its base."""
     from compressor.model.base import load_base
-    from compressor.model.config import BaseConfig
     from compressor.model.fidelity import LITTLE
     from compressor.model.memory import Memory, check_base, on_base
     from compressor.storage.collection import Collection, is_collection
@@ -188,8 +181,6 @@ class RegenerateOptions(MemoryOptions):
 
 def regenerate(argv: list[str]) -> int:
     """write the passage of a memory file back"""
-    from compressor.parsing import parse_config
-
     options, _ = parse_config(RegenerateOptions, argv, f"compressor regenerate: {regenerate.__doc__}", plain=["memory"])
     from compressor.model import generation
 
@@ -232,7 +223,6 @@ def ask(argv: list[str]) -> int:
     """answer a question, or follow an instruction, from a memory file"""
     from compressor.data.instructions import Prompt, load_prompt
     from compressor.data.speech import is_speech, transcribe
-    from compressor.parsing import parse_config
 
     options, _ = parse_config(AskOptions, argv, f"compressor ask: {ask.__doc__}", plain=["memory", "question"])
     prompt = Prompt() if options.prompt is None else load_prompt(options.prompt)
@@ -282,8 +272,6 @@ class TranscribeOptions:
 def transcribe(argv: list[str]) -> int:
     """write down what is said in a WAV file"""
     from compressor.data import speech
-    from compressor.files import atomic_file, check_file
-    from compressor.parsing import parse_config
 
     about = f"compressor transcribe: {transcribe.__doc__}"
     options, switches = parse_config(TranscribeOptions, argv, about, OVERWRITE, ["audio"])
@@ -300,25 +288,16 @@ def transcribe(argv: list[str]) -> int:
 
 def pack(argv: list[str]) -> int:
     """pack files, used as gzip is: without loss under the base's predictions, or by a text codec (--codec)"""
-    from compressor.commands.pack import main as pack_main
-
     return pack_main(argv, unpack=False)
 
 
 def unpack(argv: list[str]) -> int:
     """unpack what `compressor pack` packed"""
-    from compressor.commands.pack import main as pack_main
-
     return pack_main(argv, unpack=True)
 
 
 def fetch(argv: list[str]) -> int:
     """get a base by name (smollm2-135m), from a hub or out of a GGUF file, ready to load"""
-    import argparse
-
-    from compressor.model.bases import NAMED, WITHOUT
-    from compressor.model.bases import fetch as fetch_base
-
     names = ", ".join(NAMED)
     parser = argparse.ArgumentParser(
         prog="compressor fetch",
@@ -337,7 +316,6 @@ def fetch(argv: list[str]) -> int:
 def serve(argv: list[str]) -> int:
     """serve memories to any OpenAI client, by vLLM (what follows -- goes to vLLM as it is)"""
     from compressor.commands import serve as command
-    from compressor.parsing import parse_config
 
     own, rest = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
     options, _ = parse_config(command.ServeOptions, own, f"compressor serve: {serve.__doc__}")

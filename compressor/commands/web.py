@@ -17,16 +17,25 @@ from dataclasses import dataclass, field
 from functools import partial
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from compressor.api import Compressor
 from compressor.commands.demonstration import EXAMPLE_TOKENS, load_model, read_passage
 from compressor.commands.options import DemoConfig
 from compressor.commands.shown import tokens_named
+from compressor.data.examples import example
 from compressor.errors import CompressorError, require_texts
-
-if TYPE_CHECKING:
-    from compressor.api import Compressor
-    from compressor.model.memory import Memory
+from compressor.evaluation.flops import Setting
+from compressor.evaluation.metrics import rouge_l
+from compressor.evaluation.studies.efficiency import shape_of
+from compressor.methods.interface import token_prefix
+from compressor.methods.recite import recited_prefix
+from compressor.model.checkpoint import compressor_name
+from compressor.model.fidelity import edits
+from compressor.model.generation import answer, regeneration_limit, stream
+from compressor.model.memory import Memory, check_base, memory_prefix, signed
+from compressor.model.refinement import refine
+from compressor.packing.lossless import unpack_passage
 
 AT_ONCE = 4
 """Segments that are compressed, or written, together: between two batches of them a run can be stopped."""
@@ -77,8 +86,6 @@ class Page:
     """
 
     def __init__(self, model: Compressor, folder: Path):
-        from compressor.model.checkpoint import compressor_name
-
         self.model, self.base, self.folder = model, model.base, folder
         self.name = compressor_name(model, "compressor")
 
@@ -136,9 +143,6 @@ class Page:
 
     def load(self, session: Session, path: str, text: str, tokens: int) -> Steps:
         """Take a memory from a file, and write its passage back; `text` is compared with it if it is as long."""
-        from compressor.model.memory import Memory, check_base
-        from compressor.packing.lossless import unpack_passage
-
         try:
             memory = Memory.load(path)
         except CompressorError as error:
@@ -159,8 +163,6 @@ class Page:
 
     def show(self, session: Session, tokens: int, refine_steps: int, did: str = "") -> Steps:
         """Truncate and refine the session's memory, and write its passage back."""
-        from compressor.model.refinement import refine
-
         assert session.memory is not None
         memory = session.memory
         tokens = min(tokens, *(segment.tokens for segment in memory.segments))
@@ -183,9 +185,6 @@ class Page:
 
     def write(self, session: Session, key: tuple[int, int], did: str = "") -> Steps:
         """Write the passage back, a picture at a time."""
-        from compressor.model.generation import regeneration_limit, stream
-        from compressor.model.memory import memory_prefix
-
         assert session.shown is not None
         base, memory, started = self.base, session.shown, time.perf_counter()
         ids: list[int] = list(session.written.get(key, []))
@@ -222,9 +221,6 @@ class Page:
 
     def share(self, session: Session, ids: Sequence[int], back: str) -> str:
         """How much of the passage came back, in words."""
-        from compressor.evaluation.metrics import rouge_l
-        from compressor.model.fidelity import edits
-
         if session.passage is None:
             return "The file keeps no text, so there is nothing to compare with"
         if back == session.passage:
@@ -234,11 +230,6 @@ class Page:
 
     def ask(self, session: Session, question: str) -> Steps:
         """Answer a question from the memory, from what it gives back, from the passage, and from nothing."""
-        from compressor.methods.interface import token_prefix
-        from compressor.methods.recite import recited_prefix
-        from compressor.model.generation import answer
-        from compressor.model.memory import memory_prefix
-
         memory, base = session.shown, self.base
         if memory is None:
             raise CompressorError("nothing is compressed yet: give a passage, and press Compress")
@@ -270,8 +261,6 @@ class Page:
 
     def saved(self, session: Session) -> str:
         """The memory shown, as a file."""
-        from compressor.model.memory import signed
-
         assert session.shown is not None
         holder = Path(tempfile.mkdtemp(dir=self.folder))
         path = holder / f"passage-{session.shown.tokens}-tokens.memory"
@@ -281,9 +270,6 @@ class Page:
 
     def costs(self, session: Session) -> str:
         """The panel of what the memory costs beside its passage."""
-        from compressor.evaluation.flops import Setting
-        from compressor.evaluation.studies.efficiency import shape_of
-
         assert session.shown is not None
         memory = session.shown
         tokens, cached = memory.passage_tokens, memory.keys.numel() * 4  # two bytes for a key and a value
@@ -467,8 +453,6 @@ def reach_this_machine() -> None:
 
 def examples(model: Compressor) -> list[tuple[str, str, str]]:
     """Label, passage and question of each example to click; the question may be blank."""
-    from compressor.data.examples import example
-
     named = {"Unseen abstract": "abstract", "Another": "2", "Published example": "published"}
     shipped = [(label, example(name)) for label, name in named.items()]
     chosen = [

@@ -15,7 +15,6 @@ from typing import Any, Literal
 import yaml
 
 from compressor.data.bad_records import BadRecord
-from compressor.data.question_forms import Question
 from compressor.data.sources import Row, type_name
 from compressor.errors import CompressorError, require
 from compressor.files import PROJECT
