@@ -303,6 +303,7 @@ def test_broken_records_are_named(tmp_path: Path, task: str, record: dict[str, A
         (["--task", "summarize"], "did you mean summarise?"),
         (["--task", "prompt", "--prompt", "nowhere.yaml"], "there is no prompt nowhere.yaml"),
         (["--task", "qa", "--prompt", "summarise"], "prompt means nothing to --task qa"),
+        (["--task", "roles", "--prompt", "summarise"], "--task roles is a prompt by itself"),
         (["--task", "regeneration", "--candidates", "8"], "means nothing to --task regeneration: leave it out"),
         (["--task", "utilisation", "--candidates=8"], "it is read by retrieve"),
         (["--task", "efficiency", "--limit", "3"], "limit means nothing to --task efficiency"),

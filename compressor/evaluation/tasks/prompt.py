@@ -12,6 +12,7 @@ from compressor.data.questions import Question, load_questions
 from compressor.errors import CompressorError
 from compressor.evaluation.metrics import ratio, retained
 from compressor.evaluation.scores import SCORES, Answered
+from compressor.evaluation.table import TASKS
 from compressor.evaluation.tasks.interface import Item, Result
 from compressor.evaluation.tasks.qa import QuestionAnswering
 from compressor.methods.interface import Method, Piece
@@ -35,7 +36,10 @@ class Prompted(QuestionAnswering):
 
     def __init__(self, config: Any = None):
         super().__init__()
-        name = "" if config is None else config.prompt or ("" if config.task == "prompt" else config.task)
+        preset = "" if config is None or config.task in TASKS else config.task
+        if preset and config.prompt:
+            raise CompressorError(f"--task {preset} is a prompt by itself: leave --prompt out, or give --task prompt")
+        name = preset or (config.prompt if config is not None else "")
         self.prompt = load_prompt(name) if name else Prompt()
         if unknown := [one for one in self.prompt.metrics if one not in SCORES]:
             raise CompressorError(f"{name}: there is no metric {unknown[0]!r}; there are {', '.join(SCORES)}")
