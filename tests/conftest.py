@@ -311,6 +311,33 @@ def tiny_compressor(make_tiny_compressor: Callable[..., Any]) -> Any:
     return make_tiny_compressor()
 
 
+@pytest.fixture
+def text_encoder(tmp_path: Path) -> str:
+    """A saved random DistilBERT that takes 32 tokens."""
+    import torch
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import DistilBertConfig, DistilBertModel, PreTrainedTokenizerFast
+
+    letters = [chr(code) for code in range(33, 127)]
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *letters, *(f"##{letter}" for letter in letters)]
+    tokenizer = Tokenizer(models.WordPiece({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    folder = tmp_path / "text-encoder"
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
+    ).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = DistilBertConfig(
+        vocab_size=len(words), dim=24, hidden_dim=48, n_layers=2, n_heads=2, max_position_embeddings=32
+    )
+    DistilBertModel(config).save_pretrained(folder)
+    return str(folder)
+
+
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> tuple[str, str]:
     """Paths of small training and validation files (JSON lines)."""

@@ -18,7 +18,7 @@ from compressor.data.left_out import LeftOut
 from compressor.data.questions import load_questions
 from compressor.data.records import load_texts
 from compressor.errors import CompressorError
-from compressor.storage.collection import Collection
+from compressor.storage.store import Store
 
 
 @pytest.fixture(autouse=True)
@@ -150,16 +150,16 @@ def commands(tmp_path: Path, checkpoint: Path, training_options: list[str]) -> d
             lambda path, *skip: evaluate_main([*at, "--data", str(path), "--output", str(output), *skip]),
             manifest("metrics.json", "left_out", "a"),
         ),
-        "compress": (
-            lambda path, *skip: cli(["compress", str(path), "-o", str(output), *at, *skip]),
-            lambda: Collection(output).sources()[0]["left_out"],
+        "index": (
+            lambda path, *skip: cli(["index", str(path), "-o", str(output), "--encoder", "bm25", *at, *skip]),
+            lambda: json.loads(Store.open(output).columns("source")[0][0])["left_out"],
         ),
         "corpus": (lambda path, *skip: corpus("corpus", path, *skip), manifest("manifest.json", "left_out")),
         "questions": (lambda path, *skip: corpus("questions", path, *skip), manifest("manifest.json", "left_out")),
     }
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "compress", "corpus", "questions"])
+@pytest.mark.parametrize("command", ["train", "evaluate", "index", "corpus", "questions"])
 def test_every_command_names_the_record_and_can_leave_it_out(
     command: str,
     tmp_path: Path,
@@ -181,7 +181,7 @@ def test_every_command_names_the_record_and_can_leave_it_out(
     assert left_out["count"] == 1
     assert left_out["first"].startswith("a.jsonl line 4: ")
     write(path, [*rows[:3], BAD, BAD, *rows[3:]])
-    again = {"train": ["--training.resume", "true"], "compress": []}.get(command, ["--overwrite"])
+    again = {"train": ["--training.resume", "true"], "index": []}.get(command, ["--overwrite"])
     assert run(path, "--skip-bad-records", *again) == 2
     assert "2 of 26 records are bad, more than 5%" in capsys.readouterr().err
 

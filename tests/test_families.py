@@ -15,11 +15,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrai
 
 from compressor.data.batches import regeneration_pair, stack_pairs
 from compressor.errors import CompressorError
-from compressor.methods.interface import token_prefix
 from compressor.model.base import Base, load_base
 from compressor.model.config import BaseConfig, CompressorConfig
 from compressor.model.encoder import pad
-from compressor.model.generation import Sampling, decode, generate
+from compressor.model.generation import Sampling, decode, generate, token_prefix
 from compressor.model.memory import Memory, Prefix, memory_prefix
 from compressor.model.support import refuse_unsupported, window_of
 from compressor.training.objectives import Trainee

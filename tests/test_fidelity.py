@@ -217,7 +217,7 @@ def test_the_command_names_the_texts_of_a_corpus_of_which_little_comes_back(
     monkeypatch.setattr(Compressor, "from_pretrained", lambda *_, **__: bundled)
     corpus = tmp_path / "corpus.jsonl"
     corpus.write_text("".join(json.dumps({"id": k, "text": v}) + "\n" for k, v in SENTENCES.items()))
-    assert cli(["compress", str(corpus), "-o", str(tmp_path / "c")]) == 0
+    assert cli(["index", str(corpus), "-o", str(tmp_path / "c"), "--encoder", "bm25"]) == 0
     printed = capsys.readouterr()
     assert re.search(r"of 1 of 2 texts less than 90% comes back \(\d+\.\d% of zh\)", printed.err)
     assert "of a text (median of 2), at least " in printed.out

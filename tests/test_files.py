@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import stat
@@ -25,8 +24,6 @@ from compressor.evaluation.settings import RegenerationSettings
 from compressor.files import atomic_file, atomic_folder, write_json
 from compressor.model.checkpoint import CHECKPOINT
 from compressor.storage import container
-from compressor.storage.codec import Codec
-from compressor.storage.collection import CollectionWriter
 
 PASSAGE = "We study the conductivity of thin films at low temperature."
 Write = Callable[[Path], None]
@@ -67,11 +64,6 @@ def writers(material: Path, tiny_compressor: Any, tiny_base_folder: Path) -> dic
         with output_folder(config, {"rows": [], "figures": [], "notes": []}):
             pass
 
-    def collected(path: Path) -> None:
-        writer = CollectionWriter(path, Codec.parse("bf16"))
-        writer.begin(memory)
-        writer.write([f"m{len(list(path.iterdir()))}"], [PASSAGE], [memory])
-
     def corpus(path: Path) -> None:
         build_corpus(CorpusConfig(source=str(material / "corpus.jsonl"), output=str(path)), overwrite=True)
 
@@ -92,14 +84,13 @@ def writers(material: Path, tiny_compressor: Any, tiny_base_folder: Path) -> dic
         "compress": compressed,
         "checkpoint": tiny_compressor.save_pretrained,
         "evaluation": evaluated,
-        "collection": collected,
         "corpus": corpus,
         "questions": questions,
     }
 
 
 FILES = ("json", "container", "memory", "plot", "pack", "compress")
-FOLDERS = ("checkpoint", "evaluation", "collection", "corpus", "questions")
+FOLDERS = ("checkpoint", "evaluation", "corpus", "questions")
 
 
 def tree(folder: Path) -> dict[str, bytes]:
@@ -172,7 +163,7 @@ def test_own_output_with_a_strangers_file_in_it_stays(write_folder: Write, tmp_p
     (target / "notes").mkdir()
     (target / "notes" / "thesis.tex").write_text("...")
     before = tree(tmp_path)
-    with contextlib.suppress(CompressorError):  # a collection has nothing to replace
+    with pytest.raises(CompressorError):
         write_folder(target)
     after = tree(tmp_path)
     assert {name: after[name] for name in before} == before
@@ -337,8 +328,8 @@ def test_a_limit_on_sizes_is_told_and_keeps_what_was_there(
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     said = f"{raised.value}{capsys.readouterr().err}"
-    assert f"{target.name} could not be written (File too large)" in said or "collection" in request.node.name
-    assert "what was there is unchanged: free some space" in said or "collection" in request.node.name
+    assert f"{target.name} could not be written (File too large)" in said
+    assert "what was there is unchanged: free some space" in said
     assert tree(tmp_path) == before
 
 

@@ -18,7 +18,7 @@ from compressor.api import Compressor
 from compressor.data.batches import regeneration_pair, stack_pairs
 from compressor.errors import CompressorError
 from compressor.methods import table as registry
-from compressor.methods.interface import MemoryMethod, Method, MethodSettings, Piece, TokenMethod, token_prefix
+from compressor.methods.interface import MemoryMethod, Method, MethodSettings, Piece, TokenMethod
 from compressor.methods.keywords import Keywords, with_new_words
 from compressor.methods.recite import recited_prefix
 from compressor.methods.summary import Summary, textrank
@@ -34,7 +34,7 @@ from compressor.model import generation
 from compressor.model.base import Base, load_base
 from compressor.model.config import BaseConfig
 from compressor.model.encoder import pad
-from compressor.model.generation import after, generate, label_nats, score
+from compressor.model.generation import after, generate, label_nats, score, token_prefix
 from compressor.model.layouts import memory_positions
 from compressor.model.memory import Memory, memory_prefix
 from compressor.model.table import METHODS, layouts_of
@@ -246,32 +246,6 @@ def test_segments_that_stand_in_for_a_passage_follow_each_other(make_tiny_compre
     placed, start = memory.positions()
     assert placed.tolist() == list(range(12))
     assert int(start) == 12
-
-
-@pytest.fixture
-def text_encoder(tmp_path: Path, tiny_base: Base) -> str:
-    """A saved random DistilBERT that takes 32 tokens."""
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-    from transformers import DistilBertConfig, DistilBertModel, PreTrainedTokenizerFast
-
-    letters = [chr(code) for code in range(33, 127)]
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *letters, *(f"##{letter}" for letter in letters)]
-    tokenizer = Tokenizer(models.WordPiece({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-    )
-    folder = tmp_path / "text-encoder"
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
-    ).save_pretrained(folder)
-    torch.manual_seed(0)
-    config = DistilBertConfig(
-        vocab_size=len(words), dim=24, hidden_dim=48, n_layers=2, n_heads=2, max_position_embeddings=32
-    )
-    DistilBertModel(config).save_pretrained(folder)
-    return str(folder)
 
 
 def test_sentence_embedding_by_a_text_encoder(

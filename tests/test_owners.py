@@ -56,7 +56,7 @@ def commands(tmp_path: Path, training_options: list[str], tiny_compressor: Any, 
     model = ["--checkpoint", str(checkpoint), "--base", base]
     return {
         "train": lambda output: train_main([*training_options, "--training.steps=1", f"--output={output}"]),
-        "compress": lambda output: cli(["compress", corpus[1], f"--output={output}", *model]),
+        "index": lambda output: cli(["index", corpus[1], f"--output={output}", "--encoder=bm25", *model]),
         "evaluate": lambda output: evaluate_main(
             [*model, f"--data={corpus[1]}", "--lengths", "12", "--limit", "1", f"--output={output}"]
         ),
@@ -66,7 +66,7 @@ def commands(tmp_path: Path, training_options: list[str], tiny_compressor: Any, 
     }
 
 
-@pytest.mark.parametrize("name", ["train", "compress", "evaluate", "corpus"])
+@pytest.mark.parametrize("name", ["train", "index", "evaluate", "corpus"])
 def test_the_second_is_refused_and_told_of_the_first_which_a_kill_ends(
     name: str,
     tmp_path: Path,

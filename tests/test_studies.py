@@ -29,10 +29,10 @@ from compressor.evaluation.studies.efficiency import (
     shape_of,
 )
 from compressor.evaluation.studies.utilisation import hidden_from, permutation_test, probe, verdict, without_token
-from compressor.methods.interface import MemoryMethod, token_prefix
+from compressor.methods.interface import MemoryMethod
 from compressor.model.base import load_base
 from compressor.model.config import BaseConfig
-from compressor.model.generation import decode, score, stream
+from compressor.model.generation import decode, score, stream, token_prefix
 from compressor.model.lora import WRITER
 from compressor.model.memory import empty_prefix
 

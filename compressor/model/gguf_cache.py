@@ -49,7 +49,7 @@ def cache_folders() -> list[Path]:
     return [*(place / "kv-compressor" / "bases" for place in places), fallback / "bases"]
 
 
-def _writable_cache() -> Path:
+def writable_cache() -> Path:
     """The first cache folder that can be written, made if need be."""
     first, *others = cache_folders()
     reason: OSError
@@ -112,7 +112,7 @@ def converted(name: str, digest: str, origin: str, source: Callable[[Path], Path
     if (found := cached(digest)) is not None:
         return found
     _require_gguf()
-    cache = _writable_cache()
+    cache = writable_cache()
     target = cache / f"{Path(name).stem}-{digest[:16]}"
     lock = FileLock(cache / f".{target.name}.lock")
     try:

@@ -144,7 +144,9 @@ class Calibration:
                     f"the calibration was fitted on memories of another {name} ({str(getattr(self, name))[:12]}) than "
                     f"this one ({str(getattr(memory, name))[:12]}): run `compressor calibrate` for this compressor"
                 )
-        if self.compressor and memory.compressor and self.compressor != memory.compressor:
+        # Of NAME@HASH the hash counts: one compressor goes by several names.
+        ours, theirs = (one.rpartition("@")[2] for one in (self.compressor, memory.compressor))
+        if self.compressor and memory.compressor and ours != theirs:
             raise CompressorError(
                 f"the calibration was fitted on memories of another compressor ({self.compressor}) than this one "
                 f"({memory.compressor}): run `compressor calibrate` for this compressor"

@@ -1,7 +1,8 @@
-"""What is in a memory file, a collection or a calibration, and where its bytes go (`compressor inspect`)."""
+"""What is in a memory file, a store or a calibration, and where its bytes go (`compressor inspect`)."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from compressor.errors import CompressorError
 from compressor.storage import container
 from compressor.storage import memory_file as artifact
 from compressor.storage.calibration import Calibration
-from compressor.storage.collection import Collection, is_collection
+from compressor.storage.store import Store, is_store
 
 
 def byte_ledger(path: str | Path) -> dict[str, int]:
@@ -25,7 +26,7 @@ def byte_ledger(path: str | Path) -> dict[str, int]:
 
 
 def describe(path: str | Path) -> str:
-    """What is in a memory file, a collection or a calibration, and where its bytes go.
+    """What is in a memory file, a store or a calibration, and where its bytes go.
 
     Raises:
         CompressorError: none of these, or damaged.
@@ -39,18 +40,21 @@ def describe(path: str | Path) -> str:
 
 
 def _described(path: str | Path) -> str:
-    if is_collection(path):
-        collection = Collection(path)
-        ledger = collection.ledger()
-        head = f"collection of {ledger.pop('memories'):,} memories in {ledger.pop('shards'):,} shards"
-        rows = _origin(collection.settings) | {"tokens": f"{ledger.pop('passage_tokens'):,} of text"}
-        if shares := sorted(collection.fidelities().values()):
+    if is_store(path):
+        store = Store.open(path)
+        fidelities, origins, sizes, tokens, coded = store.columns("fidelity", "source", "bytes", "tokens", "coded")
+        head, size = f"store of {len(sizes):,} memories", sum(sizes)
+        kept = "kept" if store.manifest["keep_text"] else "not kept"
+        rows = _origin(store.manifest) | {"tokens": f"{sum(tokens):,} of text, which is {kept}"}
+        rows["found by"] = store.manifest["encoder"]["name"]
+        if shares := sorted(share for share in fidelities if share is not None):
             middle = shares[len(shares) // 2]
             rows["comes back"] = f"{middle:.1%} of a text (median of {len(shares):,}), at least {shares[0]:.1%}"
-        for source in collection.sources():
+        for source in (json.loads(one) for one in dict.fromkeys(origins) if one):
             name, text = f"from {source['name']}", f"{source['records']:,} records {source['sha256'][:12]}"
             rows[name] = f"{rows[name]}; {text}" if name in rows else text
-        size = ledger.pop("passage_bytes")
+        files = sum(one.stat().st_size for one in Path(path).rglob("*") if one.is_file())
+        ledger = {"memories": sum(coded), "other": files - sum(coded)}
     elif container.kind(path) == "calibration":
         found = Calibration.load(path)
         head, size = f"calibration {found.digest[:12]}, fitted on {found.passages:,} passages", 0

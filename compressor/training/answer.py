@@ -14,9 +14,8 @@ from compressor.data.batches import IGNORED, answer_pair, padded_width, regenera
 from compressor.data.instructions import Prompt, load_prompt
 from compressor.data.questions import load_questions
 from compressor.errors import CompressorError
-from compressor.methods.interface import token_prefix
 from compressor.model.encoder import pad
-from compressor.model.generation import after, generate, label_nats
+from compressor.model.generation import after, generate, label_nats, token_prefix
 from compressor.model.memory import Prefix, empty_prefix
 from compressor.processes import summed
 from compressor.progress import note

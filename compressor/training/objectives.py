@@ -15,8 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from compressor.api import Compressor
 from compressor.data.batches import IGNORED
-from compressor.methods.interface import token_prefix
-from compressor.model.generation import label_nats, logits_at
+from compressor.model.generation import label_nats, logits_at, token_prefix
 from compressor.model.memory import Prefix
 from compressor.model.network import Network
 

@@ -26,9 +26,9 @@ from compressor.evaluation.flops import Cost, Setting, Shape
 from compressor.evaluation.report import figure
 from compressor.evaluation.settings import EfficiencySettings
 from compressor.evaluation.studies import Findings
-from compressor.methods.interface import check_tokens, token_prefix
+from compressor.methods.interface import check_tokens
 from compressor.model.checkpoint import compressor_fingerprint
-from compressor.model.generation import stream
+from compressor.model.generation import stream, token_prefix
 from compressor.model.lora import READER, WRITER
 from compressor.model.memory import memory_prefix
 from compressor.progress import Progress
