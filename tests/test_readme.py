@@ -128,7 +128,7 @@ def test_data_commands_are_valid(line: str, monkeypatch: pytest.MonkeyPatch) -> 
 
 ELSEWHERE = ("docs/training.md", "docs/tasks.md")
 """Pages whose commands are run by other tests (test_tasks_page.py)."""
-SHORT = {"calibrate": ["--limit", "16", "--lengths", "64"], "compress": ["--no_measure"]}
+SHORT = {"index": ["--no_measure"], "calibrate": ["--limit", "16", "--lengths", "64"], "compress": ["--no_measure"]}
 """What makes a command quick."""
 
 
