@@ -355,7 +355,7 @@ def test_the_command_resumes_after_sigkill_and_appends(
 def test_a_calibrated_store_carries_its_calibration(
     model: Compressor, checkpoint: Path, passages: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from compressor.storage.memory_file import compressor_name
+    from compressor.model.checkpoint import compressor_name
 
     ids = model.base.tokenizer(list(passages.values()), add_special_tokens=False)["input_ids"]
     fitted = calibrate(model, ids, sensitivity_passages=4, compressor_name=compressor_name(model, str(checkpoint)))
