@@ -22,6 +22,7 @@ from compressor.packing.table import TEXT_CODECS
 from compressor.packing.text_codecs import (
     MAGIC,
     Embedding,
+    Options,
     Words,
     Writer,
     fitting,
@@ -57,9 +58,11 @@ def load(tiny_base_folder: Path, checkpoint: str) -> Load:
         if key not in made:
             made[key] = text_codec(
                 name,
-                str(tiny_base_folder),
-                partial(Compressor.from_pretrained, checkpoint),
-                **{"tokens": 4, **settings},
+                Options(
+                    str(tiny_base_folder),
+                    partial(Compressor.from_pretrained, checkpoint),
+                    **{"tokens": 4, **settings},
+                ),
             )
         return made[key]
 
