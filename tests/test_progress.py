@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import time
 import warnings
 from collections.abc import Iterator
@@ -116,6 +117,14 @@ def test_every_command_takes_both_switches(name: str, capsys: pytest.CaptureFixt
     said = capsys.readouterr().out
     assert "-q, --quiet" in said
     assert "-v, --verbose" in said
+    example = said.rpartition("example:\n  ")[2]
+    assert re.match(rf"(compressor {name}|(python|accelerate launch) {name}\.py) ", example)
+
+
+def test_commands_are_listed_in_groups_with_a_line_each(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli([]) == 2
+    listed = re.findall(r"^  (\w+)  +\S", capsys.readouterr().out, re.M)
+    assert sorted(listed) == sorted(COMMANDS)
 
 
 @pytest.mark.parametrize(

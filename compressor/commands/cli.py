@@ -18,16 +18,17 @@ from typing import TYPE_CHECKING, Any
 
 from compressor.commands import memory as command
 from compressor.commands.pack import main as pack_main
+from compressor.commands.usage import EXAMPLES, usage
 from compressor.data.prompts import QUESTION
 from compressor.errors import CompressorError, unknown
 from compressor.files import atomic_file, check_file, owned
-from compressor.model.bases import NAMED, WITHOUT
+from compressor.model.bases import NAMED, WITHOUT, made_with
 from compressor.model.bases import fetch as fetch_base
 from compressor.model.config import BaseConfig, BaseMismatch
 from compressor.parsing import parse_config
 from compressor.progress import note
 from compressor.provenance import VERSION
-from compressor.streams import check_output, exits_cleanly, write_output
+from compressor.streams import check_output, exits_cleanly, shows_example, write_output
 
 if TYPE_CHECKING:
     from compressor.model.base import Base
@@ -138,8 +139,9 @@ class MemoryOptions:
     """Which memory of a store."""
     calibration: str | None = None
     """Calibration of the memory's codec, if it is not beside it as calibration.safetensors."""
-    base: str = "models/arxiv-mini/base"
-    """The frozen base it was made with: folder, hub id, GGUF file or name. Adapters are not needed."""
+    base: str = ""
+    """The frozen base it was made with: folder, hub id, GGUF file or name; by default the one of the bundled compressors
+    with its weights. Adapters are not needed."""
     base_mismatch: BaseMismatch = "refuse"
     """allow: read the memory with a base of other weights than made it, with a warning."""
     tokens: int | None = None
@@ -173,7 +175,7 @@ def _memory_and_base(options: MemoryOptions) -> tuple[Memory, Base]:
         note(f"note: {memory.fidelity:.1%} of the text comes back from this memory; {kept}")
     if options.tokens is not None:
         memory = memory.truncate(options.tokens)
-    base = load_base(BaseConfig(path=options.base), options.device)
+    base = load_base(BaseConfig(path=options.base or made_with(memory.base_fingerprint)), options.device)
     if options.base_mismatch == "allow":
         return on_base(memory, base), base
     check_base(memory, base)
@@ -369,6 +371,20 @@ def serve(argv: list[str]) -> int:
     return 0
 
 
+def train(argv: list[str]) -> int:
+    """train a compressor; the same as train.py"""
+    from compressor.commands.train import train_main
+
+    return train_main(argv)
+
+
+def evaluate(argv: list[str]) -> int:
+    """measure a compressor: regeneration, questions, tasks, studies; the same as evaluate.py"""
+    from compressor.commands.evaluate import evaluate_main
+
+    return evaluate_main(argv)
+
+
 def demo(argv: list[str]) -> int:
     """compress an example or a text of yours and show what comes back; --web opens a page"""
     from compressor.commands.demo import demo_main
@@ -378,6 +394,8 @@ def demo(argv: list[str]) -> int:
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "demo": demo,
+    "train": train,
+    "evaluate": evaluate,
     "fetch": fetch,
     "compress": compress,
     "index": index,
@@ -395,21 +413,6 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
 }
 
 
-def usage() -> str:
-    """What `compressor --help` prints."""
-    width = max(map(len, COMMANDS))
-    lines = [f"  {name:<{width}}  {(command.__doc__ or '').strip()}" for name, command in COMMANDS.items()]
-    return "\n".join(
-        [
-            "usage: compressor COMMAND [options]",
-            "",
-            *lines,
-            "",
-            "compressor COMMAND --help lists its options.",
-        ]
-    )
-
-
 @exits_cleanly
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the sub-command that `argv` (by default the process's own arguments) names first.
@@ -418,7 +421,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(usage())
+        print(usage({name: command.__doc__ or "" for name, command in COMMANDS.items()}))
         return 0 if arguments else 2
     if arguments[0] == "--version":
         print(f"compressor {VERSION}")
@@ -426,7 +429,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = COMMANDS.get(arguments[0])
     if command is None:
         raise unknown("command", arguments[0], COMMANDS)
-    return command(arguments[1:])
+    return shows_example(EXAMPLES.get(arguments[0], ""))(command)(arguments[1:])
 
 
 if __name__ == "__main__":

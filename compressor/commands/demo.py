@@ -8,10 +8,11 @@ import sys
 from compressor.commands.options import DemoConfig
 from compressor.commands.shown import show
 from compressor.parsing import parse_config
-from compressor.streams import check_output, exits_cleanly, shows_unicode, write_output
+from compressor.streams import check_output, exits_cleanly, shows_example, shows_unicode, write_output
 
 
 @exits_cleanly
+@shows_example("python demo.py --text notes.txt --question 'What is proposed?'")
 def demo_main(argv: list[str] | None = None) -> int:
     """Entry point of `demo.py`; returns the exit status."""
     flags = {"json": "print one JSON object instead of text", "web": "open a page in the browser (extra web)"}

@@ -13,13 +13,14 @@ from compressor.evaluation.settings import EvaluationConfig
 from compressor.evaluation.table import entry, readers
 from compressor.files import owned
 from compressor.parsing import known_keys, parse_config, read_yaml
-from compressor.streams import exits_cleanly
+from compressor.streams import exits_cleanly, shows_example
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
 @exits_cleanly
+@shows_example("python evaluate.py --task regeneration --data arxiv-test --lengths 96 --limit 10 --output outputs/it")
 def evaluate_main(argv: list[str] | None = None) -> int:
     """Entry point of `evaluate.py`; returns the exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)

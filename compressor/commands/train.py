@@ -14,7 +14,7 @@ from compressor.files import atomic_file, make_folder, owned, read_json, write_j
 from compressor.parsing import RENAMED, parse_config, read_yaml
 from compressor.progress import note
 from compressor.provenance import run_record
-from compressor.streams import exits_cleanly
+from compressor.streams import exits_cleanly, shows_example
 from compressor.training.config import RunConfig
 
 FREE_TO_CHANGE = {
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 
 @exits_cleanly
+@shows_example("accelerate launch train.py --config configs/smollm2-135m/regenerate.yaml --data.train my.jsonl")
 def train_main(argv: list[str] | None = None) -> int:
     """Entry point of `train.py`; returns the exit status: 0 when finished or stopped by a signal after saving."""
     config, flags = parse_config(

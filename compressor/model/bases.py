@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 
 from compressor.errors import CompressorError
-from compressor.files import bundled, sha256
+from compressor.files import bundled, read_json, sha256
 from compressor.model.gguf_cache import SourceError, cached, converted
 from compressor.progress import note_once
 
@@ -115,6 +115,12 @@ def at_hand(name: str) -> bool:
     """Whether a named base loads without the hub."""
     known = NAMED[name]
     return bool(cached(known.sha256) or _installed(known))
+
+
+def made_with(fingerprint: str) -> str:
+    """`base.path` of the bundled compressors' base with these weights; of the small one if there is none."""
+    bases = [read_json(bundled(f"{checkpoint}/compressor.json"))["base"] for checkpoint in (FLAGSHIP, WITHOUT)]
+    return next((base["path"] for base in bases if base["fingerprint"] == fingerprint), bases[-1]["path"])
 
 
 def remedy(path: str) -> str:
