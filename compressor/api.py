@@ -15,11 +15,13 @@ from compressor.methods.recite import recited_prefix
 from compressor.methods.table import encoder_class
 from compressor.model import generation
 from compressor.model.base import Base
+from compressor.model.card import evaluated, push
 from compressor.model.checkpoint import find_base, load_weights, read_settings, save_checkpoint
 from compressor.model.config import CompressorConfig
 from compressor.model.fidelity import compress_to_fidelity, noted
 from compressor.model.memory import Memory, memory_prefix
 from compressor.model.network import Network
+from compressor.progress import note
 
 
 class Compressor(Network):
@@ -33,6 +35,8 @@ class Compressor(Network):
 
     def __init__(self, base: Base, config: CompressorConfig, seed: int = 0):
         super().__init__(base, config, encoder_class(config.method), seed)
+        self.about: dict[str, Any] = {}
+        """What a model card says besides the settings: license, datasets, evaluation."""
 
     # A str is a Sequence[str] too: the first overload comes first on purpose.
     @overload
@@ -149,14 +153,40 @@ class Compressor(Network):
         answers = generation.answer(self.base, prefix, asked, **options)
         return answers[0].text if single else [one.text for one in answers]
 
-    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
-        """Write adapter, encoder, settings and a card, never base weights, atomically.
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        dtype: torch.dtype | None = None,
+        *,
+        evaluation: str | Path | None = None,
+        datasets: Sequence[str] | None = None,
+        license: str | None = None,
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+        **hub: Any,
+    ) -> None:
+        """Write adapter, encoder, settings and a model card, never base weights, atomically.
 
         Args:
             folder: replaced if it exists.
             dtype: round the trained weights to this type; by default they are kept as they are (float32).
+            evaluation: output folder of evaluate.py, whose figures the card shows.
+            datasets, license: of the card. What is not given stays as it was in the checkpoint that was loaded.
+            push_to_hub: upload the folder, too; needs `hf auth login` or `token`.
+            repo_id: USER/NAME on the hub; by default the folder's name.
+            hub: private, token, revision, commit_message, as of `huggingface_hub`.
+
+        Raises:
+            CompressorError: it cannot be written, or the hub does not take it (then it is written here all the same).
         """
-        save_checkpoint(self, folder, dtype)
+        if hub and not push_to_hub:
+            raise CompressorError(f"{', '.join(sorted(hub))} is of the hub: give push_to_hub=True, or leave it out")
+        found = None if evaluation is None else evaluated(evaluation, self.config.method)
+        given = {"license": license, "datasets": datasets and list(datasets), "evaluation": found}
+        self.about |= {name: value for name, value in given.items() if value is not None}
+        save_checkpoint(self, folder, dtype, self.about)
+        if push_to_hub:
+            note(f"pushed to {push(folder, repo_id, **hub)}")
 
     def load_trainable(self, folder: str | Path) -> None:
         """Read what `save_pretrained` wrote into this compressor, exactly."""
@@ -190,7 +220,9 @@ class Compressor(Network):
             CompressorError: no such checkpoint, a damaged one, or another base than it was trained with.
         """
         folder, chosen = find_base(path, base, device, dtype, revision, attention, quantization, base_mismatch)
-        model = cls(chosen, CompressorConfig(**read_settings(folder)["config"]))
+        settings = read_settings(folder)
+        model = cls(chosen, CompressorConfig(**settings["config"]))
+        model.about = dict(settings.get("about", {}))
         load_weights(model, folder)
         return model.eval()
 

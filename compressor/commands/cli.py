@@ -140,8 +140,8 @@ class MemoryOptions:
     calibration: str | None = None
     """Calibration of the memory's codec, if it is not beside it as calibration.safetensors."""
     base: str = ""
-    """The frozen base it was made with: folder, hub id, GGUF file or name; by default the one of the bundled compressors
-    with its weights. Adapters are not needed."""
+    """The frozen base it was made with: folder, hub id, GGUF file or name; by default that of the bundled compressors
+    which has its weights. Adapters are not needed."""
     base_mismatch: BaseMismatch = "refuse"
     """allow: read the memory with a base of other weights than made it, with a warning."""
     tokens: int | None = None
@@ -175,7 +175,7 @@ def _memory_and_base(options: MemoryOptions) -> tuple[Memory, Base]:
         note(f"note: {memory.fidelity:.1%} of the text comes back from this memory; {kept}")
     if options.tokens is not None:
         memory = memory.truncate(options.tokens)
-    base = load_base(BaseConfig(path=options.base or made_with(memory.base_fingerprint)), options.device)
+    base = load_base(BaseConfig(path=options.base or made_with(memory.base)), options.device)
     if options.base_mismatch == "allow":
         return on_base(memory, base), base
     check_base(memory, base)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -18,6 +19,7 @@ from compressor.errors import CompressorError, as_path, require
 from compressor.files import FolderKind, atomic_folder, bundled, read_json, sha256, unreadable, write_json
 from compressor.model.base import Base, load_base
 from compressor.model.bases import NAMED, default_checkpoint
+from compressor.model.card import model_card
 from compressor.model.config import BaseConfig, BaseMismatch, CompressorConfig
 from compressor.model.fingerprints import public_name
 from compressor.model.lora import READER
@@ -60,8 +62,10 @@ def compressor_name(network: Network, checkpoint: str) -> str:
     return f"{public_name(checkpoint)}@{compressor_fingerprint(network)}"
 
 
-def save_checkpoint(model: Network, folder: str | Path, dtype: torch.dtype | None = None) -> None:
-    """Write a checkpoint folder, atomically; see `Compressor.save_pretrained`."""
+def save_checkpoint(
+    model: Network, folder: str | Path, dtype: torch.dtype | None = None, about: Mapping[str, Any] | None = None
+) -> None:
+    """Write a checkpoint folder, atomically; see `Compressor.save_pretrained`, which says what is known `about` it."""
     if dtype is not None:
         check_dtype(dtype)
     with atomic_folder(folder, CHECKPOINT) as path:
@@ -83,20 +87,19 @@ def save_checkpoint(model: Network, folder: str | Path, dtype: torch.dtype | Non
                 files.append((part / ADAPTER).relative_to(path).as_posix())
         state = {name: value.to(dtype=dtype).contiguous() for name, value in model.encoder.state_dict().items()}
         save_file(state, path / ENCODER)
-        (path / "README.md").write_text(_card(model), encoding="utf-8")
-        write_json(
-            path / "compressor.json",
-            {
-                "format": FORMAT,
-                "version": VERSION,
-                "base": _base_record(model.base),
-                "config": asdict(model.config),
-                "files": {name: sha256(path / name) for name in files},
-                **(
-                    {} if model.encoder.frozen_fingerprint is None else {TEXT_ENCODER: model.encoder.frozen_fingerprint}
-                ),
-            },
-        )
+        trained = sum(weight.numel() for weight in model.trainable_state().values())
+        settings = {
+            "format": FORMAT,
+            "version": VERSION,
+            "base": _base_record(model.base),
+            "config": asdict(model.config),
+            "files": {name: sha256(path / name) for name in files},
+            "parameters": {"trained": trained, "base": sum(p.numel() for p in model.parameters()) - trained},
+            "about": dict(about or {}),
+            **({} if model.encoder.frozen_fingerprint is None else {TEXT_ENCODER: model.encoder.frozen_fingerprint}),
+        }
+        (path / "README.md").write_text(model_card(settings), encoding="utf-8")
+        write_json(path / "compressor.json", settings)
 
 
 def _base_record(base: Base) -> dict[str, Any]:
@@ -111,20 +114,6 @@ def _base_record(base: Base) -> dict[str, Any]:
         # The type weights had when they were quantised is part of what is kept of them.
         record["dtype"] = str(base.dtype).removeprefix("torch.")
     return record
-
-
-def _card(model: Network) -> str:
-    config = model.config
-    trainable = sum(p.numel() for p in model.trainable_state().values())
-    base_parameters = sum(p.numel() for p in model.parameters()) - trainable
-    return (
-        "---\nlibrary_name: peft\ntags: [prompt-compression]\n---\n# Prompt compressor\n\n"
-        f"Method `{config.method}`: {config.memory_tokens} memory tokens, layout `{config.layout}`, "
-        f"{config.passage_attention} passage attention, LoRA rank {config.lora_rank if model.peft else 0}"
-        + (f" and {config.writer_rank} for memory tokens" if model.has_writer else "")
-        + f"; {trainable:,} trained parameters, {trainable / base_parameters:.1%} of the base's.\n\n"
-        f"Base: `{public_name(model.base.name)}` (weights {model.base.fingerprint[:12]}).\n"
-    )
 
 
 def load_weights(model: Network, folder: Path) -> None:

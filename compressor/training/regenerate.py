@@ -260,7 +260,9 @@ class CompressionStage:
         }
 
     def save(self, folder: Path) -> None:
-        self.module.save_pretrained(folder)
+        sources = map(str, [*self.config.data.train, *self.config.data.questions])
+        # Of a file the name: folders of this machine are nobody's business.
+        self.module.save_pretrained(folder, datasets=[Path(one).name if Path(one).exists() else one for one in sources])
 
     def load(self, folder: Path) -> None:
         self.module.load_trainable(folder)
