@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 GROUPS = {
     "try": ("demo", "fetch"),
-    "memories": ("compress", "regenerate", "ask", "inspect", "index", "calibrate"),
-    "compressors": ("train", "evaluate", "serve"),
+    "memories": ("compress", "regenerate", "ask", "inspect", "index", "serve", "calibrate", "transcribe"),
+    "compressors": ("train", "evaluate"),
     "data": ("corpus", "questions", "entities"),
     "text without loss": ("pack", "unpack"),
 }
@@ -20,11 +20,12 @@ EXAMPLES = {  # those of train, evaluate and demo stand where these scripts begi
     "inspect": "compressor inspect notes.memory",
     "index": "compressor index corpus.jsonl --output store/",
     "calibrate": "compressor calibrate arxiv-train -o calibration.safetensors",
+    "transcribe": "compressor transcribe speech.wav",
     "corpus": "compressor corpus --config configs/corpora/arxiv-snapshot.yaml --source FILE --output outputs/arxiv",
     "questions": "compressor questions --config configs/corpora/arxivqa-rules.yaml --source outputs/arxiv "
     "--output outputs/questions",
     "entities": "compressor entities texts.jsonl --output outputs/entities.jsonl",
-    "serve": "compressor serve notes.memory --base smollm2-135m",
+    "serve": "compressor serve --memories outputs/memories --port 8000",
     "pack": "compressor pack notes.txt",
     "unpack": "compressor unpack notes.txt.cz",
 }
