@@ -66,6 +66,14 @@ def unknown_key(key: str, config: type, source: str, prefix: str = "") -> str:
     return f"{source}: there is no setting {key}{hint}"
 
 
+def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted keys."""
+    found: dict[str, Any] = {}
+    for key, value in settings.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return found
+
+
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """Read a YAML mapping; anything else is a `CompressorError` that names the file."""
     try:

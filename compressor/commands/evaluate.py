@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shlex
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from compressor.errors import CompressorError
+from compressor.errors import CompressorError, lacking
 from compressor.evaluation.settings import EvaluationConfig
 from compressor.evaluation.table import entry, readers
 from compressor.files import owned
-from compressor.parsing import known_keys, parse_config, read_yaml
+from compressor.parsing import flat, known_keys, parse_config, read_yaml
+from compressor.provenance import commit, versions
 from compressor.streams import exits_cleanly, shows_example
 
 if TYPE_CHECKING:
@@ -31,8 +34,11 @@ def evaluate_main(argv: list[str] | None = None) -> int:
         {
             "overwrite": "replace the output folder if it holds an earlier evaluation",
             "resume": "go on with an evaluation that was interrupted, if there is one in the output folder",
+            "wandb": "give settings, table and figures to wandb as a run of its own, too (extra tracking)",
         },
     )
+    if flags.wandb and importlib.util.find_spec("wandb") is None:
+        raise lacking("--wandb", "wandb", "tracking")
     # Imported after the settings are known to be good: torch and transformers take seconds.
     from compressor.evaluation.report import published_table, text_table
     from compressor.evaluation.runner import evaluate
@@ -49,11 +55,28 @@ def evaluate_main(argv: list[str] | None = None) -> int:
         if getattr(config, "published", False):
             print("\n" + published_table())
         print(f"wrote {config.output}")
+        if flags.wandb:
+            track(metrics, asdict(config))
     # A process that ends with an error makes the launcher stop the others: none may leave before the output is written,
     # and a process group that is still open at exit sometimes aborts the process.
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return 0
+
+
+def track(metrics: dict[str, Any], settings: dict[str, Any]) -> None:
+    """Give an evaluation to wandb: settings, a table of its rows, and each row's figures in the run's summary."""
+    import wandb
+
+    known = {"commit": commit(), **{f"versions.{name}": value for name, value in versions().items()}}
+    run = wandb.init(project="compressor", job_type="evaluation", config=flat(settings) | known)
+    rows, keys = metrics["rows"], ("method", "dataset", "part", "tokens", "length")
+    columns = [*keys, "n", *metrics["figures"]]
+    run.log({"rows": wandb.Table(columns=columns, data=[[row.get(name) for name in columns] for row in rows])})
+    for row in rows:
+        place = "/".join(str(row[key]) for key in keys if row.get(key) is not None)
+        run.summary.update({f"{place}/{name}": row[name] for name in metrics["figures"] if row.get(name) is not None})
+    run.finish()
 
 
 def chosen_settings(argv: Sequence[str]) -> type[EvaluationConfig]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from compressor.files import atomic_file, make_folder, owned, read_json, write_json
-from compressor.parsing import RENAMED, parse_config, read_yaml
+from compressor.parsing import RENAMED, flat, parse_config, read_yaml
 from compressor.progress import note
 from compressor.provenance import run_record
 from compressor.streams import exits_cleanly, shows_example
@@ -75,8 +75,8 @@ def record_start(config: RunConfig, step: int, processes: int, stage: Stage) -> 
     output, settings = Path(config.output), asdict(config)
     stored = output / "config.yaml"
     if step and stored.exists():
-        before = {RENAMED.get(key, key): value for key, value in _flat(read_yaml(stored)).items()}
-        now = _flat(settings)
+        before = {RENAMED.get(key, key): value for key, value in flat(read_yaml(stored)).items()}
+        now = flat(settings)
         for key in sorted(key for key in now if before.get(key) != now[key] and key not in FREE_TO_CHANGE):
             note(f"note: {key} was {before.get(key)!r} before step {step} and is {now[key]!r} from here on")
     starts = read_json(output / "run.json") if step and (output / "run.json").exists() else []
@@ -85,13 +85,6 @@ def record_start(config: RunConfig, step: int, processes: int, stage: Stage) -> 
     write_json(output / "run.json", [*starts, record])
     with atomic_file(stored) as path:
         path.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
-
-
-def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
 
 
 def make_stage(config: RunConfig, accelerator: Accelerator) -> Stage:

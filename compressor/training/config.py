@@ -119,6 +119,8 @@ class TrainingConfig:
     """Continue from the newest checkpoint in `output`."""
     trackers: list[Literal["wandb", "tensorboard"]] = field(default_factory=list)
     """Also log to these (needs the `tracking` extra)."""
+    log_model: bool = False
+    """Give the finished compressor to wandb as an artifact."""
     threads: int | None = None
     """CPU threads of each process; by default what torch chooses."""
 

@@ -28,6 +28,7 @@ from compressor.training.config import RunConfig, TrainingConfig
 from compressor.training.log import RunLog
 from compressor.training.optimizers import make_optimizer
 from compressor.training.stage import Batch, Stage, TrainingState
+from compressor.training.trackers import Wandb, start_trackers
 
 
 def learning_rate(step: int, config: TrainingConfig) -> float:
@@ -207,7 +208,9 @@ def train(
         _compile(stage, settings.compile, accelerator)
     module, prepared = accelerator.prepare(stage.module, optimizer)
     if settings.trackers:
-        accelerator.init_trackers("compressor", config={"output": config.output, "seed": config.seed})
+        start_trackers(accelerator, config, stage)
+    tracked = Wandb(accelerator)
+    figures: dict[str, float] = {}
     log, stop = RunLog(accelerator, config, state), StopSignal()
     stopping = False
     try:
@@ -229,6 +232,7 @@ def train(
             if finished or state.step % settings.validate_every == 0:
                 figures, samples = stage.validate(accelerator)
                 log.validation(figures, samples)
+                tracked.samples(state.step, samples)
                 state.note_validation(figures["loss"])
             best = state.best_step == state.step
             if finished or stopping or best or state.step % settings.checkpoint_every == 0:
@@ -238,6 +242,7 @@ def train(
             log.line(f"stopped by a signal after step {state.step}; go on with --training.resume true")
         else:
             checkpoints.export(stage)
+            tracked.finish(state, figures, Path(config.output) / "final" if settings.log_model else None)
     except WriteError as error:
         raise checkpoints.interrupted(error) from None
     finally:
