@@ -40,7 +40,13 @@ def test_they_hold_what_they_should_and_nothing_else(built: tuple[Path, Path], p
     with zipfile.ZipFile(wheel) as archive:
         inside = {name for name in archive.namelist() if ".dist-info/" not in name}
     code = {name for name in tracked if name.startswith("compressor/")}
-    carried = ("models/arxiv-mini/base/", "models/arxiv-mini/compressor/", "models/smollm2-135m/compressor/", "data/")
+    carried = (
+        "models/arxiv-mini/base/",
+        "models/arxiv-mini/compressor/",
+        "models/smollm2-135m/compressor/",
+        "configs/",
+        "data/",
+    )
     shipped = {name for name in tracked if name.startswith(carried) or name == "results/published.json"}
     assert inside == code | {f"compressor/shipped/{name}" for name in shipped}
     with tarfile.open(source) as archive:
