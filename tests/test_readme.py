@@ -208,6 +208,13 @@ def test_files_pictures_and_headings_it_names_exist(page: str) -> None:
         assert (ROOT / path).exists(), path
 
 
+def test_the_examples_of_things_to_add_are_those_that_are_tested() -> None:
+    tested = (ROOT / "tests" / "test_extensions.py").read_text(encoding="utf-8")
+    examples = re.findall(r"```python\n(.*?)```", PAGES["docs/architecture.md"], re.S)
+    assert len(examples) == 4
+    assert all(example in tested for example in examples)
+
+
 def test_the_guards_of_the_traps_exist() -> None:
     named = re.findall(r"`(tests/\w+\.py)::(\w+)`", PAGES["AGENTS.md"])
     assert len(re.findall(r"^\d+\. \*\*", PAGES["AGENTS.md"], re.M)) == 10 <= len(named)
