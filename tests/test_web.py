@@ -41,7 +41,9 @@ def test_sides_mark_what_is_missing_added_and_still_to_come() -> None:
     assert stripped(left) == [("a", None), ("b", "missing"), ("c", None), ("d e f", "missing")]
     assert stripped(right) == [("a", None), ("x", "added"), ("c", None)]
     left, right = sides("a b c d e f", "a x c y", finished=False)
-    assert stripped(left) == [("a", None), ("b", "missing"), ("c", None), ("d", "missing"), ("e f", "coming")]
+    assert stripped(left) == [("a", None), ("b", "missing"), ("c", None), ("d e f", "coming")]
+    assert stripped(right)[-1] == ("y", None)
+    assert stripped(sides("a b c d e f", "a x c y z", finished=False)[0])[-2:] == [("d", "missing"), ("e f", "coming")]
     assert "".join(words for words, _ in left) == "a b c d e f"
     assert sides("a b", "", finished=False) == ([("a b", "coming")], [])
 

@@ -349,6 +349,7 @@ def sides(
         in both or "added".
     """
     old, new = re.findall(r"\s*\S+", passage), re.findall(r"\s*\S+", regeneration)
+    begun = "" if finished or not new else new.pop()  # half a word is neither right nor wrong
     left: list[tuple[str, str | None]] = []
     right: list[tuple[str, str | None]] = []
     matcher = difflib.SequenceMatcher(a=[w.strip() for w in old], b=[w.strip() for w in new], autojunk=False)
@@ -361,7 +362,7 @@ def sides(
         else:
             left.append(("".join(old[a:b]), None if equal else "missing"))
         right.append(("".join(new[c:d]), None if equal else "added"))
-    return [one for one in left if one[0]], [one for one in right if one[0]]
+    return [one for one in left if one[0]], [one for one in [*right, (begun, None)] if one[0]]
 
 
 def texts(passage: str | None, regeneration: str, finished: bool, memory: Memory) -> str:
@@ -453,7 +454,7 @@ def reach_this_machine() -> None:
 
 def examples(model: Compressor) -> list[tuple[str, str, str]]:
     """Label, passage and question of each example to click; the question may be blank."""
-    named = {"Unseen abstract": "abstract", "Another": "2", "Published example": "published"}
+    named = {"Unseen abstract": "abstract", "Another one": "2", "Published": "published"}
     shipped = [(label, example(name)) for label, name in named.items()]
     chosen = [
         (label, one.text if one.question else beginning(model, one.text), one.question or "") for label, one in shipped
@@ -465,7 +466,7 @@ def examples(model: Compressor) -> list[tuple[str, str, str]]:
     code = (
         "def mean(values):\n    if not values:\n        raise ValueError('none')\n    return sum(values) / len(values)"
     )
-    return [*chosen, ("A life, a question", asked, "Where was Marie Curie born?"), ("Some code", code, "")]
+    return [*chosen, ("A life, a question", asked, "Where was Marie Curie born?"), ("Code", code, "")]
 
 
 def page(model: Compressor, folder: Path, text: str, question: str = "") -> Any:
@@ -507,7 +508,7 @@ def page(model: Compressor, folder: Path, text: str, question: str = "") -> Any:
                 passage = gr.Textbox(text, label="Passage", lines=7, max_lines=14, elem_id="kv-passage")
                 with gr.Row(elem_classes="kv-examples"):
                     shipped = examples(model)
-                    clicked = [(gr.Button(label, size="sm", min_width=125), rest) for label, *rest in shipped]
+                    clicked = [(gr.Button(label, size="sm", min_width=95), rest) for label, *rest in shipped]
             with gr.Column(scale=2, min_width=300):
                 label, note = "Memory tokens (k)", "Moving it truncates what is compressed already."
                 tokens = gr.Slider(1, most, most, step=1, label=label, info=note, elem_id="kv-tokens")
