@@ -200,7 +200,7 @@ class Compressor(Network):
         device: str | torch.device = "cpu",
         dtype: str = "float32",
         revision: str | None = None,
-        attention: str = "sdpa",
+        attention: str = "auto",
         quantization: str | None = None,
         base_mismatch: str = "refuse",
     ) -> Self:

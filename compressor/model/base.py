@@ -52,6 +52,7 @@ class Base(nn.Module):
         self.model, self.tokenizer, self.name = model, tokenizer, name
         self.quantization, self.revision = quantization, revision
         self.window = window_of(model.config)
+        self._compiled: Any = None
         self.model.requires_grad_(False)
         self.model.eval()
         if tokenizer.eos_token_id is None:
@@ -182,8 +183,20 @@ class Base(nn.Module):
         """A mask the attention implementation takes, from bool `[batch, queries, keys]` (True = may attend)."""
         if self.model.config._attn_implementation in ("sdpa", GROUPED):
             return allowed[:, None]
+        return self.additive_mask(allowed)
+
+    def additive_mask(self, allowed: Tensor) -> Tensor:
+        """The same as numbers to be added to scores, which every implementation takes: made once, not in each layer."""
         mask = torch.zeros_like(allowed, dtype=self.dtype)
         return mask.masked_fill(~allowed, torch.finfo(self.dtype).min)[:, None]
+
+    def compiled_model(self) -> Any:
+        """The model as `torch.compile` makes it: on a GPU with CUDA graphs, which decoding of few rows waits for."""
+        if self._compiled is None:
+            self._compiled = torch.compile(
+                self.model, dynamic=False, mode="reduce-overhead" if self.device.type == "cuda" else None
+            )
+        return self._compiled
 
     def hidden_states(
         self, embedded: Tensor, positions: Tensor, allowed: Tensor, cache: DynamicCache | None = None

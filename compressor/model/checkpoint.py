@@ -172,7 +172,7 @@ def find_base(
     device: str | torch.device,
     dtype: str,
     revision: str | None = None,
-    attention: str = "sdpa",
+    attention: str = "auto",
     quantization: str | None = None,
     base_mismatch: str = "refuse",
 ) -> tuple[Path, Base]:

@@ -18,6 +18,7 @@ from compressor.data.batches import IGNORED
 from compressor.data.prompts import QUESTION, question_ids
 from compressor.errors import CompressorError, require_whole
 from compressor.model.base import Base
+from compressor.model.decoding import Rows
 from compressor.model.encoder import encoder_attention, pad
 from compressor.model.memory import Memory, Prefix, empty_prefix, memory_prefix
 from compressor.progress import Progress, counted
@@ -167,14 +168,25 @@ def score(
     Returns:
         For each row float32 `[target tokens, 2]`: log-probability in nats, and 1 where the token is the first choice.
     """
-    logits = decode(base, prefix, _inputs(base, prompts, targets)).float()
+    ids = _inputs(base, prompts, targets)
+    where = torch.zeros_like(ids, dtype=torch.bool)
+    for row, prompt, target in zip(where, prompts, targets, strict=True):
+        row[len(prompt) - 1 : len(prompt) - 1 + len(target)] = True
+    wanted = torch.tensor([token for target in targets for token in target], device=base.device)
+    if base.plain_head:
+        states = _read(base, base.model.get_decoder(), prefix, ids).last_hidden_state[where]
+        chunks = (base.logits(chunk) for chunk in states.split(HEAD_ROWS))
+    else:
+        chunks = iter(decode(base, prefix, ids)[where].split(HEAD_ROWS))
     scores = []
-    for row, prompt, target in zip(range(len(logits)), prompts, targets, strict=True):
-        wanted = torch.tensor(list(target), device=base.device)
-        ours = logits[row, len(prompt) - 1 : len(prompt) - 1 + len(target)]
-        logprobs = ours.log_softmax(-1).gather(1, wanted[:, None])[:, 0]
-        scores.append(torch.stack([logprobs, (ours.argmax(-1) == wanted).float()], dim=1).cpu())
-    return scores
+    for logits, tokens in zip(chunks, wanted.split(HEAD_ROWS), strict=True):
+        scores.append(torch.stack([_logprobs(logits.float(), tokens), (logits.argmax(-1) == tokens).float()], dim=1))
+    return list(torch.cat(scores).cpu().split([len(target) for target in targets]))
+
+
+def _logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Natural log-probabilities `[rows]` of tokens `[rows]` by float32 logits `[rows, vocabulary]`."""
+    return logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(1)
 
 
 def label_scores(
@@ -223,6 +235,7 @@ def stream(
     limits: Sequence[int],
     sampling: Sampling | None = None,
     ends: bool = True,
+    compiled: bool = False,
 ) -> Iterator[list[tuple[int, float] | None]]:
     """Generate after prefix and prompt, a token a step for every row.
 
@@ -230,6 +243,7 @@ def stream(
         prompts: token ids for each row, at least one each; lengths may differ.
         limits: most new tokens for each row.
         ends: whether `Base.ends` end a row; without, every row is as long as its limit, which timings need.
+        compiled: compile the step (`torch.compile`), which takes a minute and pays on GPUs.
 
     Yields:
         For each row the new token and its log-probability, or None when the row has ended. EOS is yielded too.
@@ -239,56 +253,30 @@ def stream(
         raise CompressorError(f"sampling is {type(sampling).__name__}: give a Sampling(temperature=...)")
     if any(not prompt for prompt in prompts):
         raise CompressorError("generation needs at least one prompt token for each row (BOS asks for regeneration)")
-    batch, device = len(prompts), base.device
-    generators = [torch.Generator().manual_seed(sampling.seed) for _ in range(batch)]
-    widest = max(map(len, prompts))
     longest = [len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True)]
-    base.check_window(0, prefix.start + torch.tensor(longest, device=device) - 2)  # the last token is not read again
-    ids = torch.full((batch, widest), base.eos, device=device)
-    real = torch.zeros(batch, widest, dtype=torch.bool, device=device)
-    for row, prompt in enumerate(prompts):
-        ids[row, widest - len(prompt) :] = torch.tensor(list(prompt), device=device)
-        real[row, widest - len(prompt) :] = True
-    positions = (prefix.start[:, None] + real.cumsum(1) - 1).clamp(min=0)
-    context = torch.cat([prefix.mask, real], dim=1)
-    columns = torch.arange(widest, device=device)
-    causal = columns[:, None] >= columns[None, :]
-    allowed = torch.cat(
-        [
-            prefix.mask[:, None, :].expand(-1, widest, -1),
-            causal[None] & real[:, None, :] | torch.eye(widest, dtype=torch.bool, device=device),
-        ],
-        dim=2,
-    )
-    cache = prefix.to_cache()
-    left = torch.tensor(list(limits), device=device)
-    alive = left > 0
-    stops = torch.tensor(base.ends, device=device)
-    while bool(alive.any()):
-        logits = (
-            base.model(
-                input_ids=ids,
-                position_ids=positions,
-                attention_mask=base.attention_mask(allowed),
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
-            .logits[:, -1]
-            .float()
-        )
-        chosen = _choose(logits, sampling, generators)
-        logprobs = logits.log_softmax(-1).gather(1, chosen[:, None])[:, 0]
-        yield [
-            (token, logprob) if going else None
-            for token, logprob, going in zip(chosen.tolist(), logprobs.tolist(), alive.tolist(), strict=True)
-        ]
-        left = left - 1
-        alive = alive & (left > 0) & (~torch.isin(chosen, stops) | (not ends))
-        ids = chosen[:, None]
-        positions = positions[:, -1:] + 1
-        context = torch.cat([context, torch.ones(batch, 1, dtype=torch.bool, device=device)], dim=1)
-        allowed = context[:, None, :]
+    base.check_window(0, prefix.start + torch.tensor(longest, device=base.device) - 2)  # the last is not read again
+    alive = [row for row, limit in enumerate(limits) if limit > 0]
+    """Rows that go on, among those that are computed."""
+    computed = list(range(len(prompts)))
+    if not alive:
+        return
+    rows = Rows(base, prefix, prompts, max(limits) - 1, compiled)
+    generators = [torch.Generator().manual_seed(sampling.seed) for _ in prompts]
+    stops, written = base.ends if ends else (), 0
+    while alive:
+        # Copies cost a few steps: rows that have ended are dropped a quarter at a time.
+        if len(alive) <= 0.75 * len(computed) and not compiled:
+            rows.keep(torch.tensor([computed.index(row) for row in alive], device=base.device))
+            computed = list(alive)
+        logits = rows.logits()
+        chosen = _choose(logits, sampling, [generators[row] for row in computed])
+        found = dict(zip(computed, zip(chosen.tolist(), _logprobs(logits, chosen).tolist(), strict=True), strict=True))
+        going = set(alive)
+        yield [found[row] if row in going else None for row in range(len(prompts))]
+        written += 1
+        alive = [row for row in alive if written < limits[row] and found[row][0] not in stops]
+        if alive:
+            rows.add(chosen)
 
 
 def generate(
@@ -297,10 +285,11 @@ def generate(
     prompts: Sequence[Sequence[int]],
     limits: Sequence[int],
     sampling: Sampling | None = None,
+    compiled: bool = False,
 ) -> list[Generation]:
     """`stream`, collected."""
     results, ends = [Generation() for _ in prompts], base.ends
-    steps = stream(base, prefix, prompts, limits, sampling)
+    steps = stream(base, prefix, prompts, limits, sampling, compiled=compiled)
     for step in counted(steps, "writing", max(limits, default=0), "tokens"):
         for result, new in zip(results, step, strict=True):
             if new is not None:

@@ -44,7 +44,10 @@ def grouped_attention(
     batch, heads, queries, size = query.shape
     groups = heads // key.shape[1]
     grouped = (query * (size**-0.5 if scaling is None else scaling)).reshape(batch, -1, groups * queries, size)
-    scores = (grouped @ key.transpose(2, 3)).view(batch, -1, groups, queries, key.shape[2])
+    scores, context = grouped @ key.transpose(2, 3), getattr(key, "context", None)
+    if context is not None:  # `compressor/model/decoding.py`
+        scores = torch.cat([context.scores(grouped), scores], dim=-1)
+    scores = scores.view(batch, -1, groups, queries, scores.shape[-1])
     if softcap is not None:
         scores = softcap * (scores / softcap).tanh()
     if attention_mask is None:
@@ -56,7 +59,10 @@ def grouped_attention(
     # torch sums a bfloat16 softmax in float32.
     weights = (scores + attention_mask[:, :, None]).softmax(-1)
     weights = nn.functional.dropout(weights, dropout, module.training)
-    read = weights.view(batch, -1, groups * queries, key.shape[2]) @ value
+    weights = weights.view(batch, -1, groups * queries, scores.shape[-1])
+    read = weights[..., -key.shape[2] :] @ value
+    if context is not None:
+        read = read + context.read(weights[..., : -key.shape[2]])
     return read.view(batch, heads, queries, value.shape[3]).transpose(1, 2), None
 
 

@@ -281,15 +281,17 @@ class Prefix:
     """A batch of decoder contexts: rotated keys and values, left-aligned and padded.
 
     Attributes:
-        keys, values: one `[batch, kv_heads, slots, head_size]` tensor a layer.
+        keys, values: one `[contexts, kv_heads, slots, head_size]` tensor a layer.
         mask: bool `[batch, slots]`, False for padding.
         start: int64 `[batch]`, position of the decoder's next token.
+        owners: context of each row, int64 `[batch]`; None where each has its own.
     """
 
     keys: list[Tensor]
     values: list[Tensor]
     mask: Tensor
     start: Tensor
+    owners: Tensor | None = None
 
     @property
     def slots(self) -> int:
@@ -297,19 +299,33 @@ class Prefix:
 
     def to_cache(self) -> DynamicCache:
         """A new cache that holds the prefix. The decoder appends to it, so every use needs its own."""
-        cache = DynamicCache()
-        for layer, (keys, values) in enumerate(zip(self.keys, self.values, strict=True)):
+        cache, whole = DynamicCache(), self.whole()
+        for layer, (keys, values) in enumerate(zip(whole.keys, whole.values, strict=True)):
             cache.update(keys, values, layer)
         return cache
 
     def select(self, rows: Tensor) -> Prefix:
         """The prefix of some rows, int64 or bool index `[rows]`."""
+        if self.owners is not None:
+            return replace(self, mask=self.mask[rows], start=self.start[rows], owners=self.owners[rows])
         return Prefix(
             [keys[rows] for keys in self.keys],
             [values[rows] for values in self.values],
             self.mask[rows],
             self.start[rows],
         )
+
+    def share(self, owners: Tensor) -> Prefix:
+        """A prefix whose rows read these contexts, int64 `[rows]`: `select` without copies of keys and values."""
+        assert self.owners is None
+        return replace(self, mask=self.mask[owners], start=self.start[owners], owners=owners)
+
+    def whole(self) -> Prefix:
+        """The same with keys and values for each row."""
+        if self.owners is None:
+            return self
+        keys, values = ([one[self.owners] for one in kind] for kind in (self.keys, self.values))
+        return Prefix(keys, values, self.mask, self.start)
 
 
 def empty_prefix(base: Base, batch: int) -> Prefix:
