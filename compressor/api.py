@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, overload
 
@@ -19,7 +20,7 @@ from compressor.model.card import evaluated, push
 from compressor.model.checkpoint import find_base, load_weights, read_settings, save_checkpoint
 from compressor.model.config import CompressorConfig
 from compressor.model.fidelity import compress_to_fidelity, noted
-from compressor.model.memory import Memory, memory_prefix
+from compressor.model.memory import Memory, memory_prefix, shared
 from compressor.model.network import Network
 from compressor.progress import note
 
@@ -124,7 +125,7 @@ class Compressor(Network):
     def answer(self, memories: Memory, questions: str, *, recite: bool = False, **options: Any) -> str: ...
     @overload
     def answer(
-        self, memories: Sequence[Memory], questions: Sequence[str], *, recite: bool = False, **options: Any
+        self, memories: Memory | Sequence[Memory], questions: Sequence[str], *, recite: bool = False, **options: Any
     ) -> list[str]: ...
 
     def answer(
@@ -138,18 +139,19 @@ class Compressor(Network):
         """Answer a question about each memory; see `generation.answer` for options and log-probabilities.
 
         Args:
-            memories, questions: one of each, or as many questions as memories.
+            memories, questions: one memory and a question or several; or as many questions as memories. A memory that
+                several are asked about is read by all of them without copies.
             recite: write the passages back first and answer from these texts (`methods/recite.py`).
         """
-        single = isinstance(memories, Memory)
+        single = isinstance(memories, Memory) and isinstance(questions, str)
         asked = in_list(questions, "the question")
-        chosen = _memories(memories)
+        chosen = [memories] * len(asked) if isinstance(memories, Memory) else _memories(memories)
         if len(asked) != len(chosen):
             raise CompressorError(f"got {len(chosen)} memories and {len(asked)} questions: give one question for each")
         if not chosen:
             return []
         options = {"template": self.config.question_template} | options
-        prefix = (recited_prefix if recite else memory_prefix)(self.base, chosen)
+        prefix = shared(chosen, partial(recited_prefix if recite else memory_prefix, self.base))
         answers = generation.answer(self.base, prefix, asked, **options)
         return answers[0].text if single else [one.text for one in answers]
 

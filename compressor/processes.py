@@ -27,7 +27,13 @@ _CHOSEN_BY_CONFIG = {
     "ACCELERATE_DOWNCAST_BF16": "",
 }
 """Variables by which accelerate would change what is computed, and what the launcher writes where nothing is asked."""
-_NOT_SUPPORTED = ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG", "SAGEMAKER")
+_NOT_SUPPORTED = {
+    "DEEPSPEED": "its engine takes the training loop's place; its ZeRO-3 shares out what fsdp2.yaml shares out",
+    "MEGATRON_LM": "its models are its own",
+    "PARALLELISM_CONFIG": "fsdp2.yaml shares the base out, multi-gpu.yaml the batches alone",
+    "SAGEMAKER": "launch on the machine itself",
+}
+"""Ways of sharing a model out that the training loop refuses, and why."""
 
 
 @contextmanager
@@ -37,16 +43,23 @@ def config_alone() -> Iterator[None]:
     Raises:
         CompressorError: the environment asks for a way of sharing a model out that the training loop does not know.
     """
-    for name in (f"ACCELERATE_USE_{way}" for way in _NOT_SUPPORTED):
+    for way, reason in _NOT_SUPPORTED.items():
+        name = f"ACCELERATE_USE_{way}"
         if os.environ.get(name, "").lower() in ("1", "true", "yes"):
             raise CompressorError(
-                f"{name} is set, by `accelerate config` or by hand, and is not supported: processes share batches out "
-                "and each holds the base. Unset it, or launch with configs/accelerate/"
+                f"{name} is set, by `accelerate config` or by hand, and is not supported: {reason}. Unset it, or "
+                "launch with configs/accelerate/"
             )
-    found = {name: os.environ.pop(name) for name in _CHOSEN_BY_CONFIG if name in os.environ}
+    # Shards are ours (`training/sharding.py`).
+    hidden = (*_CHOSEN_BY_CONFIG, "ACCELERATE_USE_FSDP")
+    found = {name: os.environ.pop(name) for name in hidden if name in os.environ}
     try:
         for name, value in found.items():
-            if value.lower() != _CHOSEN_BY_CONFIG[name] and os.environ.get("RANK", "0") == "0":
+            if (
+                name in _CHOSEN_BY_CONFIG
+                and value.lower() != _CHOSEN_BY_CONFIG[name]
+                and os.environ.get("RANK", "0") == "0"
+            ):
                 note(f"note: {name}={value} is ignored: the configuration alone says what is computed")
         yield
     finally:

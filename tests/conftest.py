@@ -400,7 +400,9 @@ class TrainingCommand:
         self.folder = folder
         self.started: list[subprocess.Popen[str]] = []
 
-    def start(self, argv: list[str], processes: int = 1, dies_at: int | None = None) -> subprocess.Popen[str]:
+    def start(
+        self, argv: list[str], processes: int = 1, dies_at: int | None = None, launch: str = "cpu.yaml"
+    ) -> subprocess.Popen[str]:
         """Start it; with `dies_at`, its processes get SIGKILL at that micro-batch, however fast they are."""
         script = PROJECT / "train.py"
         if dies_at is not None:
@@ -408,8 +410,14 @@ class TrainingCommand:
             script.write_text(_DYING.format(project=str(PROJECT), index=dies_at))
         command = [sys.executable]
         if processes > 1:
-            launcher = "-m accelerate.commands.accelerate_cli launch --config_file configs/accelerate/cpu.yaml"
-            command += [*launcher.split(), "--num_processes", str(processes), "--num_cpu_threads_per_process", "1"]
+            launcher = "-m accelerate.commands.accelerate_cli launch --config_file configs/accelerate/"
+            command += [
+                *f"{launcher}{launch}".split(),
+                "--num_processes",
+                str(processes),
+                "--num_cpu_threads_per_process",
+                "1",
+            ]
             command += ["--main_process_port", "0"]
         environment = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONWARNINGS": "ignore"}
         process = subprocess.Popen(

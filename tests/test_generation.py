@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from compressor.api import Compressor
 from compressor.data.batches import IGNORED
 from compressor.errors import CompressorError
 from compressor.model.base import Base
+from compressor.model.decoding import BLOCK, roomy_cache
 from compressor.model.generation import (
     Sampling,
     decode,
@@ -24,10 +26,11 @@ from compressor.model.generation import (
     regenerate,
     regenerate_ids,
     regeneration_limit,
+    rewrite,
     score,
     stream,
 )
-from compressor.model.memory import Memory, Prefix, empty_prefix, memory_prefix
+from compressor.model.memory import Memory, Prefix, empty_prefix, memory_prefix, shared
 
 PASSAGES = [[(7 * i + j) % 400 + 5 for i in range(n)] for j, n in enumerate((30, 9, 17))]
 PROMPTS = [[1], [5, 6, 7, 8], [1, 9]]
@@ -87,6 +90,100 @@ def test_generation_without_context_equals_the_plain_model(tiny_base: Base) -> N
                 assert int(tiny_base.model(torch.tensor([ids])).logits[0, -1].argmax()) == token
             ids.append(token)
         assert len(one.ids) == 4
+
+
+# -- contexts that rows share, compiled steps ------------------------------------------------------------------------
+
+
+OWNERS = [0, 2, 0, 0, 2, 1, 0]
+ASKED = [[1], [5, 6, 7, 8], [1, 9], [4], [1, 3, 3], [2], [6, 6]]
+
+
+def test_rows_that_share_a_context_read_it_without_a_copy(decoder: tuple[Base, list[Memory]]) -> None:
+    base, memories = decoder
+    apart = memory_prefix(base, [memories[owner] for owner in OWNERS])
+    together = shared([memories[owner] for owner in OWNERS], partial(memory_prefix, base))
+    assert len(together.keys[0]) == 3
+    assert len(together.mask) == len(OWNERS)
+    cache = roomy_cache(base, together, 8)[0]
+    assert all(
+        layer.context.keys.data_ptr() == keys.data_ptr()
+        for layer, keys in zip(cache.layers, together.keys, strict=True)
+    )
+    assert cache.layers[0].keys.shape[2] == BLOCK  # room for what is written alone
+    # Rows end at other times, so that some are dropped; sampled, so that many of them go on.
+    limits = [40, 3, 9, 40, 20, 2, 33]
+    for sampling in (Sampling(), HOT):
+        wanted, found = (generate(base, prefix, ASKED, limits, sampling) for prefix in (apart, together))
+        assert [one.ids for one in found] == [one.ids for one in wanted]
+        for one, other in zip(found, wanted, strict=True):
+            assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
+    targets = [[4, 8, 15]] * len(ASKED)
+    for one, other in zip(score(base, together, ASKED, targets), score(base, apart, ASKED, targets), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+    some = torch.tensor([1, 4, 5])
+    torch.testing.assert_close(together.select(some).whole().keys[0], apart.select(some).keys[0])
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_other_implementations_of_attention_read_copies(attention: str, decoder: tuple[Base, list[Memory]]) -> None:
+    base, memories = decoder
+    chosen = [memories[owner] for owner in OWNERS]
+    wanted = generate(base, memory_prefix(base, chosen), ASKED, [5] * len(ASKED))
+    base.model.set_attn_implementation(attention)
+    found = generate(base, shared(chosen, partial(memory_prefix, base)), ASKED, [5] * len(ASKED))
+    assert [one.ids for one in found] == [one.ids for one in wanted]
+
+
+@pytest.mark.parametrize("limit", [BLOCK - 9, BLOCK - 8, BLOCK - 7, 2 * BLOCK])
+def test_caches_grow_past_their_blocks(limit: int, decoder: tuple[Base, list[Memory]]) -> None:
+    base, memories = decoder
+    prefix = memory_prefix(base, memories[:1])  # of 8 slots
+    steps = list(stream(base, prefix, [[1]], [limit], HOT, ends=False))
+    ids = [step[0][0] for step in steps if step[0]]
+    assert len(ids) == limit
+    scored = score(base, prefix, [[1]], [ids])[0]
+    assert scored[:, 0].tolist() == pytest.approx([step[0][1] for step in steps if step[0]], abs=1e-3)
+
+
+def test_what_is_known_is_not_generated_again(
+    decoder: tuple[Base, list[Memory]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, memories = decoder
+    prefix = memory_prefix(base, memories)
+    limits = [regeneration_limit(len(ids)) for ids in PASSAGES]
+    wanted = generate(base, prefix, [[base.bos]] * 3, limits)
+    # The first passage is what the base writes, the second up to its fifth token.
+    passages = [wanted[0].ids[:30], [*wanted[1].ids[:5], 3, 3, 3, 3], PASSAGES[2]]
+    limits = [regeneration_limit(len(ids)) for ids in passages]
+    wanted = generate(base, prefix, [[base.bos]] * 3, limits)
+    scores = score(base, prefix, [[base.bos]] * 3, [[*ids, base.eos] for ids in passages])
+    assert [int(one[:, 1].argmin()) for one in scores[:2]] == [30, 5]
+    assert [one.ids for one in rewrite(base, prefix, passages, scores)] == [one.ids for one in wanted]
+    for one in scores:
+        one[:, 1] = 1
+    monkeypatch.setattr("compressor.model.generation.generate", None)
+    assert [one.ids for one in rewrite(base, prefix, passages, scores)] == passages
+
+
+def test_questions_about_one_memory_are_answered_together(tiny_compressor: Compressor) -> None:
+    memory = tiny_compressor.compress("The spectrum of a graph is computed.")
+    questions = ["What?", "Why is that so?", "Whose spectrum?"]
+    wanted = [tiny_compressor.answer(memory, question, limit=6) for question in questions]
+    assert tiny_compressor.answer(memory, questions, limit=6) == wanted
+    assert tiny_compressor.answer(memory, questions, limit=6, batch_size=2) == wanted
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # torch's own import of its compiler
+def test_compiled_steps_equal_plain_ones(decoder: tuple[Base, list[Memory]]) -> None:
+    base, memories = decoder
+    plain, compiled = (
+        generate(base, memory_prefix(base, memories), PROMPTS, LIMITS, HOT, compiled=on) for on in (False, True)
+    )
+    assert [one.ids for one in compiled] == [one.ids for one in plain]
+    for one, other in zip(compiled, plain, strict=True):
+        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-3)
 
 
 # -- batches, streams ----------------------------------------------------------------------------------------------

@@ -53,8 +53,9 @@ def train_main(argv: list[str] | None = None) -> int:
     set_seed(config.seed)
     if flags.dry_run:
         stage = make_stage(config, accelerator)
+        described = describe(stage, config, accelerator)
         if accelerator.is_main_process:
-            print(yaml.safe_dump(asdict(config), sort_keys=False) + "\n" + describe(stage, config, accelerator))
+            print(yaml.safe_dump(asdict(config), sort_keys=False) + "\n" + described)
         return 0
     with owned(config.output) if accelerator.is_main_process else nullcontext():
         checkpoints = Checkpoints(Path(config.output), config.training.keep_last, accelerator)
@@ -63,8 +64,9 @@ def train_main(argv: list[str] | None = None) -> int:
         config = checkpoints.keep_batch(config)
         make_folder(config.output)
         stage = make_stage(config, accelerator)
+        described = describe(stage, config, accelerator)  # makes a pass, which shards are gathered for by all
         if accelerator.is_main_process:
-            print(describe(stage, config, accelerator), flush=True)
+            print(described, flush=True)
         processes = accelerator.num_processes
         train(stage, config, accelerator, on_start=lambda step: record_start(config, step, processes, stage))
     return 0
@@ -105,6 +107,7 @@ def describe(stage: Stage, config: RunConfig, accelerator: Accelerator) -> str:
     trainable = sum(p.numel() for p in stage.module.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in stage.module.parameters() if not p.requires_grad)
     dead = dead_parameters(stage)
+    sharded = getattr(stage.module, "sharded", False)
     lines = [
         f"stage {config.stage}, {settings.steps} steps, output {config.output}",
         f"batch: up to {settings.batch_tokens} passage tokens and {settings.batch_passages} passages per device x "
@@ -116,6 +119,7 @@ def describe(stage: Stage, config: RunConfig, accelerator: Accelerator) -> str:
         *(f"  dead: {name} ({count:,})" for name, count in list(dead.items())[:10]),
         f"passes in {'bfloat16' if accelerator.mixed_precision == 'bf16' else 'the types of the weights'} on "
         f"{accelerator.device.type} (training.mixed_precision: {settings.mixed_precision})",
+        *(["frozen base in shards: each device holds its part of every layer but the last"] * sharded),
         f"memory for each device, estimated: {memory_estimate(stage, config) / 2**30:.1f} GiB",
     ]
     return "\n".join(lines)

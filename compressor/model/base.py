@@ -328,7 +328,7 @@ def load_base(config: BaseConfig, device: str | torch.device = "cpu") -> Base:
     attention: str = config.attention
     dtype = getattr(torch, held_dtype(config.dtype, torch.device(device)))
     if attention == "auto":
-        attention = GROUPED if torch.device(device).type == "cpu" else "sdpa"
+        attention = GROUPED
     extra: dict[str, Any] = {}
     if config.quantization != "none":
         try:
@@ -371,6 +371,6 @@ def load_base(config: BaseConfig, device: str | torch.device = "cpu") -> Base:
             parameter.data = parameter.data.to(dtype)
         model = model.to(device)  # type: ignore[arg-type]
     base = Base(model, tokenizer, config.path, config.quantization, config.revision, stored)
-    if attention == GROUPED:
+    if attention == GROUPED and torch.device(device).type == "cpu":
         lighten_norms(model)
     return base

@@ -32,8 +32,9 @@ class BaseConfig:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
     """Data type the weights are held in; `auto` is bfloat16 where the device is fast at it, else float32."""
     attention: Literal["auto", "sdpa", "eager"] = "auto"
-    """Attention implementation; `sdpa` is eager for bases that have no other (Gemma 2), `auto`, in training, is torch's
-    on an accelerator, and on a CPU one whose backward pass is several times as fast (`compressor/model/kernels.py`)."""
+    """Attention implementation; `sdpa` is eager for bases that have no other (Gemma 2), `auto` is torch's on
+    an accelerator, and on a CPU one whose backward pass is several times as fast; rows that read one context share it
+    (`compressor/model/kernels.py`, `decoding.py`)."""
     quantization: Literal["none", "int8", "int4"] = "none"
     """Load the frozen weights in 8 or 4 bits (needs the `quantised-base` extra and a GPU)."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from compressor.model.kernels import GROUPED
+from compressor.model.kernels import GROUPED, Context, Sharing
 
 if TYPE_CHECKING:
     from compressor.model.base import Base
@@ -23,54 +22,9 @@ STATIC_BLOCK = 128
 """The same for compiled steps, which attend to all columns that there will be."""
 
 
-@dataclass(frozen=True)
-class Sharing:
-    """Which rows read which context."""
-
-    place: Tensor
-    """Rows of each context, int64 `[contexts, most]`, filled up with any."""
-    back: Tensor
-    """Where each row is in `place`, flattened, int64 `[rows]`."""
-
-    @staticmethod
-    def of(owners: Tensor, contexts: int) -> Sharing:
-        """Of the contexts of rows, int64 `[rows]`."""
-        counts = torch.bincount(owners, minlength=contexts)
-        order = owners.argsort(stable=True)
-        rank = torch.arange(len(owners), device=owners.device) - (counts.cumsum(0) - counts)[owners[order]]
-        most = int(counts.max())
-        flat = torch.zeros(contexts * most, dtype=torch.int64, device=owners.device)
-        where = owners[order] * most + rank
-        flat[where] = order
-        back = torch.empty_like(owners)
-        back[order] = where
-        return Sharing(flat.view(contexts, most), back)
-
-
-@dataclass(frozen=True)
-class Context:
-    """One layer's keys and values `[contexts, kv_heads, slots, head_size]`, each read by several rows."""
-
-    keys: Tensor
-    values: Tensor
-    sharing: Sharing
-
-    def scores(self, queries: Tensor) -> Tensor:
-        """Products of queries `[rows, kv_heads, n, head_size]` with keys, `[rows, kv_heads, n, slots]`."""
-        return self._each(queries, self.keys.transpose(2, 3))
-
-    def read(self, weights: Tensor) -> Tensor:
-        """Values by their weights `[rows, kv_heads, n, slots]`: `[rows, kv_heads, n, head_size]`."""
-        return self._each(weights, self.values)
-
-    def _each(self, of_rows: Tensor, of_contexts: Tensor) -> Tensor:
-        """The product of each row's matrices with its context's, without a copy of these."""
-        place, back = self.sharing.place, self.sharing.back
-        count, most = place.shape
-        _, heads, width, size = of_rows.shape
-        apart = of_rows[place].transpose(1, 2).reshape(count, heads, most * width, size)
-        found = (apart @ of_contexts).view(count, heads, most, width, -1)
-        return found.transpose(1, 2).flatten(0, 1)[back]
+def up(width: int, block: int) -> int:
+    """The width in whole blocks."""
+    return -(-width // block) * block
 
 
 class _Layer(DynamicLayer):
@@ -83,10 +37,10 @@ class _Layer(DynamicLayer):
         super().__init__()
         self.context = None if sharing is None else Context(keys, values, sharing)
         self.used = keys.shape[2] if sharing is None else 0
-        room = -(-(self.used + room) // BLOCK) * BLOCK
-        self.keys, self.values = (one.new_zeros(rows, one.shape[1], room, one.shape[3]) for one in (keys, values))
-        for buffer, one in ((self.keys, keys), (self.values, values)):
-            buffer[:, :, : self.used] = one[:, :, : self.used]
+        self.room = up(self.used + room, BLOCK)
+        self.keys, self.values = (one.new_zeros(rows, one.shape[1], self.room, one.shape[3]) for one in (keys, values))
+        if sharing is None:
+            self.keys[:, :, : self.used], self.values[:, :, : self.used] = keys, values
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
@@ -96,7 +50,7 @@ class _Layer(DynamicLayer):
         start, self.used = self.used, self.used + key_states.shape[2]
         for buffer, new in ((self.keys, key_states), (self.values, value_states)):
             buffer[:, :, start : self.used] = new
-        end = -(-self.used // BLOCK) * BLOCK
+        end = up(self.used, BLOCK)
         keys = self.keys[:, :, :end]
         keys.context = self.context  # type: ignore[attr-defined]
         return keys, self.values[:, :, :end]
@@ -119,7 +73,8 @@ class _StaticLayer(DynamicLayer):
     def __init__(self, keys: Tensor, values: Tensor, room: int):
         super().__init__()
         self.at = torch.tensor([keys.shape[2]], device=keys.device)
-        pad = (0, 0, 0, -(-(keys.shape[2] + room) // STATIC_BLOCK) * STATIC_BLOCK - keys.shape[2])
+        self.room = up(keys.shape[2] + room, STATIC_BLOCK)
+        pad = (0, 0, 0, self.room - keys.shape[2])
         self.keys, self.values = (torch.nn.functional.pad(one, pad) for one in (keys, values))
         self.is_initialized = True
 
@@ -134,6 +89,25 @@ class _StaticLayer(DynamicLayer):
         return self.keys, self.values
 
 
+def shares(base: Base, prefix: Prefix) -> bool:
+    """Whether rows read their contexts from one copy: where there are fewer of these, and the attention is ours."""
+    return prefix.owners is not None and base.model.config._attn_implementation == GROUPED
+
+
+def roomy_cache(base: Base, prefix: Prefix, room: int) -> tuple[DynamicCache, int]:
+    """A cache of a prefix with room for so many tokens in each row, and the columns that a mask of it has.
+
+    The columns are the prefix's, then those of what is written, filled up to whole blocks.
+    """
+    owners, cache = prefix.owners, DynamicCache()
+    sharing = Sharing.of(owners, len(prefix.keys[0])) if owners is not None and shares(base, prefix) else None
+    held = prefix.whole() if sharing is None else prefix
+    pairs = zip(held.keys, held.values, strict=True)
+    layers = [_Layer(keys, values, len(prefix.mask), room, sharing) for keys, values in pairs]
+    cache.layers = list(layers)
+    return cache, prefix.slots - layers[0].used + layers[0].room
+
+
 class Rows:
     """Rows of a batch, each with its context and its prompt; a step reads their newest tokens.
 
@@ -144,13 +118,10 @@ class Rows:
         compiled: compile the step of a token (`torch.compile`), with caches of a fixed width.
     """
 
-    def __init__(
-        self, base: Base, prefix: Prefix, prompts: Sequence[Sequence[int]], room: int, compiled: bool = False
-    ):
+    def __init__(self, base: Base, prefix: Prefix, prompts: Sequence[Sequence[int]], room: int, compiled: bool = False):
         self.base, self.compiled, device = base, compiled, base.device
-        shares = prefix.owners is not None and not compiled and base.model.config._attn_implementation == GROUPED
-        self.owners = prefix.owners if shares else None
-        prefix = prefix if shares else prefix.whole()
+        prefix = prefix.whole() if compiled or not shares(base, prefix) else prefix
+        self.owners = prefix.owners
         widest, count = max(map(len, prompts)), len(prompts)
         self.ids = torch.full((count, widest), base.eos, device=device)
         real = torch.zeros(count, widest, dtype=torch.bool, device=device)
@@ -159,23 +130,20 @@ class Rows:
             real[row, widest - len(prompt) :] = True
         self.positions = (prefix.start[:, None] + real.cumsum(1) - 1).clamp(min=0)
         self.contexts = len(prefix.keys[0])
-        sharing = self._sharing()
-        self.cache, room = DynamicCache(), widest + room
-        self.cache.layers = [
-            _StaticLayer(keys, values, room) if compiled else _Layer(keys, values, count, room, sharing)
-            for keys, values in zip(prefix.keys, prefix.values, strict=True)
-        ]
-        first = self.cache.layers[0].keys
-        assert first is not None
-        self.slots = prefix.slots if shares else 0
+        if compiled:
+            pairs = zip(prefix.keys, prefix.values, strict=True)
+            layers = [_StaticLayer(keys, values, widest + room) for keys, values in pairs]
+            self.cache, columns = DynamicCache(), layers[0].room
+            self.cache.layers = list(layers)
+        else:
+            self.cache, columns = roomy_cache(base, prefix, widest + room)
+        self.apart = 0 if self.owners is None else prefix.slots
+        """Columns of contexts that are shared."""
         self.read = prefix.slots
         """Columns before the newest tokens."""
-        self.allowed = torch.zeros(count, self.slots + first.shape[2], dtype=torch.bool, device=device)
+        self.allowed = torch.zeros(count, columns, dtype=torch.bool, device=device)
         self.allowed[:, : self.read] = prefix.mask
         self.allowed[:, self.read : self.read + widest] = real
-
-    def _sharing(self) -> Sharing | None:
-        return None if self.owners is None else Sharing.of(self.owners, self.contexts)
 
     def logits(self) -> Tensor:
         """What the base makes of the newest tokens: float32 `[rows, vocabulary]`."""
@@ -183,7 +151,7 @@ class Rows:
         end = self.read + width
         columns = self.allowed.shape[1]
         if not self.compiled:
-            columns = self.slots + -(-(end - self.slots) // BLOCK) * BLOCK
+            columns = self.apart + up(end - self.apart, BLOCK)
         allowed = self.allowed[:, None, :columns].expand(-1, width, -1).clone()
         # Causal among the newest; padding before a prompt sees itself, to keep its softmax finite.
         newest = torch.ones(width, width, dtype=torch.bool, device=device).tril()
@@ -207,8 +175,10 @@ class Rows:
     def keep(self, rows: Tensor) -> None:
         """Go on with these rows alone, int64 `[rows]`; of compiled steps all stay."""
         self.ids, self.positions, self.allowed = self.ids[rows], self.positions[rows], self.allowed[rows]
-        self.owners = None if self.owners is None else self.owners[rows]
-        sharing = self._sharing()
+        sharing = None
+        if self.owners is not None:
+            self.owners = self.owners[rows]
+            sharing = Sharing.of(self.owners, self.contexts)
         for layer in self.cache.layers:
             assert isinstance(layer, _Layer)
             layer.keep(rows, sharing)

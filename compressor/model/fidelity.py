@@ -15,12 +15,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from compressor.errors import CompressorError
 from compressor.model.base import Base
-from compressor.model.generation import generate, regeneration_limit, score
+from compressor.model.generation import rewrite, score
 from compressor.model.memory import Memory, Prefix, memory_prefix
 from compressor.model.network import Network
 from compressor.model.refinement import refine
@@ -109,20 +108,7 @@ def noted(
 def _written(base: Base, memories: Sequence[Memory], passages: Sequence[Sequence[int]]) -> list[list[int]]:
     """What greedy regeneration writes for memories of one segment each, whose passages are known."""
     prefix = memory_prefix(base, memories)
-    firsts = [one[:, 1] for one in passage_scores(base, prefix, passages)]
-    written = [list(ids) for ids in passages]
-    left = [row for row, first in enumerate(firsts) if not bool(first.all())]
-    if left:
-        right = {row: int(firsts[row].argmin()) for row in left}
-        rest = generate(
-            base,
-            prefix.select(torch.tensor(left, device=base.device)),
-            [[base.bos, *passages[row][: right[row]]] for row in left],
-            [regeneration_limit(len(passages[row])) - right[row] for row in left],
-        )
-        for row, generation in zip(left, rest, strict=True):
-            written[row] = [*passages[row][: right[row]], *generation.ids]
-    return written
+    return [one.ids for one in rewrite(base, prefix, passages, passage_scores(base, prefix, passages))]
 
 
 def edits(wanted: Sequence[int], found: Sequence[int]) -> int:

@@ -18,13 +18,15 @@ from compressor.data.batches import IGNORED
 from compressor.data.prompts import QUESTION, question_ids
 from compressor.errors import CompressorError, require_whole
 from compressor.model.base import Base
-from compressor.model.decoding import Rows
+from compressor.model.decoding import Rows, roomy_cache, shares
 from compressor.model.encoder import encoder_attention, pad
 from compressor.model.memory import Memory, Prefix, empty_prefix, memory_prefix
 from compressor.progress import Progress, counted
 
 HEAD_ROWS = 128
 """Positions whose logits are held at a time in training."""
+DECODED_TOGETHER = 64
+"""Rows of a batch: on a CPU, too, a step of so many takes little longer than one of 16."""
 ANSWER_TOKENS = 48
 """Most tokens of an answer."""
 
@@ -135,13 +137,18 @@ def _read(base: Base, part: nn.Module, prefix: Prefix, ids: Tensor, **options: b
     width = ids.shape[1]
     base.check_window(0, prefix.start + width - 1)
     columns = torch.arange(width, device=ids.device)
-    causal = (columns[:, None] >= columns[None, :]).expand(len(ids), -1, -1)
-    context = prefix.mask[:, None, :].expand(-1, width, -1)
+    if shares(base, prefix) and not torch.is_grad_enabled():
+        cache, total = roomy_cache(base, prefix, width)
+    else:
+        cache, total = prefix.to_cache(), prefix.slots + width
+    allowed = torch.zeros(len(ids), width, total, dtype=torch.bool, device=ids.device)
+    allowed[:, :, : prefix.slots] = prefix.mask[:, None, :]
+    allowed[:, :, prefix.slots : prefix.slots + width] = columns[:, None] >= columns[None, :]
     return part(
         input_ids=ids,
         position_ids=prefix.start[:, None] + columns[None],
-        attention_mask=base.attention_mask(torch.cat([context, causal], dim=2)),
-        past_key_values=prefix.to_cache(),
+        attention_mask=base.attention_mask(allowed),
+        past_key_values=cache,
         use_cache=True,
         **options,
     )
@@ -319,8 +326,10 @@ def answer(
     template: str = QUESTION,
     limit: int = ANSWER_TOKENS,
     sampling: Sampling | None = None,
+    batch_size: int = DECODED_TOGETHER,
+    compiled: bool = False,
 ) -> list[Answer]:
-    """Answer a question for each row of a prefix.
+    """Answer a question for each row of a prefix, so many together.
 
     Args:
         prefix: contexts, for instance of `memory_prefix`; without slots the prompts start with BOS.
@@ -331,7 +340,10 @@ def answer(
         raise CompressorError("a question is empty: ask something")
     require_whole("limit", limit)
     prompts = after(base, prefix, question_ids(base.tokenizer, questions, template))
-    written = generate(base, prefix, prompts, [limit] * len(prompts), sampling)
+    written = []
+    for rows in torch.arange(len(prompts), device=base.device).split(batch_size):
+        chosen = [prompts[row] for row in rows.tolist()]
+        written += generate(base, prefix.select(rows), chosen, [limit] * len(rows), sampling, compiled)
     texts = [base.tokenizer.decode(one.ids, skip_special_tokens=True).strip() for one in written]
     return [Answer(text, sum(one.logprobs), one.finished) for text, one in zip(texts, written, strict=True)]
 
@@ -348,8 +360,36 @@ def regeneration_limit(passage_tokens: int) -> int:
     return passage_tokens + max(8, passage_tokens // 10)
 
 
+def rewrite(
+    base: Base, prefix: Prefix, passages: Sequence[Sequence[int]], scores: Sequence[Tensor]
+) -> list[Generation]:
+    """What greedy regeneration writes for passages that are known, without log-probabilities.
+
+    Only what comes from the first token on that the base would write otherwise is generated.
+
+    Args:
+        scores: what `score` says of each passage and EOS after BOS.
+    """
+    written = [Generation(list(ids), finished=True) for ids in passages]
+    right = {row: int(one[:, 1].argmin()) for row, one in enumerate(scores) if not bool(one[:, 1].all())}
+    if right:
+        rest = generate(
+            base,
+            prefix.select(torch.tensor(list(right), device=base.device)),
+            [[base.bos, *passages[row][:place]] for row, place in right.items()],
+            [regeneration_limit(len(passages[row])) - place for row, place in right.items()],
+        )
+        for (row, place), one in zip(right.items(), rest, strict=True):
+            written[row] = Generation([*passages[row][:place], *one.ids], finished=one.finished)
+    return written
+
+
 def regenerate_ids(
-    base: Base, memories: Sequence[Memory], sampling: Sampling | None = None, batch_size: int = 16
+    base: Base,
+    memories: Sequence[Memory],
+    sampling: Sampling | None = None,
+    batch_size: int = DECODED_TOGETHER,
+    compiled: bool = False,
 ) -> list[list[int]]:
     """Token ids of the passages, written back from their memories; segments are decoded apart and joined."""
     require_whole("batch_size", batch_size)
@@ -368,6 +408,7 @@ def regenerate_ids(
                 [[base.bos]] * len(parts),
                 [regeneration_limit(part.passage_tokens) for part in parts],
                 sampling,
+                compiled,
             )
             for i, generation in zip(chosen, generations, strict=True):
                 written[i] = generation.ids
@@ -379,8 +420,12 @@ def regenerate_ids(
 
 
 def regenerate(
-    base: Base, memories: Sequence[Memory], sampling: Sampling | None = None, batch_size: int = 16
+    base: Base,
+    memories: Sequence[Memory],
+    sampling: Sampling | None = None,
+    batch_size: int = DECODED_TOGETHER,
+    compiled: bool = False,
 ) -> list[str]:
     """Texts of the passages, written back from their memories."""
-    written = regenerate_ids(base, memories, sampling, batch_size)
+    written = regenerate_ids(base, memories, sampling, batch_size, compiled)
     return [base.tokenizer.decode(ids, skip_special_tokens=True) for ids in written]

@@ -8,16 +8,68 @@ keys and values are one product rather than copies of them.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 GROUPED = "grouped"
 """Name of `grouped_attention` among transformers' implementations."""
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """Which rows read which context."""
+
+    place: Tensor
+    """Rows of each context, int64 `[contexts, most]`, filled up with any."""
+    back: Tensor
+    """Where each row is in `place`, flattened, int64 `[rows]`."""
+
+    @staticmethod
+    def of(owners: Tensor, contexts: int) -> Sharing:
+        """Of the contexts of rows, int64 `[rows]`."""
+        counts = torch.bincount(owners, minlength=contexts)
+        order = owners.argsort(stable=True)
+        rank = torch.arange(len(owners), device=owners.device) - (counts.cumsum(0) - counts)[owners[order]]
+        most = int(counts.max())
+        flat = torch.zeros(contexts * most, dtype=torch.int64, device=owners.device)
+        where = owners[order] * most + rank
+        flat[where] = order
+        back = torch.empty_like(owners)
+        back[order] = where
+        return Sharing(flat.view(contexts, most), back)
+
+
+@dataclass(frozen=True)
+class Context:
+    """One layer's keys and values `[contexts, kv_heads, slots, head_size]`, each read by several rows."""
+
+    keys: Tensor
+    values: Tensor
+    sharing: Sharing
+
+    def scores(self, queries: Tensor) -> Tensor:
+        """Products of queries `[rows, kv_heads, n, head_size]` with keys, `[rows, kv_heads, n, slots]`."""
+        return self._each(queries, self.keys.transpose(2, 3))
+
+    def read(self, weights: Tensor) -> Tensor:
+        """Values by their weights `[rows, kv_heads, n, slots]`: `[rows, kv_heads, n, head_size]`."""
+        return self._each(weights, self.values)
+
+    def _each(self, of_rows: Tensor, of_contexts: Tensor) -> Tensor:
+        """The product of each row's matrices with its context's, without a copy of these."""
+        place, back = self.sharing.place, self.sharing.back
+        count, most = place.shape
+        _, heads, width, size = of_rows.shape
+        apart = of_rows[place].transpose(1, 2).reshape(count, heads, most * width, size)
+        found = (apart @ of_contexts).view(count, heads, most, width, -1)
+        return found.transpose(1, 2).flatten(0, 1)[back]
 
 
 def grouped_attention(
@@ -41,11 +93,14 @@ def grouped_attention(
     Returns:
         `[batch, queries, heads, head_size]`, and no weights.
     """
+    context: Context | None = getattr(key, "context", None)
+    if context is None and softcap is None and query.device.type != "cpu":
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **options)
     batch, heads, queries, size = query.shape
     groups = heads // key.shape[1]
     grouped = (query * (size**-0.5 if scaling is None else scaling)).reshape(batch, -1, groups * queries, size)
-    scores, context = grouped @ key.transpose(2, 3), getattr(key, "context", None)
-    if context is not None:  # `compressor/model/decoding.py`
+    scores = grouped @ key.transpose(2, 3)
+    if context is not None:
         scores = torch.cat([context.scores(grouped), scores], dim=-1)
     scores = scores.view(batch, -1, groups, queries, scores.shape[-1])
     if softcap is not None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
@@ -326,6 +326,22 @@ class Prefix:
             return self
         keys, values = ([one[self.owners] for one in kind] for kind in (self.keys, self.values))
         return Prefix(keys, values, self.mask, self.start)
+
+
+T = TypeVar("T")
+
+
+def shared(things: Sequence[T], make: Callable[[list[T]], Prefix]) -> Prefix:
+    """The prefix that `make` builds of these, one row each; things that occur several times are built once, and shared.
+
+    So many questions may be asked about one memory, or one passage, without a copy for each.
+    """
+    apart = {id(one): one for one in things}
+    prefix = make(list(apart.values()))
+    if len(apart) == len(things):
+        return prefix
+    places = {key: place for place, key in enumerate(apart)}
+    return prefix.share(torch.tensor([places[id(one)] for one in things], device=prefix.mask.device))
 
 
 def empty_prefix(base: Base, batch: int) -> Prefix:

@@ -22,6 +22,7 @@ from compressor.progress import note
 from compressor.training.checkpoints import VALIDATION
 from compressor.training.config import RunConfig
 from compressor.training.regenerate import CompressionStage
+from compressor.training.sharding import share_out
 from compressor.training.stage import Batch
 
 VALIDATED_TOGETHER = 8
@@ -146,7 +147,7 @@ class AnswerStage(CompressionStage):
         sums = torch.zeros(len(names) + 1, dtype=torch.float64)
         order = sorted(range(len(self.held_out_questions)), key=lambda i: self.held_out_questions[i].length)
         groups = [order[i : i + VALIDATED_TOGETHER] for i in range(0, len(order), VALIDATED_TOGETHER)]
-        for group in groups[accelerator.process_index :: accelerator.num_processes]:
+        for group in share_out(groups, self.module, accelerator):
             values, targets = self._validate_group(group, counts, accelerator)
             sums += torch.tensor([*values, targets], dtype=torch.float64)
         totals = summed(sums, accelerator)
@@ -157,7 +158,7 @@ class AnswerStage(CompressionStage):
         loss = sum(weights[count] * found[f"answer_{count}"] for count in counts) / sum(weights.values())
         figures = {"loss": loss, **found, **self._bounds}
         figures |= {f"regeneration_{name}": value for name, value in regeneration.items()}
-        if accelerator.is_main_process:
+        if accelerator.is_main_process or self.module.sharded:
             samples = [*samples, *self.answer_samples(counts[0], accelerator)]
         self.module.train()
         return figures, samples
@@ -175,10 +176,10 @@ class AnswerStage(CompressionStage):
         with accelerator.autocast():
             for count in counts:
                 keys, slots = model.encode(ids, lengths, count)
-                prefix = self._contexts(batch, keys, slots, lengths).select(owners)
+                prefix = self._contexts(batch, keys, slots, lengths).share(owners)
                 values.append(float(label_nats(base, prefix, inputs, labels).sum()))
             if not self._bounds:
-                full = token_prefix(base, [self.held_out_questions[i].ids for i in group]).select(owners)
+                full = token_prefix(base, [self.held_out_questions[i].ids for i in group]).share(owners)
                 values.append(float(label_nats(base, full, inputs, labels).sum()))
                 nothing = empty_prefix(base, len(owners))
                 pairs = [

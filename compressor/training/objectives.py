@@ -28,6 +28,8 @@ class Trainee(Compressor):
 
     activation_checkpointing = False
     """Recompute activations in the backward pass instead of holding them."""
+    sharded = False
+    """Whether the base's layers are shared out over processes (`sharding.py`)."""
 
     def forward(self, batch: dict[str, Any]) -> Tensor:
         return loss(self, batch, self.activation_checkpointing)
@@ -76,7 +78,7 @@ def answer_loss(model: Network, prefix: Prefix, batch: dict[str, Any]) -> Tensor
     losses = batch["answer_weight"] * nn.functional.nll_loss(student, labels[wanted], reduction="sum")
     if batch["distillation_weight"]:
         with torch.no_grad():
-            full = token_prefix(base, batch["answer_passages"]).select(owners)
+            full = token_prefix(base, batch["answer_passages"]).share(owners)
             teacher = logits_at(base, full, inputs, wanted).float().log_softmax(-1)
         divergence = nn.functional.kl_div(student, teacher, reduction="sum", log_target=True)
         losses = losses + batch["distillation_weight"] * divergence

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from compressor.data.batches import continuation_pair, padded_width, regeneratio
 from compressor.data.left_out import LeftOut
 from compressor.data.passages import BatchPlan, Piece, load_passages, passages_digest
 from compressor.errors import CompressorError
-from compressor.model.base import load_base
+from compressor.model.base import held_dtype, load_base
 from compressor.model.encoder import pad
 from compressor.model.fingerprints import tokenizer_fingerprint
 from compressor.model.generation import generate, label_nats, regeneration_limit
@@ -24,6 +24,7 @@ from compressor.processes import summed
 from compressor.training.checkpoints import VALIDATION
 from compressor.training.config import RunConfig
 from compressor.training.objectives import Trainee
+from compressor.training.sharding import shard_base, sharding_asked, share_out
 from compressor.training.stage import Batch
 
 CONTINUATION_TOKENS = 64
@@ -42,18 +43,23 @@ class CompressionStage:
         self.left_out: defaultdict[str, LeftOut] = defaultdict(LeftOut)
         """What is left out of the data, by its use and split; `run.json` holds it."""
         self.module: Trainee
+        sharded = sharding_asked(config)
+        device = torch.device("cpu") if sharded else accelerator.device  # shards are sent to the device
+        dtype: Any = held_dtype(config.base.dtype, accelerator.device)
         if config.init is not None:
             self.module = Trainee.from_pretrained(
                 config.init,
-                device=accelerator.device,
-                dtype=config.base.dtype,
+                device=device,
+                dtype=dtype,
                 attention=config.base.attention,
                 quantization=None if config.base.quantization == "none" else config.base.quantization,
                 base_mismatch=config.base_mismatch,
             )
         else:
-            base = load_base(config.base, accelerator.device)
+            base = load_base(replace(config.base, dtype=dtype), device)
             self.module = Trainee(base, config.compressor, config.seed)
+        if sharded:
+            shard_base(self.module, accelerator)
         self.module.train()
         self.module.activation_checkpointing = config.training.activation_checkpointing
         most = self.module.config.memory_tokens
@@ -197,7 +203,7 @@ class CompressionStage:
         # and more: a passage alone has no other's memory to read.
         sums = torch.zeros(len(counts) + 4, dtype=torch.float64)
         groups = [self.validation[i : i + 16] for i in range(0, len(self.validation), 16)]
-        for group in groups[accelerator.process_index :: accelerator.num_processes]:
+        for group in share_out(groups, model, accelerator):
             cut = [self.held_out[p.record]["input_ids"][p.start : p.start + p.length] for p in group]
             ids, lengths = pad(cut, device)
             stacked = stack_pairs([regeneration_pair(model.base.bos, model.base.eos, one) for one in cut])
@@ -222,7 +228,7 @@ class CompressionStage:
         figures |= {f"nats_{tokens}": value for tokens, value in loss.items()}
         if totals[-1]:  # a single record has no other to swap memories with
             figures["nats_swapped"] = swapped_loss
-        samples = self.samples(counts[0], accelerator) if accelerator.is_main_process else []
+        samples = self.samples(counts[0], accelerator) if accelerator.is_main_process or model.sharded else []
         if totals[-1] and swapped_loss - own < COLLAPSE:
             samples.insert(0, "warning: memories of other passages do as well: the decoder ignores the memory")
         model.train()

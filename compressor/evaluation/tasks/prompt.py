@@ -17,6 +17,7 @@ from compressor.evaluation.tasks.interface import Item, Result
 from compressor.evaluation.tasks.qa import QuestionAnswering
 from compressor.methods.interface import Method, Piece
 from compressor.model.generation import after, label_scores
+from compressor.model.memory import shared
 
 NATS = {
     "answer_nats": ratio("answer_nats", "items"),
@@ -98,7 +99,7 @@ class Prompted(QuestionAnswering):
     def run(self, method: Method, items: Sequence[Item], contexts: Sequence[list[Piece]]) -> list[Result]:
         if self.prompt.answer != "label":
             return super().run(method, items, contexts)
-        base, prefix = method.base, method.prefix(contexts)
+        base, prefix = method.base, shared(contexts, method.prefix)
         prompts = after(base, prefix, [item.asked["prompt"] for item in items])
         found = label_scores(base, prefix, prompts, [list(item.asked["labels"].values()) for item in items])
         return [

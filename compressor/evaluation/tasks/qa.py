@@ -16,6 +16,7 @@ from compressor.evaluation.tasks.quality import passage_nats
 from compressor.evaluation.words import answer_words
 from compressor.methods.interface import Method, Piece
 from compressor.model.generation import ANSWER_TOKENS, after, generate, score
+from compressor.model.memory import shared
 
 KINDS = ("answerable", "unanswerable")
 """Kinds of questions, whose F1 is reported apart where some are unanswerable."""
@@ -93,7 +94,7 @@ class QuestionAnswering(Task):
     def run(self, method: Method, items: Sequence[Item], contexts: Sequence[list[Piece]]) -> list[Result]:
         base = method.base
         answers = answer_ids(base.tokenizer, [item.asked["answers"] for item in items])
-        prefix = method.prefix(contexts)
+        prefix = shared(contexts, method.prefix)
         prompts = after(base, prefix, [item.asked["prompt"] for item in items])
         written = generate(base, prefix, prompts, [self.new_tokens] * len(items))
         scored = score(base, prefix, prompts, [[*answer, base.eos] for answer in answers])

@@ -25,7 +25,7 @@ from compressor.evaluation.metrics import (
 from compressor.evaluation.tasks.interface import Item, Result, Task, tokenised
 from compressor.evaluation.words import unspaced, words
 from compressor.methods.interface import Method, Piece
-from compressor.model.generation import after, generate, regeneration_limit, score
+from compressor.model.generation import after, regeneration_limit, rewrite, score
 
 BEFORE, AFTER = "before", "from"
 
@@ -133,8 +133,8 @@ class Regeneration(Task):
             chosen = order[start : start + len(items)]
             prefix = method.prefix([[flat[i]] for i in chosen])
             prompts = after(base, prefix, [[base.bos]] * len(chosen))
-            generations = generate(base, prefix, prompts, [regeneration_limit(len(flat[i].ids)) for i in chosen])
             targets = score(base, prefix, prompts, [[*flat[i].ids, base.eos] for i in chosen])
+            generations = rewrite(base, prefix, [flat[i].ids for i in chosen], targets)
             for i, generation, target in zip(chosen, generations, targets, strict=True):
                 written[i], finished[i] = generation.ids, generation.finished
                 scores[i] = [-float(target[:, 0].double().sum()), float(target[:, 1].sum()), len(target)]
