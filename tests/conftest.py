@@ -434,7 +434,7 @@ class TrainingCommand:
 
     def finish(self, process: subprocess.Popen[str]) -> str:
         """What a run printed that must end well."""
-        printed = process.communicate(timeout=240)[0]
+        printed = process.communicate(timeout=600)[0]
         assert process.returncode == 0, printed
         return printed
 

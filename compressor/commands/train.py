@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -30,7 +29,7 @@ FREE_TO_CHANGE = {
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from compressor.training.stage import Stage
+    from compressor.training.regenerate import CompressionStage
 
 
 @exits_cleanly
@@ -72,7 +71,7 @@ def train_main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def record_start(config: RunConfig, step: int, processes: int, stage: Stage) -> None:
+def record_start(config: RunConfig, step: int, processes: int, stage: CompressionStage) -> None:
     """Write `config.yaml` and add this start to `run.json`; say which settings a resumed run changes."""
     output, settings = Path(config.output), asdict(config)
     stored = output / "config.yaml"
@@ -89,7 +88,7 @@ def record_start(config: RunConfig, step: int, processes: int, stage: Stage) -> 
         path.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
 
 
-def make_stage(config: RunConfig, accelerator: Accelerator) -> Stage:
+def make_stage(config: RunConfig, accelerator: Accelerator) -> CompressionStage:
     """The stage that `config.stage` names."""
     if config.stage == "answer":
         from compressor.training.answer import AnswerStage
@@ -100,8 +99,10 @@ def make_stage(config: RunConfig, accelerator: Accelerator) -> Stage:
     return CompressionStage(config, accelerator)
 
 
-def describe(stage: Stage, config: RunConfig, accelerator: Accelerator) -> str:
+def describe(stage: CompressionStage, config: RunConfig, accelerator: Accelerator) -> str:
     """Batch arithmetic, parameter counts and an estimate of memory, as lines of text."""
+    from compressor.training.footprint import step_bytes
+
     settings, devices = config.training, accelerator.num_processes
     batch = stage.micro_batch(0)
     trainable = sum(p.numel() for p in stage.module.parameters() if p.requires_grad)
@@ -120,12 +121,12 @@ def describe(stage: Stage, config: RunConfig, accelerator: Accelerator) -> str:
         f"passes in {'bfloat16' if accelerator.mixed_precision == 'bf16' else 'the types of the weights'} on "
         f"{accelerator.device.type} (training.mixed_precision: {settings.mixed_precision})",
         *(["frozen base in shards: each device holds its part of every layer but the last"] * sharded),
-        f"memory for each device, estimated: {memory_estimate(stage, config) / 2**30:.1f} GiB",
+        f"memory for each device, estimated: {step_bytes(stage, config, devices) / 2**30:.1f} GiB",
     ]
     return "\n".join(lines)
 
 
-def dead_parameters(stage: Stage) -> dict[str, int]:
+def dead_parameters(stage: CompressionStage) -> dict[str, int]:
     """Trainable parameters that get no gradient in one real backward pass, with their sizes.
 
     Leaves no gradients and no training state behind.
@@ -137,22 +138,3 @@ def dead_parameters(stage: Stage) -> dict[str, int]:
     dead = {n: p.numel() for n, p in stage.module.named_parameters() if p.requires_grad and p.grad is None}
     stage.module.zero_grad(set_to_none=True)
     return dead
-
-
-def memory_estimate(stage: Stage, config: RunConfig) -> int:
-    """Bytes: weights, gradients and AdamW's two moments, and the activations of one micro-batch.
-
-    Activations are counted as 34 values of 2 bytes a token, layer and hidden unit (Korthikanti et al. 2022,
-    arXiv 2205.05198, equation 2 without the attention matrices, which fused attention does not keep), or one with
-    activation checkpointing, and three float32 copies of the logits.
-    """
-    parameters = list(stage.module.parameters())
-    held = sum(p.numel() * p.element_size() for p in parameters)
-    training = sum(p.numel() * 12 for p in parameters if p.requires_grad)
-    holder: Any = getattr(stage.module, "base", stage.module)
-    model = holder.model.config
-    tokens = config.training.batch_tokens * 2
-    values = 2 if config.training.activation_checkpointing else 34
-    activations = tokens * model.num_hidden_layers * model.hidden_size * values * 2
-    logits = config.training.batch_tokens * model.vocab_size * 4 * 3
-    return math.ceil(held + training + activations + logits)

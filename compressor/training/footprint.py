@@ -1,0 +1,101 @@
+"""What a training step takes of memory, worked out before one is made: what is there, and what the largest will add."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from compressor.data.batches import padded_width
+from compressor.data.passages import Piece
+from compressor.model.generation import HEAD_ROWS
+from compressor.training.config import RunConfig
+from compressor.training.regenerate import CompressionStage
+
+PROBED = ((1, 16), (1, 32), (1, 48), (2, 16))
+"""Passages and tokens of each, of the micro-batches that are tried."""
+LOOKED_AT = 200
+"""Micro-batches among which the largest is looked for."""
+
+
+def step_bytes(stage: CompressionStage, config: RunConfig, processes: int) -> int:
+    """Bytes of one device at the peak of a step.
+
+    Activations are measured, not counted from a formula: what autograd keeps of four small micro-batches gives what it
+    keeps of any, since it grows by a constant, a part for each row and parts that are linear and quadratic in the row's
+    width. Other parts: what the process holds now (the base, libraries on a CPU), gradients, the optimiser's moments,
+    DDP's copies of gradients, and a layer's and the output layer's intermediate values in the backward pass.
+    """
+    model, held = stage.module, resident_bytes(stage.module)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    moments = 4 if config.training.optimizer == "muon" else 8
+    training = trained * (4 + moments + (4 if processes > 1 else 0))
+    config_of_base = model.base.model.config.get_text_config()
+    pieces = [stage.plan.batch(index) for index in range(LOOKED_AT)]
+    shapes = {(len(batch), padded_width(max(piece.length for piece in batch))) for batch in pieces}
+    kept = kept_of(stage, config.training.activation_checkpointing)
+    size = model.base.dtype.itemsize
+    heads, inner = config_of_base.num_attention_heads, config_of_base.intermediate_size
+    passing = max(rows * width * (4 * inner + 3 * heads * width) * size for rows, width in shapes)
+    logits = HEAD_ROWS * len(model.base.embeddings.weight) * (size + 12)
+    return held + training + max(kept(*shape) for shape in shapes) + max(passing, logits)
+
+
+def kept_of(stage: CompressionStage, checkpointing: bool) -> Callable[[int, int], int]:
+    """Bytes that autograd keeps of a micro-batch, by its rows and their width."""
+    model, most = stage.module, stage.module.config.memory_tokens
+    model.activation_checkpointing = False
+    parts: list[list[int]] = []  # of the encoder and of all, for each shape
+    for rows, width in PROBED:
+        width = min(width, stage.validation[-1].length)
+        batch = stage.collate(stage.held_out, [Piece(stage.validation[-1].record, 0, width)] * rows, [most] * rows)
+        batch = {k: v.to(model.base.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+        arguments = batch["input_ids"], batch["lengths"], most
+        parts.append(
+            [kept_bytes(lambda a=arguments: model.encode(*a), model), kept_bytes(lambda b=batch: model(b), model)]
+        )
+    model.activation_checkpointing = checkpointing
+    found = torch.tensor(parts, dtype=torch.float64)
+    constant = (2 * found[0] - found[3]).clamp(min=0)
+    widths = torch.tensor([float(width) for _, width in PROBED[:3]], dtype=torch.float64)
+    by_width = torch.linalg.solve(torch.stack([widths**0, widths, widths**2], dim=1), found[:3] - constant).clamp(min=0)
+
+    def kept(rows: int, width: int) -> int:
+        powers = torch.tensor([1.0, width, width**2], dtype=torch.float64)
+        encoder, everything = (constant + rows * (powers @ by_width)).tolist()
+        # Checkpointed, the encoder's are made again once the decoder's are gone.
+        return int(max(encoder, everything - encoder) if checkpointing else everything)
+
+    return kept
+
+
+def kept_bytes(run: Callable[[], Any], model: nn.Module) -> int:
+    """Bytes of the tensors that autograd keeps of a pass, each storage once, without weights."""
+    shapes = {parameter.shape for parameter in model.parameters()}
+    storages: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        weight = tensor.is_leaf and (tensor.shape in shapes or tensor.mT.shape in shapes if tensor.dim() > 1 else True)
+        if not weight:
+            storage = tensor.untyped_storage()
+            storages[storage.data_ptr()] = storage  # held, so that no other takes its place
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        made = run()
+    del made
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+def resident_bytes(model: nn.Module) -> int:
+    """Bytes held now: allocated on a GPU, the process's on a CPU; elsewhere those of the parameters."""
+    device, pages = next(model.parameters()).device, Path("/proc/self/statm")
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    if device.type == "cpu" and pages.exists():
+        return int(pages.read_text().split()[1]) * 4096
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
