@@ -140,17 +140,17 @@ import os, sys
 sys.path.insert(0, {project!r})
 import torch
 from torch.distributed.tensor import DTensor
-from compressor.api import Compressor
 from compressor.model.base import load_base
 from compressor.model.config import BaseConfig, CompressorConfig
 from compressor.model.generation import decode
 from compressor.model.memory import memory_prefix
 from compressor.processes import make_accelerator
+from compressor.training.objectives import Trainee
 from compressor.training.sharding import held_bytes, shard_base
 
 def made():
     base = load_base(BaseConfig(path=sys.argv[1]))
-    model = Compressor(base, CompressorConfig(memory_tokens=8, lora_rank=4, writer_rank=4, max_passage_tokens=64))
+    model = Trainee(base, CompressorConfig(memory_tokens=8, lora_rank=4, writer_rank=4, max_passage_tokens=64))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -160,7 +160,7 @@ def made():
 
 def findings(model, batch):
     memories = model.compress_ids([[7, 8, 9, 10, 11, 12], [5, 6, 7]])
-    with model.adapters(on=False), torch.no_grad():
+    with torch.no_grad():
         logits = decode(model.base, memory_prefix(model.base, memories), torch.tensor([[1, 7, 8], [1, 5, 6]]))
     loss = model(batch)
     loss.backward()
