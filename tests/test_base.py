@@ -11,7 +11,8 @@ import torch
 from compressor.errors import CompressorError
 from compressor.files import PROJECT, bundled
 from compressor.model.base import Base, load_base
-from compressor.model.config import BaseConfig
+from compressor.model.config import BaseConfig, CompressorConfig
+from compressor.training.objectives import Trainee
 
 
 def test_shape_and_tokens_of_the_tiny_base(tiny_base: Base) -> None:
@@ -86,7 +87,37 @@ def test_quantisation_without_the_package_says_what_to_install(
 ) -> None:
     monkeypatch.setitem(__import__("sys").modules, "bitsandbytes", None)
     with pytest.raises(CompressorError, match=r"pip install .*\[quantised-base\]"):
+        load_base(BaseConfig(path=str(tiny_base_folder), quantization="int8"))
+
+
+def test_four_bits_on_a_cpu_are_refused(tiny_base_folder: Path) -> None:
+    with pytest.raises(CompressorError, match="no backward pass there"):
         load_base(BaseConfig(path=str(tiny_base_folder), quantization="int4"))
+
+
+@pytest.mark.slow
+def test_a_base_in_eight_bits_trains_and_regenerates(tiny_base_folder: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    base = load_base(BaseConfig(path=str(tiny_base_folder), quantization="int8"))
+    assert any(type(part).__name__ == "Linear8bitLt" for part in base.model.modules())
+    model = Trainee(base, CompressorConfig(memory_tokens=4, lora_rank=4, writer_rank=4, max_passage_tokens=64)).train()
+    ids = torch.tensor([[7, 8, 9, 10], [5, 6, 0, 0]])
+    labels = torch.tensor([[7, 8, 9, 10, base.eos], [5, 6, base.eos, -100, -100]])
+    inputs = torch.cat([torch.full((2, 1), base.bos), ids], dim=1)
+    batch = {"input_ids": ids, "lengths": torch.tensor([4, 2]), "memory_tokens": torch.tensor([4, 4])}
+    batch |= {"regeneration_inputs": inputs, "regeneration_labels": labels, "regeneration_weight": 1.0}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
+    losses = []
+    for _ in range(8):
+        loss = model(batch)
+        loss.backward()
+        assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0]
+    written = model.eval().regenerate(model.compress_ids([[7, 8, 9, 10], [5, 6]]))
+    assert len(written) == 2
 
 
 def test_a_device_that_is_not_there_is_refused(tiny_base_folder: Path) -> None:

@@ -330,6 +330,11 @@ def load_base(config: BaseConfig, device: str | torch.device = "cpu") -> Base:
     if attention == "auto":
         attention = GROUPED
     extra: dict[str, Any] = {}
+    if config.quantization == "int4" and torch.device(device).type == "cpu":
+        raise CompressorError(
+            "base.quantization = int4 does not work on CPUs: bitsandbytes' 4-bit products have no backward pass there "
+            "(0.50 was tried), which training takes, and finding the layers that need adapters. Give int8, or a GPU"
+        )
     if config.quantization != "none":
         try:
             import bitsandbytes  # noqa: F401

@@ -36,7 +36,8 @@ class BaseConfig:
     an accelerator, and on a CPU one whose backward pass is several times as fast; rows that read one context share it
     (`compressor/model/kernels.py`, `decoding.py`)."""
     quantization: Literal["none", "int8", "int4"] = "none"
-    """Load the frozen weights in 8 or 4 bits (needs the `quantised-base` extra and a GPU)."""
+    """Load the frozen weights in 8 or 4 bits (needs the `quantised-base` extra): int8 anywhere, int4 on a
+    GPU alone."""
 
 
 @dataclass

@@ -21,7 +21,15 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from compressor.errors import CompressorError, WriteError, first_line, lacking
-from compressor.processes import current_device, held_dtype, make_accelerator, precise, summed
+from compressor.processes import (
+    current_device,
+    held_dtype,
+    keep_kernels_few,
+    make_accelerator,
+    precise,
+    return_free_memory,
+    summed,
+)
 from compressor.progress import note
 from compressor.training.checkpoints import Checkpoints
 from compressor.training.config import RunConfig, TrainingConfig
@@ -29,6 +37,9 @@ from compressor.training.log import RunLog
 from compressor.training.optimizers import make_optimizer
 from compressor.training.stage import Batch, Stage, TrainingState
 from compressor.training.trackers import Wandb, start_trackers
+
+TRIM_EVERY = 10
+"""Steps after which a process on CPUs gives free memory back."""
 
 
 def learning_rate(step: int, config: TrainingConfig) -> float:
@@ -54,6 +65,7 @@ def start_run(config: RunConfig) -> Accelerator:
             raise lacking("training.trackers", tracker, "tracking") from None
     if config.training.threads:
         torch.set_num_threads(config.training.threads)
+    keep_kernels_few()
     precision = config.training.mixed_precision
     if precision == "auto" and held_dtype(config.base.dtype, current_device()) != "float32":
         # Weights that are held in half precision are computed with as they are: no cast in any pass.
@@ -222,6 +234,8 @@ def train(
             # A signal that comes from here on counts in the next step, on all processes alike.
             stopping = result.stop
             state.step += 1
+            if state.step % TRIM_EVERY == 0 and accelerator.device.type == "cpu":
+                return_free_memory()
             state.passages += int(result.passages)
             state.tokens += int(result.targets)
             log.advance(result.loss, result.targets, result.passages)

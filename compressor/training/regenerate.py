@@ -16,11 +16,11 @@ from compressor.data.batches import continuation_pair, padded_width, regeneratio
 from compressor.data.left_out import LeftOut
 from compressor.data.passages import BatchPlan, Piece, load_passages, passages_digest
 from compressor.errors import CompressorError
-from compressor.model.base import held_dtype, load_base
+from compressor.model.base import load_base
 from compressor.model.encoder import pad
 from compressor.model.fingerprints import tokenizer_fingerprint
 from compressor.model.generation import generate, label_nats, regeneration_limit
-from compressor.processes import summed
+from compressor.processes import held_dtype, summed
 from compressor.training.checkpoints import VALIDATION
 from compressor.training.config import RunConfig
 from compressor.training.objectives import Trainee
