@@ -511,7 +511,23 @@ def serving() -> str:
     )
 
 
+def decoding() -> str:
+    """Tokens a second against batch size, and how often the batch-1 loop's."""
+    rows = results("benchmark-decoding.json")["rows"]
+    names = list(dict.fromkeys((row["base"], row["dtype"]) for row in rows))
+    sizes = sorted({row["batch"] for row in rows})
+    found = {(row["base"], row["variant"], row["batch"]): row for row in rows}
+    body = []
+    for base, dtype in names:
+        for variant in ("batch-1 loop", "generate", "ours"):
+            of_size = [found.get((base, variant, size)) for size in sizes]
+            shown = [f"{one['tokens_per_second']:,.0f} ({one['times_loop']:.1f}x)" if one else "" for one in of_size]
+            body.append([f"{Path(base).parent.name or base}, {dtype}", variant, *shown])
+    return table(["base", "", *(f"{size} row{'s' * (size > 1)}" for size in sizes)], body)
+
+
 PARTS: dict[str, Callable[[], str]] = {
+    "decoding": decoding,
     "headline": headline,
     "flagship": flagship,
     "flagship-details": flagship_details,
