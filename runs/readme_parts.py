@@ -496,18 +496,22 @@ def serving() -> str:
     cells = {(row["passages"], row["length"], row["clients"], row["way"]): row for row in found["rows"]}
     header = ["first token, s (requests/s)", "clients", *ways, "text / memory", "no cache"]
     body = []
-    for count, length, clients in dict.fromkeys(key[:3] for key in cells):
+    for count, length, clients in sorted({key[:3] for key in cells}):
+        if any((count, length, clients, way) not in cells for way in ways):
+            continue  # the budget was spent in the middle of it
         rows = [cells[count, length, clients, way] for way in ways]
-        shown = [f"{row['first_token']:.2f} ({row['per_second']:.1f})" for row in rows]
+        shown = [f"{row['first_token']:.2f} ({row['per_second']:.2f})" for row in rows]
         ratios = [f"{rows[place + 2]['first_token'] / rows[place]['first_token']:.1f}x" for place in (0, 1)]
         positions = f"{count} x {length} tokens: {rows[0]['positions']} positions, not {rows[2]['positions']}"
         body.append([positions, str(clients), *shown, *ratios])
     machine, settings = found["machine"], found["settings"]
+    asked = sorted(row["requests"] for row in found["rows"])
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    cores = f"{machine['cores_used']} core{'s' * (machine['cores_used'] > 1)}"
+    busy = f", which had other work, too (load {machine['load_before']:.0f}): the ratios count, not the seconds"
     return table(header, body) + (
-        f"\n\n{settings['checkpoint']}, float32, {settings['seconds']:g} seconds a cell, medians; server and clients "
-        f"together on {machine['cores_used']} core{'s' * (machine['cores_used'] > 1)}\n({machine['processor']}; load "
-        f"{machine['load_before']:.0f} before), {versions}."
+        f"\n\n{settings['checkpoint']}, float32; medians of the {asked[0]} to {asked[-1]} requests of a cell; server "
+        f"and clients together\non {cores}{busy if machine['load_before'] > machine['cores_used'] else ''}. {versions}."
     )
 
 
