@@ -1,6 +1,6 @@
 """What a store finds: recall of the paragraph that a question was asked about, by vectors and by words.
 
-    python benchmarks/store_recall.py [--data data/squad-dev.parquet] [--questions 300] [--output results/store-recall.json]
+    python benchmarks/store_recall.py [--data data/squad-dev.parquet] [--output results/store-recall.json]
 
 The paragraphs of the data are the corpus, compressed by `--checkpoint` and coded as `index` does it; needs
 `compressor fetch all-minilm-l6-v2`.
