@@ -41,6 +41,7 @@ class Run:
     """What an offline run holds."""
 
     def __init__(self, folder: Path):
+        wandb.teardown()  # until its service has ended, the file may be incomplete
         (file,) = folder.glob("wandb/offline-run-*/run-*.wandb")
         self.config: dict[str, Any] = {}
         self.summary: dict[str, Any] = {}
@@ -66,7 +67,6 @@ def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder.mkdir()
     for name, value in (("MODE", "offline"), ("DIR", str(folder)), ("SILENT", "true")):
         monkeypatch.setenv(f"WANDB_{name}", value)
-    wandb.teardown()  # it reads these once for a process
     return folder
 
 
