@@ -10,6 +10,7 @@ import atexit
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
@@ -173,6 +174,8 @@ class Front:
                 except Exception as error:
                     message = {"type": "lifespan.startup.failed", "message": f"not serving: {error}"}
                     atexit.register(os._exit, 2)  # vLLM would end with 0
+            elif message["type"].startswith("lifespan.shutdown") and hasattr(self, "desk"):
+                shutil.rmtree(self.desk.shelf.folder, ignore_errors=True)
             await send(message)
 
         await self.app(scope, receive, started if scope["type"] == "lifespan" else send)
