@@ -33,7 +33,7 @@ from compressor.streams import check_output, exits_cleanly, shows_example, write
 if TYPE_CHECKING:
     from compressor.model.base import Base
     from compressor.model.memory import Memory
-    from compressor.storage.store import Store
+    from compressor.storage.store import Reading, Store
 
 OVERWRITE = {"overwrite": "replace what is at --output if it exists"}
 
@@ -186,7 +186,7 @@ def _store_and_base(options: AskOptions) -> tuple[Store, Base]:
     """The store that the options name, and what reads its memories: its own base, unless another is named."""
     from compressor.model.base import load_base
     from compressor.model.config import BaseConfig
-    from compressor.storage.store import Store
+    from compressor.storage.store import Reading, Store
 
     if options.texts and options.recite:
         raise CompressorError("--recite and --texts are two ways of reading records: give one")
@@ -279,7 +279,7 @@ def ask(argv: list[str]) -> int:
     if options.store is not None:
         store, base = _store_and_base(options)
         hits = store.search(asked, options.top)
-        read = "texts" if options.texts else "recite" if options.recite else "memories"
+        read: Reading = "texts" if options.texts else "recite" if options.recite else "memories"
         prefix = store.together(hits, read, options.tokens)
         template = store.manifest["template"] if template == QUESTION else template
     else:

@@ -85,7 +85,11 @@ class Desk:
     def describe(self, name: str) -> dict[str, Any]:
         """What `GET /v1/memories/ID` tells."""
         size, memory = self.library.state(name)[0], self.load(name)
-        told = {"tokens": memory.tokens, "passage_tokens": memory.passage_tokens, "segments": len(memory.segments)}
+        told: dict[str, Any] = {
+            "tokens": memory.tokens,
+            "passage_tokens": memory.passage_tokens,
+            "segments": len(memory.segments),
+        }
         told |= {"fidelity": memory.fidelity, "bytes": size, "compressor": memory.compressor}
         return {"id": name, "object": "memory", "ratio": round(memory.passage_tokens / memory.tokens, 3), **told}
 
@@ -239,7 +243,11 @@ class Front:
         """Refuse to serve if log-probabilities are more nats apart through vLLM than through this project's decoder."""
         desk, base = self.desk, self.desk.model.base
         key = next(iter(app.state.args.api_key or [os.environ.get("VLLM_API_KEY", "")])) or "none"
-        options = {"base_url": "http://canary", "headers": {"Authorization": f"Bearer {key}"}, "timeout": 300}
+        options: dict[str, Any] = {
+            "base_url": "http://canary",
+            "headers": {"Authorization": f"Bearer {key}"},
+            "timeout": 300,
+        }
         asked = {"prompt": "", "max_tokens": 12, "ignore_eos": True, "temperature": 0, "logprobs": 0}
         memories = await desk.alone(desk.model.compress, list(CANARIES))
         desk.canaries = {f"canary-{number}": memory for number, memory in enumerate(memories)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,10 +55,8 @@ def kept_of(stage: CompressionStage, checkpointing: bool) -> Callable[[int, int]
         width = min(width, stage.validation[-1].length)
         batch = stage.collate(stage.held_out, [Piece(stage.validation[-1].record, 0, width)] * rows, [most] * rows)
         batch = {k: v.to(model.base.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
-        arguments = batch["input_ids"], batch["lengths"], most
-        parts.append(
-            [kept_bytes(lambda a=arguments: model.encode(*a), model), kept_bytes(lambda b=batch: model(b), model)]
-        )
+        encode = partial(model.encode, batch["input_ids"], batch["lengths"], most)
+        parts.append([kept_bytes(encode, model), kept_bytes(partial(model, batch), model)])
     model.activation_checkpointing = checkpointing
     found = torch.tensor(parts, dtype=torch.float64)
     constant = (2 * found[0] - found[3]).clamp(min=0)
