@@ -186,7 +186,7 @@ def _store_and_base(options: AskOptions) -> tuple[Store, Base]:
     """The store that the options name, and what reads its memories: its own base, unless another is named."""
     from compressor.model.base import load_base
     from compressor.model.config import BaseConfig
-    from compressor.storage.store import Reading, Store
+    from compressor.storage.store import Store
 
     if options.texts and options.recite:
         raise CompressorError("--recite and --texts are two ways of reading records: give one")

@@ -251,7 +251,10 @@ class Front:
         asked = {"prompt": "", "max_tokens": 12, "ignore_eos": True, "temperature": 0, "logprobs": 0}
         memories = await desk.alone(desk.model.compress, list(CANARIES))
         desk.canaries = {f"canary-{number}": memory for number, memory in enumerate(memories)}
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), **options) as client:
+        transport = httpx.ASGITransport(app=app)
+        async with httpx.AsyncClient(
+            transport=transport, base_url="http://canary", headers=headers, timeout=300
+        ) as client:
             for name, memory in desk.canaries.items():
                 reply = await client.post(COMPLETIONS, json={**asked, "memories": [name], "return_token_ids": True})
                 if reply.status_code != 200:
