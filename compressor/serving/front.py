@@ -243,11 +243,7 @@ class Front:
         """Refuse to serve if log-probabilities are more nats apart through vLLM than through this project's decoder."""
         desk, base = self.desk, self.desk.model.base
         key = next(iter(app.state.args.api_key or [os.environ.get("VLLM_API_KEY", "")])) or "none"
-        options: dict[str, Any] = {
-            "base_url": "http://canary",
-            "headers": {"Authorization": f"Bearer {key}"},
-            "timeout": 300,
-        }
+        headers = {"Authorization": f"Bearer {key}"}
         asked = {"prompt": "", "max_tokens": 12, "ignore_eos": True, "temperature": 0, "logprobs": 0}
         memories = await desk.alone(desk.model.compress, list(CANARIES))
         desk.canaries = {f"canary-{number}": memory for number, memory in enumerate(memories)}
