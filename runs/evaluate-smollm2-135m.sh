@@ -17,9 +17,12 @@ python evaluate.py --checkpoint models/smollm2-135m/compressor --task regenerati
   --tokens 16 4 1 --lengths 96 --limit 40 --batch_size 40 --output "$work/out-of-domain"
 cp "$work/out-of-domain/metrics.json" results/smollm2-135m/out-of-domain.json
 # Questions about windows of 96 tokens, between the bounds.
-models=models/smollm2-135m
-python evaluate.py --checkpoint $models/compressor --task qa --data squad-dev arxivqa-test --limit "${1:-100}" --batch_size 50 \
-  --methods kv recite full none full-tuned=$models/full-tuned none-tuned=$models/none-tuned --tokens 16 4 1 \
+models=models/smollm2-135m bounds=()
+for name in full-tuned none-tuned; do
+  if [ -d "$models/$name" ]; then bounds+=("$name=$models/$name"); fi
+done
+python evaluate.py --checkpoint $models/compressor --task qa --data squad-dev arxivqa-test --limit "${1:-80}" --batch_size 50 \
+  --methods kv recite full none "${bounds[@]}" --tokens 16 4 1 \
   --question_tokens 96 --output "$work/qa-windows"
 cp "$work/qa-windows/metrics.json" results/smollm2-135m/qa-windows.json
 python runs/readme.py --snippet > "$work/snippet.py"
