@@ -71,7 +71,7 @@ def main() -> int:
         )
     settings = {"data": Path(options.data).name, "checkpoint": options.checkpoint, "codec": options.codec}
     write_json(options.output, {**settings, "load": round(os.getloadavg()[0], 1), "rows": rows})
-    print(Path(options.output).read_text())
+    print(Path(options.output).read_text(encoding="utf-8"))
     return 0
 
 

@@ -381,7 +381,7 @@ def training_options(tiny_base_folder: Path, corpus: tuple[str, str]) -> list[st
 _DYING = """
 import os, signal, sys
 sys.path.insert(0, {project!r})
-from compressor.compression import CompressionStage
+from compressor.training.regenerate import CompressionStage
 from compressor.commands.train import train_main
 honest = CompressionStage.micro_batch
 def micro_batch(self, index):

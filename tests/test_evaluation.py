@@ -182,7 +182,7 @@ def test_failure_leaves_no_output(checkpoint: str, data: str, tmp_path: Path, mo
     def fail(*arguments: Any) -> Any:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(tasks_module, "generate", fail)
+    monkeypatch.setattr(tasks_module, "rewrite", fail)
     before = set(tmp_path.iterdir())
     with pytest.raises(RuntimeError, match="out of memory"):
         evaluate_main(["--checkpoint", checkpoint, "--data", data, "--limit", "1", "--output", str(tmp_path / "o")])

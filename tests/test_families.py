@@ -87,8 +87,8 @@ def test_whole_path_works(family: str, make_family_base: Callable[..., Base]) ->
     memories = model.compress_ids(PASSAGES)
     for memory, passage in zip(memories, PASSAGES, strict=True):
         alone = model.compress_ids([passage])[0]
-        torch.testing.assert_close(alone.keys, memory.keys, atol=1e-4, rtol=1e-3)
-        torch.testing.assert_close(alone.values, memory.values, atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(alone.keys, memory.keys, atol=5e-4, rtol=1e-3)
+        torch.testing.assert_close(alone.values, memory.values, atol=5e-4, rtol=1e-3)
         assert memory.keys.shape == (base.layers, base.kv_heads, 4, base.head_size)
     together = generate(base, memory_prefix(base, memories), [[base.bos], [5, 6], [base.bos, 7, 8]], [6, 6, 6])
     for memory, prompt, expected in zip(memories, [[base.bos], [5, 6], [base.bos, 7, 8]], together, strict=True):

@@ -23,7 +23,7 @@ from compressor.errors import CompressorError
 from compressor.files import owned
 from compressor.model import gguf_cache
 from compressor.model.generation import answer
-from compressor.model.memory import Memory, memory_prefix
+from compressor.model.memory import Memory, memory_prefix, signed
 from compressor.model.text_encoder import TextEncoder, default_encoder, fetch_encoder
 from compressor.progress import note_once
 from compressor.storage.fitting import calibrate
@@ -153,13 +153,11 @@ def test_a_store_goes_on_only_as_it_was_made(
         CompressorError, match=r"\(encoder: bm25@, now /.*text-encoder@\w{12}, keep_text: True, now False\)"
     ):
         Store.open(store.path, model, making=Making(codec="int8"), encoder=text_encoder)
-    compress, named = model.compress, store.manifest["compressor"]
-    monkeypatch.setattr("compressor.storage.store.signed", lambda memory, *_: replace(memory, compressor=named))
     for other, message in (
         ({"base": "b" * 64, "base_name": "large"}, r"base: .*@\w{12}, now large@bbbbbbbbbbbb"),
         ({"layout": "after"}, "layout: nested, now after"),
     ):
-        monkeypatch.setattr(Compressor, "compress", lambda *given, o=other: replace(compress(*given[1:]), **o))
+        monkeypatch.setattr("compressor.storage.store.signed", lambda *given, o=other: replace(signed(*given), **o))
         with pytest.raises(CompressorError, match=message):
             Store.open(store.path, model, making=Making(codec="int8"))
     monkeypatch.undo()

@@ -96,5 +96,5 @@ def resident_bytes(model: nn.Module) -> int:
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
     if device.type == "cpu" and pages.exists():
-        return int(pages.read_text().split()[1]) * 4096
+        return int(pages.read_text(encoding="ascii").split()[1]) * 4096
     return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
