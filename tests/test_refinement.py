@@ -50,6 +50,16 @@ def test_every_passage_becomes_likelier_and_nothing_else_changes(
         assert other.keys.dtype == one.keys.dtype
 
 
+def test_a_step_too_large_does_not_lose_what_is_held(project: Path) -> None:
+    """Two steps, both large, from memories that hold their short passages almost whole."""
+    model = Compressor.from_pretrained(project / "models" / "arxiv-mini" / "compressor")
+    passages = model.base.tokenise(["We study graphs.", "We show that the sum of two such numbers is even."])
+    plain = model.compress_ids(passages, 4)
+    refined = model.compress_ids(passages, 4, refine_steps=2)
+    before, after = nats(model, plain, passages), nats(model, refined, passages)
+    assert all(late <= early + 1e-3 for early, late in zip(before, after, strict=True)), (before, after)
+
+
 def test_a_memory_does_not_depend_on_its_batch(tiny_compressor: Compressor, passages: list[list[int]]) -> None:
     together = tiny_compressor.compress_ids(passages, 4, batch_size=3, refine_steps=5)
     for ids, one in zip(passages, together, strict=True):

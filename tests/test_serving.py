@@ -32,7 +32,7 @@ from compressor.model.generation import decode, generate
 from compressor.model.memory import Memory, Prefix, memory_prefix, place
 from compressor.serving.front import CANARIES, CHAT, COMPLETIONS, Desk, Front, _reply
 from compressor.serving.shelf import Shelf
-from compressor.storage.library import Library, Missing
+from compressor.storage.catalogue import Catalogue, Missing
 
 Make = Callable[..., Compressor]
 TEXTS = [
@@ -49,7 +49,7 @@ QUESTION = "What do we study?"
 def desk(make_tiny_compressor: Make, tmp_path: Path) -> Desk:
     """A desk without a server, over a tiny compressor."""
     model = make_tiny_compressor()
-    return Desk(model, Library(tmp_path / "memories"), Shelf(tmp_path / "shelf", 1 << 24), model.base.eos, "tiny")
+    return Desk(model, Catalogue(tmp_path / "memories"), Shelf(tmp_path / "shelf", 1 << 24), model.base.eos, "tiny")
 
 
 @pytest.mark.parametrize("layout", ["nested", "after", "spread", "front"])
@@ -96,7 +96,7 @@ def test_the_shelf_decodes_once_stays_within_its_bound_and_keeps_what_is_read(
 
 
 def test_names_that_lead_elsewhere_are_refused(tmp_path: Path) -> None:
-    folder = Library(tmp_path)
+    folder = Catalogue(tmp_path)
     for name in ("../secret", "/etc/passwd", ".hidden", "", "a/b", "no\n", "x" * 300):
         with pytest.raises(Missing, match="there is no memory"):
             folder.state(name)
@@ -104,9 +104,9 @@ def test_names_that_lead_elsewhere_are_refused(tmp_path: Path) -> None:
 
 def test_making_a_memory_twice_makes_it_once(desk: Desk) -> None:
     made = desk.create({"text": TEXTS[0], "tokens": 4})
-    written = next(desk.library.folder.iterdir()).stat().st_mtime_ns
+    written = next(desk.catalogue.folder.iterdir()).stat().st_mtime_ns
     assert desk.create({"text": TEXTS[0], "tokens": 4}) == made
-    assert next(desk.library.folder.iterdir()).stat().st_mtime_ns == written
+    assert next(desk.catalogue.folder.iterdir()).stat().st_mtime_ns == written
     assert made["tokens"] == 4
     assert made["ratio"] == made["passage_tokens"] / 4
     assert 0 <= made["fidelity"] <= 1
@@ -119,7 +119,7 @@ def test_making_a_memory_twice_makes_it_once(desk: Desk) -> None:
 
 
 class _Store:
-    """What a library asks of a store: the memories given, the last of which is nearest."""
+    """What a catalogue asks of a store: the memories given, the last of which is nearest."""
 
     def __init__(self, memories: dict[str, Memory]):
         self.memories = memories
@@ -153,7 +153,7 @@ def test_a_request_gets_placeholders_and_a_salt_of_its_memory(desk: Desk) -> Non
     assert prepared(prompt="a", memories=[one], cache_salt="mine")["cache_salt"].endswith(":mine")
     assert prepared(CHAT, messages=[], memories=[one])["chat_template_kwargs"] == {"memory_tokens": 8}
     assert prepared(prompt="as it is") == {"prompt": "as it is"}
-    desk.library.store = _Store({"far": desk.library.load(one), "near": desk.library.load(two)})
+    desk.catalogue.store = _Store({"far": desk.catalogue.load(one), "near": desk.catalogue.load(two)})
     found = prepared(prompt="Why?", retrieve={"question": "Why?", "top": 2})
     assert found["cache_salt"] == both["cache_salt"]
     assert prepared(prompt="Why?", memories=["near"])["cache_salt"] == other["cache_salt"]
@@ -162,10 +162,10 @@ def test_a_request_gets_placeholders_and_a_salt_of_its_memory(desk: Desk) -> Non
 def test_wrong_requests_say_what_is_wrong(desk: Desk, make_family_base: Any, make_tiny_compressor: Make) -> None:
     one = desk.create({"text": TEXTS[0]})["id"]
     foreign = make_tiny_compressor(base=make_family_base("qwen2")).compress(TEXTS[0])
-    desk.library.add("foreign", foreign)
-    whole = desk.library.path(one).read_bytes()
-    (desk.library.folder / "cut.memory").write_bytes(whole[: len(whole) // 2])
-    (desk.library.folder / "turned.memory").write_bytes(whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:])
+    desk.catalogue.add("foreign", foreign)
+    whole = desk.catalogue.path(one).read_bytes()
+    (desk.catalogue.folder / "cut.memory").write_bytes(whole[: len(whole) // 2])
+    (desk.catalogue.folder / "turned.memory").write_bytes(whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:])
     cases: list[tuple[int, str, dict[str, Any]]] = [
         (404, "there is no memory 'gone'", {"memories": ["gone"]}),
         (404, "1 segments", {"memories": [f"{one}:1"]}),

@@ -39,8 +39,10 @@ def refine(
 
     Gradient descent with Nesterov momentum on the negative log-likelihood of each passage and its EOS. In every layer
     the gradient of the keys, and of the values, is scaled to one norm, which falls linearly to 0; Adam, with a rate for
-    each number, needs twice the steps (docs/log.md). No memory depends on the others of its batch. Segments are refined
-    apart. The first tokens of a refined memory are not what compressing to fewer gives: truncate first, then refine.
+    each number, needs twice the steps (docs/log.md). Steps of one size lead away from a memory that holds its passage
+    already: the best of all that were passed is returned, the start among them. No memory depends on the others of its
+    batch. Segments are refined apart. The first tokens of a refined memory are not what compressing to fewer gives:
+    truncate first, then refine.
 
     Args:
         passages: token ids that the memories were compressed from.
@@ -97,11 +99,22 @@ def _refined(
     scales = [_spread(start) for start in starts]
     changes = [nn.Parameter(torch.zeros_like(start)) for start in starts]
     momenta = [torch.zeros_like(start) for start in starts]
-    for step in range(steps):
+    best, least = [start.clone() for start in starts], torch.full((len(memories),), math.inf, device=base.device)
+
+    def loss() -> Tensor:
+        """Nats of the passages after the memories as they are now, summed; the best of each is kept."""
         moved = [start + scale * change for start, scale, change in zip(starts, scales, changes, strict=True)]
         pairs = zip(memories, moved[::2], moved[1::2], strict=True)
         prefix = memory_prefix(base, [replace(memory, keys=keys, values=values) for memory, keys, values in pairs])
-        gradients = torch.autograd.grad(label_nats(base, prefix, inputs, labels).sum(), changes)
+        nats = label_nats(base, prefix, inputs, labels)
+        for row in (nats.detach() < least).nonzero()[:, 0].tolist():
+            least[row] = nats[row].detach()
+            for place in (2 * row, 2 * row + 1):
+                best[place] = moved[place].detach()
+        return nats.sum()
+
+    for step in range(steps):
+        gradients = torch.autograd.grad(loss(), changes)
         for change, momentum, gradient in zip(changes, momenta, gradients, strict=True):
             # The norm of a step does not depend on the number of memory tokens.
             rate = RATE * (1 - step / steps) / math.sqrt(change.shape[2])
@@ -110,10 +123,9 @@ def _refined(
             momentum.lerp_(unit, 1 - MOMENTUM)
             change.data.sub_(rate * unit.lerp(momentum, MOMENTUM))
         advance(1)
-    ends = [
-        (start + scale * change).detach().to(memories[0].keys.device, memories[0].keys.dtype)
-        for start, scale, change in zip(starts, scales, changes, strict=True)
-    ]
+    with torch.no_grad():
+        loss()
+    ends = [one.to(memories[0].keys.device, memories[0].keys.dtype) for one in best]
     return [
         replace(memory, keys=keys, values=values)
         for memory, keys, values in zip(memories, ends[::2], ends[1::2], strict=True)

@@ -29,8 +29,8 @@ from compressor.model.fidelity import fidelities
 from compressor.model.generation import regeneration_limit, score
 from compressor.model.memory import Memory, memory_prefix, signed
 from compressor.serving.shelf import Placed, Shelf
+from compressor.storage.catalogue import Catalogue, Missing
 from compressor.storage.codec import Codec
-from compressor.storage.library import Library, Missing
 from compressor.storage.memory_file import as_stored
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
@@ -51,8 +51,8 @@ class Refused(CompressorError):
 class Desk:
     """Makes memories, finds them by id, and puts them into requests at the positions of placeholders."""
 
-    def __init__(self, model: Compressor, library: Library, shelf: Shelf, placeholder: int, name: str):
-        self.model, self.library, self.shelf, self.placeholder = model, library, shelf, placeholder
+    def __init__(self, model: Compressor, catalogue: Catalogue, shelf: Shelf, placeholder: int, name: str):
+        self.model, self.catalogue, self.shelf, self.placeholder = model, catalogue, shelf, placeholder
         self.name = compressor_name(model, name)
         self.canaries: dict[str, Memory] = {}
         self._work = asyncio.Lock()
@@ -70,21 +70,21 @@ class Desk:
         tokens, segment_tokens = wanted.get("tokens"), wanted.get("segment_tokens")
         require_texts("text", [text])
         require_whole("refine_steps", steps, 0, 100)
-        content = json.dumps([self.name, self.library.codec, tokens, segment_tokens, steps, text])
+        content = json.dumps([self.name, self.catalogue.codec, tokens, segment_tokens, steps, text])
         name = hashlib.sha256(content.encode()).hexdigest()[:32]
         try:
             return self.describe(name)
         except CompressorError:  # not there, or damaged
             ids = tokenise(self.model.base.tokenizer, [str(text)])
         (memory,) = self.model.compress_ids(ids, tokens, segment_tokens=segment_tokens, refine_steps=steps)
-        stored = as_stored(memory, Codec.parse(self.library.codec)) if self.library.codec else memory
+        stored = as_stored(memory, Codec.parse(self.catalogue.codec)) if self.catalogue.codec else memory
         fidelity = fidelities(self.model, [stored], ids)[0] if wanted.get("measure", True) else None
-        self.library.add(name, replace(signed(memory, self.model.base, self.name), fidelity=fidelity))
+        self.catalogue.add(name, replace(signed(memory, self.model.base, self.name), fidelity=fidelity))
         return self.describe(name)
 
     def describe(self, name: str) -> dict[str, Any]:
         """What `GET /v1/memories/ID` tells."""
-        size, memory = self.library.state(name)[0], self.load(name)
+        size, memory = self.catalogue.state(name)[0], self.load(name)
         told: dict[str, Any] = {
             "tokens": memory.tokens,
             "passage_tokens": memory.passage_tokens,
@@ -96,7 +96,7 @@ class Desk:
     def load(self, name: str, tokens: int | None = None) -> Memory:
         """A memory, or of `ID:N` its N-th segment, from 0 on; cut to `tokens` a segment."""
         name, _, part = name.partition(":")
-        memory = self.canaries.get(name) or self.library.load(name)
+        memory = self.canaries.get(name) or self.catalogue.load(name)
         if part:
             if not part.isdecimal() or int(part) >= len(memory.segments):
                 raise Missing(f"memory {name!r} has {len(memory.segments)} segments, from 0 on; no {part[:9]!r}")
@@ -110,7 +110,7 @@ class Desk:
         if tokens is not None:
             require_whole("memory_tokens", tokens)
         plain = [name.partition(":")[0] for name in names]
-        states = ["" if name in self.canaries else self.library.state(name)[1] for name in plain]
+        states = ["" if name in self.canaries else self.catalogue.state(name)[1] for name in plain]
 
         def load() -> Memory:
             return Memory.concatenate([self.load(name, tokens) for name in names])
@@ -128,7 +128,7 @@ class Desk:
         if (wanted := body.pop("retrieve", None)) is not None:
             if names is not None or not isinstance(wanted, dict) or set(wanted) - {"question", "top"}:
                 raise Refused(400, 'retrieve is {"question": TEXT, "top": NUMBER}, and goes without memories')
-            names = await self.alone(self.library.search, str(wanted.get("question", "")), wanted.get("top", 4))
+            names = await self.alone(self.catalogue.search, str(wanted.get("question", "")), wanted.get("top", 4))
         if names is None:
             if tokens is not None or "memory" in (body.get("kv_transfer_params") or ()):
                 raise Refused(400, 'name the memories to read: "memories": [ids]')
@@ -195,9 +195,9 @@ class Front:
             from compressor.storage.store import Store
 
             store = Store.open(extra["store"], base=model.base)
-        library = Library(extra["memories"], extra["files"], extra["codec"], store)
+        catalogue = Catalogue(extra["memories"], extra["files"], extra["codec"], store)
         shelf = Shelf(extra["shelf"], extra["shelf_bytes"])
-        self.desk = Desk(model, library, shelf, extra["placeholder"], checkpoint)
+        self.desk = Desk(model, catalogue, shelf, extra["placeholder"], checkpoint)
         for route in app.routes:
             if getattr(route, "path", None) in (COMPLETIONS, CHAT, *WITHOUT):
                 # Inside of vLLM's middleware: its API keys are asked for first.
@@ -213,7 +213,7 @@ class Front:
             if request.method == "POST":
                 return _reply(await desk.alone(desk.create, _object(await request.body())))
             if request.method == "DELETE":
-                await desk.alone(desk.library.delete, name)
+                await desk.alone(desk.catalogue.delete, name)
                 return _reply({"id": name, "object": "memory", "deleted": True})
             return _reply(await desk.alone(desk.describe, name))
         except CompressorError as error:

@@ -20,7 +20,7 @@ class Missing(CompressorError):
     """There is no memory of this id."""
 
 
-class Library:
+class Catalogue:
     """Memories by id: the files `ID.memory` of a folder, files elsewhere, whose ids are their names, and a store's.
 
     Args:
