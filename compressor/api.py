@@ -41,9 +41,29 @@ class Compressor(Network):
 
     # A str is a Sequence[str] too: the first overload comes first on purpose.
     @overload
-    def compress(self, passages: str, *sizes: int | None, **options: Any) -> Memory: ...  # type: ignore[overload-overlap]
+    def compress(  # type: ignore[overload-overlap]
+        self,
+        passages: str,
+        tokens: int | None = None,
+        batch_size: int = 16,
+        *,
+        target_fidelity: float | None = None,
+        segment_tokens: int | None = None,
+        refine_steps: int = 0,
+        measure: bool | None = None,
+    ) -> Memory: ...
     @overload
-    def compress(self, passages: Sequence[str], *sizes: int | None, **options: Any) -> list[Memory]: ...
+    def compress(
+        self,
+        passages: Sequence[str],
+        tokens: int | None = None,
+        batch_size: int = 16,
+        *,
+        target_fidelity: float | None = None,
+        segment_tokens: int | None = None,
+        refine_steps: int = 0,
+        measure: bool | None = None,
+    ) -> list[Memory]: ...
 
     def compress(
         self,

@@ -95,10 +95,12 @@ def noted(
         return list(memories)
     shares = {i: 1 - sum(wrong for wrong, _ in some) / sum(total for _, total in some) for i, some in counts.items()}
     if short := [share for share in shares.values() if share < LITTLE]:
-        which = "it" if len(memories) == 1 else f"{len(short)} of {len(shares)} passages that were tried, at worst"
+        worst, tried = f"{min(short):.1%}", f"of {len(short)} of the {len(shares)} passages that were tried"
+        several = f"{tried} under {LITTLE:.0%} comes back, at worst {worst},"
+        what = f"only {worst} of it comes back" if len(memories) == 1 else several
         warnings.warn(
-            f"only {min(short):.1%} of {which} comes back from the memory (measure=False does not look): give more "
-            "memory tokens, shorter segments (segment_tokens=...) or refine_steps=20, or keep the text itself, too",
+            f"{what} from the memory (measure=False does not look): give more memory tokens, shorter segments "
+            "(segment_tokens=...) or refine_steps=20, or keep the text itself, too",
             stacklevel=3,
         )
     whole = {i for i, some in counts.items() if len(some) == len(memories[i].segments)}
