@@ -26,7 +26,7 @@ from compressor.data.builders.cloze import cloze_questions
 from compressor.data.builders.corpora import CorpusConfig, SampleConfig
 from compressor.data.builders.endpoint import EndpointConfig, replies
 from compressor.data.builders.generators import Pair
-from compressor.data.builders.selection import Selection
+from compressor.data.builders.selection import Choice, Selection
 from compressor.data.builders.shards import Sample
 from compressor.data.left_out import LeftOut
 from compressor.data.records import load_hub
@@ -45,8 +45,8 @@ FIELDS = ("id", "dataset", "title", "context", "question", "answers", "generator
 
 
 @dataclass
-class ArxivQAConfig:
-    """Which abstracts to ask about, and who asks. Dates are yyyy-mm or yyyy-mm-dd."""
+class ArxivQAConfig(Choice):
+    """Which abstracts to ask about, and who asks."""
 
     source: str | list[str] = ""
     """Abstracts: corpus folders, files (JSONL, JSON, CSV, Parquet; .gz), shipped names, a hub id."""
@@ -62,21 +62,6 @@ class ArxivQAConfig:
     format: Literal["parquet", "jsonl.gz"] = "parquet"
     hub_split: str | None = None
     """Split of a hub data set to read, where it has several."""
-    train_before: str = "2023-07"
-    """Train: abstracts before this day."""
-    validation_before: str = "2024-01"
-    """Validation: abstracts from `train_before` to before this day. Test: from here on."""
-    test_until: str = "2024-04"
-    """Last day (or month) of the test split, inclusive; later abstracts are dropped."""
-    undated: Literal["error", "train", "validation", "test"] = "error"
-    """The split of abstracts without a date."""
-    skip_bad_records: bool = False
-    """Leave abstracts out that are null or broken, up to one in twenty, and count them in the manifest; otherwise the
-    first of them is an error."""
-    min_words: int = 20
-    """Shorter abstracts are dropped."""
-    max_words: int | None = None
-    """Longer abstracts are dropped."""
     sample: SampleConfig = field(default_factory=SampleConfig)
     """Abstracts of each split to ask about."""
     endpoint: EndpointConfig = field(default_factory=EndpointConfig)

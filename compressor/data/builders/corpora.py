@@ -13,11 +13,11 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from compressor.data.bad_records import BadRecords
 from compressor.data.builders.abstracts import Fields, read_abstract
-from compressor.data.builders.selection import Selection
+from compressor.data.builders.selection import Choice, Selection
 from compressor.data.builders.shards import FIELDS, Sample, SplitWriter
 from compressor.data.left_out import LeftOut
 from compressor.data.records import load_hub
@@ -52,8 +52,8 @@ class SampleConfig:
 
 
 @dataclass
-class CorpusConfig:
-    """What to build a corpus from, and how. Dates are yyyy-mm or yyyy-mm-dd."""
+class CorpusConfig(Choice):
+    """What to build a corpus from, and how."""
 
     source: str | list[str] = ""
     """arXiv's snapshot, files (JSONL, JSON, CSV, TSV, Parquet, TXT; .gz), folders, or a hub id."""
@@ -73,23 +73,8 @@ class CorpusConfig:
     """Categories as text or a list. Title and categories may be absent from a whole file."""
     date_field: str | None = None
     """Field of the date; by default the first of `versions`, else `date`, `created`, an arXiv id's month."""
-    train_before: str = "2023-07"
-    """Train: records before this day."""
-    validation_before: str = "2024-01"
-    """Validation: records from `train_before` to before this day. Test: from here on."""
-    test_until: str = "2024-04"
-    """Last day (or month) of the test split, inclusive; later records are dropped."""
-    undated: Literal["error", "train", "validation", "test"] = "error"
-    """The split of records without a date."""
-    skip_bad_records: bool = False
-    """Leave records out that are null or broken, up to one in twenty, and count them in the manifest; otherwise the
-    first of them is an error."""
     keep_source_splits: bool = False
     """Of files named train*, validation*, test*, drop records whose date belongs to another split."""
-    min_words: int = 20
-    """Shorter abstracts are dropped."""
-    max_words: int | None = None
-    """Longer abstracts are dropped."""
     shard_records: int = 100_000
     """Records of one Parquet shard."""
     sample: SampleConfig = field(default_factory=SampleConfig)
