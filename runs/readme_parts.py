@@ -515,6 +515,88 @@ def serving() -> str:
     )
 
 
+def _store(part: str) -> dict[str, Any]:
+    """What runs/store.sh measured, or nothing where it has not measured this part."""
+    try:
+        found = results(f"{FLAGSHIP}/store.json")
+    except FileNotFoundError:
+        return {}
+    return found if part in found else {}
+
+
+def store_together() -> str:
+    """Answers from several memories in one context, from their passages as text, and from what memories give back."""
+    if not (found := _store("together")):
+        return "Not measured yet: `runs/store.sh DATA`."
+    readings = {"memories": "memories", "recited": "text they regenerate", "texts": "the passages as text"}
+    seconds = {row["count"]: row for row in found.get("first_token", [])}
+    body = []
+    for row in found["together"]:
+        name = readings.get(row["read"], "nothing")
+        others = {"random": ", others at random", "similar": ", similar others"}.get(row["others"], "")
+        nats = f"{row['nats']:.2f}" if "nats" in row and row["read"] != "texts" else "-"
+        first = seconds.get(row["count"], {}).get(f"{row['read']}_seconds")
+        cells = [_interval(row, "f1", 1), f"{row['em']:.1f}", nats, f"{row['positions']:.0f}"]
+        label = f"{name}, {row['count']}{others}" if row["count"] else name
+        body.append([label, *cells, f"{first:.2f}" if first else "-"])
+    ways = {(row["template"], row["suffix"]): row for row in found["asking_texts"]}
+    best = max(ways, key=lambda way: ways[way]["f1"])
+    asked = (
+        "the compressor's own prompt"
+        if best[0] != "chat"
+        else f"the base's chat template{', briefly' if best[1] else ''}"
+    )
+    header = ["what the base reads, how many passages", "F1", "EM", "nats/answer", "positions", "first token, s"]
+    return table(header, body) + (
+        f"\n\nSmolLM2-135M-Instruct, {found['together'][0]['n']} questions of NaturalQuestions dev and SQuAD dev "
+        f"about paragraphs of at most {found['settings']['longest']} tokens;\n95% bootstrap intervals; the right "
+        f"passage at a random place. Texts are asked by {asked}, which answers best from one\npassage. Writing a "
+        f"passage back takes {found['recite_seconds_a_passage']:.1f} s. Seconds are of a busy core: compare them alone."
+    )
+
+
+def store_codecs() -> str:
+    """Bytes of a passage in a store, and answers, for each codec."""
+    if not (found := _store("codecs")):
+        return "Not measured yet: `runs/store.sh DATA`."
+    rows = found["codecs"]
+    body = [
+        [row["codec"], f"{row['bytes_a_passage']:,.0f}", *(_interval(row, f"f1_{count}", 1) for count in (1, 4))]
+        for row in rows
+    ]
+    header = ["codec", "bytes a passage", "F1, its memory", "F1, 4 memories"]
+    return table(header, body) + (
+        f"\n\nThe same questions on SmolLM2-135M; the texts are {rows[0]['text_bytes_a_passage']:,.0f} bytes each; low "
+        f"rank is fitted on {found['fitted_on']} other paragraphs."
+    )
+
+
+def store_found() -> str:
+    """Recall of the index, and what 10,000 passages take."""
+    lines = []
+    if found := _store("recall"):
+        header = ["questions", "found by", "n", *(f"recall@{top}" for top in (1, 2, 4, 8))]
+        names = {"squad_v1.1": "SQuAD dev", "nq_open_oracle": "NaturalQuestions dev"}
+        ways = {"vectors": "all-MiniLM-L6-v2", "words": "words (BM25)"}
+        body = [
+            [names.get(row["data"], row["data"]), ways[row["way"]], f"{row['questions']:,}"]
+            + [f"{row[f'recall_at_{top}']:.1%}" for top in (1, 2, 4, 8)]
+            for row in found["recall"]
+        ]
+        lines += [table(header, body), f"\nAmong {found['recall'][0]['passages']:,} paragraphs, the index alone."]
+    if found := _store("indexing"):
+        one, more = found["indexing"], found["indexing"]["extrapolated_to_10000"]
+        lines += [
+            f"\n{one['passages']} paragraphs ({one['tokens_a_passage']:.0f} tokens each) took "
+            f"{one['processor_seconds_a_passage']:.2f} s of one core's time each on SmolLM2-135M, with the share that "
+            f"comes back measured {one['processor_seconds_a_passage_measured']:.2f} s ({one['passages_measured']} of "
+            f"them), and\n{one['bytes_a_passage']:,.0f} bytes on the disk (`{one['codec']}`, vectors included). "
+            f"Extrapolated, not run: 10,000 such passages take {more['processor_hours']:.1f} hours of one core "
+            f"({more['processor_hours_measured']:.1f} measured)\nand {more['bytes'] / 1e6:,.0f} MB."
+        ]
+    return "\n".join(lines) or "Not measured yet: `runs/store.sh DATA`."
+
+
 def decoding() -> str:
     """Tokens a second against batch size, and how often the batch-1 loop's."""
     rows = results("benchmark-decoding.json")["rows"]
@@ -555,4 +637,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "prompted": prompted,
     "sent": sent,
     "serving": serving,
+    "store-together": store_together,
+    "store-codecs": store_codecs,
+    "store-found": store_found,
 }

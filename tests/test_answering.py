@@ -17,7 +17,7 @@ from compressor.data.asked import Draw
 from compressor.data.batches import IGNORED, answer_pair
 from compressor.errors import CompressorError
 from compressor.model.generation import decode, label_nats
-from compressor.model.memory import memory_prefix
+from compressor.model.memory import Memory, memory_prefix
 from compressor.parsing import parse_config
 from compressor.processes import make_accelerator
 from compressor.training.answer import AnswerStage
@@ -112,6 +112,43 @@ def test_passages_with_questions_are_regenerated_too(make_stage: Callable[..., A
         apart = [float(model({k: v for k, v in batch.items() if not k.startswith(name)})) for name in PARTS]
     assert both == pytest.approx(sum(apart), rel=1e-5)
     assert more == pytest.approx(apart[0] + 2 * apart[1], rel=1e-5)
+
+
+def test_memories_of_several_passages_are_read_together(make_stage: Callable[..., AnswerStage]) -> None:
+    """Each passage at every place of its contexts; losses and gradients are those of the concatenated memories."""
+    stage = make_stage("--data.passages_together=3", "--compressor.layout=nested", "--data.question_share=1.0")
+    model, places, order = stage.module.eval(), set(), [one.id for one in stage.asked]
+    batches = [stage.micro_batch(index) for index in range(12)]
+    for batch in batches:
+        for own, rows in enumerate(batch["answer_segments"]):
+            assert len(rows) == len(set(rows))
+            places.add((len(rows), rows.index(own)))
+        pairs = zip(batch["ids"][::2], batch["ids"][1::2], strict=True)
+        assert all(abs(order.index(one) - order.index(other)) == 1 for one, other in pairs)
+    assert places == {(count, place) for count in (1, 2, 3) for place in range(count)}
+    batch = next(one for one in batches if len(one["ids"]) > 3)
+    batch["memory_tokens"][:] = 4
+    passages = [row[:length].tolist() for row, length in zip(batch["input_ids"], batch["lengths"], strict=True)]
+    memories = model.compress_ids(passages, 4)
+    joined = [Memory.concatenate([memories[row] for row in rows]) for rows in batch["answer_segments"]]
+    with torch.no_grad():
+        prefix = memory_prefix(model.base, joined).select(batch["answer_owners"])
+        expected = label_nats(model.base, prefix, batch["answer_inputs"], batch["answer_labels"])
+        assert float(model(batch)) == pytest.approx(float(expected.sum()), rel=1e-4)
+    # The questions of the first passage alone teach the encoder with all that lies in their context.
+    mine = batch["answer_owners"] == 0
+    keys, values = model.encode(batch["input_ids"], batch["lengths"], 4)
+    keys.retain_grad()
+    rows = [2, 0, 1]
+    prefix = model.joined_prefix(keys, values, batch["lengths"], batch["memory_tokens"], [rows] * len(passages))
+    one = {name: batch[name][mine] for name in ("answer_owners", "answer_inputs", "answer_labels")}
+    answer_loss(model, prefix, batch | one).backward()
+    assert (keys.grad.abs().amax(dim=(0, 2, 3, 4)) > 0).nonzero().flatten().tolist() == sorted(rows)
+
+
+def test_bounds_are_not_read_together(make_stage: Callable[..., AnswerStage]) -> None:
+    with pytest.raises(CompressorError, match=r"makes no memories: set data\.passages_together to 1"):
+        make_stage("--data.passages_together=2", "--compressor.method=full-tuned")
 
 
 def test_held_out_contexts_are_not_trained_on(make_stage: Callable[..., AnswerStage]) -> None:

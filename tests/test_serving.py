@@ -33,6 +33,8 @@ from compressor.model.memory import Memory, Prefix, memory_prefix, place
 from compressor.serving.front import CANARIES, CHAT, COMPLETIONS, Desk, Front, _reply
 from compressor.serving.shelf import Shelf
 from compressor.storage.catalogue import Catalogue, Missing
+from compressor.storage.making import Making
+from compressor.storage.store import Store
 
 Make = Callable[..., Compressor]
 TEXTS = [
@@ -325,15 +327,19 @@ needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    started = Server("models/arxiv-mini/compressor", tmp_path_factory.mktemp("serving"), 8471)
-    yield started
-    started.stop()
+def mini(project: Path) -> Compressor:
+    return Compressor.from_pretrained(project / "models" / "arxiv-mini" / "compressor")
 
 
 @pytest.fixture(scope="module")
-def mini(project: Path) -> Compressor:
-    return Compressor.from_pretrained(project / "models" / "arxiv-mini" / "compressor")
+def server(mini: Compressor, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Serves arxiv-mini's memories, with a store of `TEXTS` beside its folder."""
+    folder = tmp_path_factory.mktemp("serving")
+    store = Store.open(folder / "store", mini, making=Making(codec="int4+ans", no_measure=True), encoder="bm25")
+    store.add({f"paper-{number}": text for number, text in enumerate(TEXTS)})
+    started = Server("models/arxiv-mini/compressor", folder, 8471, "--store", str(folder / "store"))
+    yield started
+    started.stop()
 
 
 @pytest.mark.slow
@@ -459,6 +465,26 @@ def test_wrong_memories_are_refused_and_the_engine_lives(
 
 @pytest.mark.slow
 @needs_vllm
+def test_requests_name_a_store_to_retrieve_from(server: Server, mini: Compressor) -> None:
+    store, question = Store.open(server.folder / "store", base=mini.base), "How many samples do neural networks need?"
+    wanted = store.ask(question, 2)
+    body = {"model": server.model, "messages": [{"role": "user", "content": question}], "temperature": 0}
+    body |= {"max_tokens": 48, "retrieve": {"question": question, "top": 2}}
+    status, reply = server.ask("POST", CHAT, body)
+    assert status == 200, reply
+    assert reply["choices"][0]["message"]["content"].strip() == wanted.text
+    assert reply["usage"]["prompt_tokens_details"]["cached_tokens"] >= wanted.positions
+    nearest = wanted.hits[0].id
+    assert server.regenerate(nearest).choices[0].text == mini.regenerate(store.load([nearest])[0])
+    assert server.ask("POST", CHAT, {**body, "retrieve": {"question": "zyzzyva"}})[0] == 400
+    assert server.ask("DELETE", f"/v1/memories/{nearest}")[0] == 400
+    store.delete([nearest])
+    assert server.ask("POST", CHAT, {**body, "retrieve": None, "memories": [nearest]})[0] == 404
+    assert server.ask("POST", CHAT, body)[1]["choices"][0]["message"]["content"].strip() == store.ask(question, 2).text
+
+
+@pytest.mark.slow
+@needs_vllm
 def test_after_kill_9_a_new_start_serves_the_memories_that_were_made(server: Server, mini: Compressor) -> None:
     name = server.make(TEXTS[1])["id"]
     server.stop(signal.SIGKILL)
@@ -468,18 +494,23 @@ def test_after_kill_9_a_new_start_serves_the_memories_that_were_made(server: Ser
 
 @pytest.mark.slow
 @needs_vllm
-def test_smollm2_regenerates_as_here(project: Path, tmp_path: Path) -> None:
+def test_smollm2_regenerates_and_answers_as_here_64_at_once_too(project: Path, tmp_path: Path) -> None:
     from compressor.model.bases import NAMED, cached
 
     if not cached(NAMED["smollm2-135m"].sha256):
         pytest.skip("`compressor fetch smollm2-135m` has not been run")
     checkpoint = project / "models" / "smollm2-135m" / "compressor"
-    model = Compressor.from_pretrained(checkpoint)
+    model, wanted = Compressor.from_pretrained(checkpoint), {}
     started = Server(str(checkpoint), tmp_path, 8472)
     try:
         for tokens in (16, 4, 1):
-            memory = model.compress(TEXTS[0], tokens)
-            made = started.make(TEXTS[0], tokens=tokens)
-            assert started.regenerate(made["id"]).choices[0].text == model.regenerate(memory)
+            memory, name = model.compress(TEXTS[0], tokens), started.make(TEXTS[0], tokens=tokens)["id"]
+            wanted[name] = model.regenerate(memory), model.answer(memory, QUESTION, limit=16)
+            assert started.regenerate(name).choices[0].text == wanted[name][0]
+            assert started.answer(name, max_tokens=16).choices[0].message.content.strip() == wanted[name][1]
+        names = (list(wanted) * 22)[:64]
+        with ThreadPoolExecutor(64) as pool:
+            found = list(pool.map(lambda name: started.regenerate(name).choices[0].text, names))
+        assert found == [wanted[name][0] for name in names]
     finally:
         started.stop()

@@ -66,6 +66,9 @@ class DataConfig:
     """Contexts of questions are cut to at most so many tokens, and a question goes to the stretch that holds its
     answer; by default to as many as the compressor takes. Where none holds it, and for instructions, the memories of
     all stretches are read."""
+    passages_together: int = 1
+    """Most passages whose memories lie in the context of a question (stage `answer`): a number up to this many is drawn
+    for each, its own at a random place among others of the micro-batch, half of which are neighbours in the data."""
     keep_unanswerable: bool = False
     """Train on questions that the data says have no answer (SQuAD 2.0), too: the right answer is nothing but EOS."""
     workers: int = 1
@@ -86,6 +89,7 @@ class DataConfig:
             self.question_tokens,
             "at least 1",
         )
+        require(self.passages_together >= 1, "data.passages_together", self.passages_together, "at least 1")
         require(0 <= self.random_start <= 1, "data.random_start", self.random_start, "in [0, 1]")
         require(self.limit is None or self.limit >= 1, "data.limit", self.limit, "at least 1")
         require(self.validation_limit >= 1, "data.validation_limit", self.validation_limit, "at least 1")

@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from compressor.data.asked import Asked, Draw, QuestionPlan, ask, questions_digest
+from compressor.data.asked import QUESTIONS_TOGETHER, Asked, Draw, QuestionPlan, ask, questions_digest
 from compressor.data.batches import IGNORED, answer_pair, padded_width, regeneration_pair, stack_pairs
 from compressor.data.instructions import Prompt, load_prompt
 from compressor.data.questions import load_questions
@@ -30,6 +30,32 @@ ROOM = 256
 """Positions kept for prompt and answer after the longest passage that is asked about."""
 
 
+def beside(drawn: Sequence[Draw], asked: Sequence[Asked]) -> list[Draw]:
+    """Half of a micro-batch, each passage followed by its neighbour in the data, of the same article, say."""
+    found = []
+    for draw in drawn[: -(-len(drawn) // 2)]:
+        near = draw.passage + (1 if draw.passage + 1 < len(asked) else -1)
+        questions = tuple(range(len(asked[near].prompts)))[:QUESTIONS_TOGETHER]
+        found += [draw, Draw(near, questions, asked[near].length)]
+    return found
+
+
+def together(rng: np.random.Generator, count: int, most: int, fewest: int = 1) -> list[list[int]]:
+    """For each of `count` passages those that lie in its context, itself at a random place among others.
+
+    Half of the contexts of several passages have its neighbour of `beside`.
+    """
+    contexts = []
+    for own in range(count):
+        size = int(rng.integers(min(fewest, count), min(most, count) + 1))
+        others = [one for one in rng.permutation(count).tolist() if one != own]
+        if rng.random() < 0.5:
+            others.sort(key=lambda one: one != own ^ 1)
+        contexts.append(others[: size - 1])
+        contexts[-1].insert(int(rng.integers(size)), own)
+    return contexts
+
+
 class AnswerStage(CompressionStage):
     """Micro-batches of questions among those of passages, whose objectives keep the skill of regeneration."""
 
@@ -42,7 +68,11 @@ class AnswerStage(CompressionStage):
             most = min(data.question_tokens or model.config.max_passage_tokens, model.config.max_passage_tokens)
             # Tokens that are read at a time: bounds read passages whole.
             self.most = most if model.encoder.makes_memories else 1 << 30
-            longest = None if model.base.positions is None else model.base.positions - ROOM
+            if data.passages_together > 1 and not model.encoder.makes_memories:
+                raise CompressorError(
+                    f"method {model.config.method} makes no memories: set data.passages_together to 1"
+                )
+            longest = None if model.base.positions is None else model.base.positions // data.passages_together - ROOM
             sets: list[tuple[list[str], Prompt | None, float]] = [
                 (one.data, load_prompt(one.prompt) if one.prompt else None, one.share) for one in data.instructions
             ]
@@ -83,13 +113,27 @@ class AnswerStage(CompressionStage):
         rng = np.random.default_rng([self.config.seed, index, 2])
         if rng.random() >= self.config.data.question_share:
             return super().micro_batch(index)
-        drawn = self.questions.batch(index)
+        drawn, most, contexts = self.questions.batch(index), self.config.data.passages_together, None
+        if most > 1:
+            drawn = beside(drawn, self.asked)
+            contexts = together(rng, len(drawn), most)
         segments = [self.asked[draw.passage].segments(self.most) for draw in drawn]
         tokens = self.draw_tokens(rng, [max(map(len, one)) for one in segments])
-        return self.collate_questions(self.asked, drawn, tokens)
+        return self.collate_questions(self.asked, drawn, tokens, contexts)
 
-    def collate_questions(self, asked: Sequence[Asked], drawn: Sequence[Draw], tokens: Sequence[int]) -> Batch:
-        """Tensors for passages with their questions, each compressed to its number of memory tokens."""
+    def collate_questions(
+        self,
+        asked: Sequence[Asked],
+        drawn: Sequence[Draw],
+        tokens: Sequence[int],
+        contexts: Sequence[Sequence[int]] | None = None,
+    ) -> Batch:
+        """Tensors for passages with their questions, each compressed to its number of memory tokens.
+
+        Args:
+            contexts: for each of `drawn` those whose memories its questions are asked of, in reading order; by default
+                its own alone.
+        """
         base, objective = self.module.base, self.config.objective
         chosen = [asked[draw.passage] for draw in drawn]
         segments = [one.segments(self.most) for one in chosen]
@@ -116,9 +160,12 @@ class AnswerStage(CompressionStage):
             "answer_weight": objective.answer,
             "distillation_weight": objective.distillation,
         }
-        if len(flat) > len(chosen):
+        if contexts is not None or len(flat) > len(chosen):
             places = iter(range(len(flat)))
-            batch["answer_segments"] = [[next(places) for _ in one] for one in segments]
+            held = [[next(places) for _ in one] for one in segments]
+            batch["answer_segments"] = [
+                [row for one in context for row in held[one]] for context in contexts or [[i] for i in range(len(held))]
+            ]
         if objective.asked_regeneration:
             # One encoding teaches both, and no step of an optimiser that scales gradients is the answers' alone.
             stacked = stack_pairs([regeneration_pair(base.bos, base.eos, one) for one in flat])
@@ -138,12 +185,15 @@ class AnswerStage(CompressionStage):
     def validate(self, accelerator: Accelerator) -> tuple[dict[str, float], list[str]]:
         """Nats a token of held-out answers for each number of memory tokens, from the full passage and from none.
 
+        `answer_together` is of the most memory tokens, each passage's among those of `data.passages_together`.
         `loss` is the answers' where their weight is positive; regeneration is reported as `regeneration_nats_K`.
         """
         regeneration, samples = super().validate(accelerator)
         self.module.eval()
         counts = sorted({share.tokens for share in self.config.objective.tokens}, reverse=True)
-        names = [f"answer_{count}" for count in counts] + ([] if self._bounds else ["answer_full", "answer_none"])
+        names = [f"answer_{count}" for count in counts]
+        names += ["answer_together"] * (self.config.data.passages_together > 1)
+        names += [] if self._bounds else ["answer_full", "answer_none"]
         sums = torch.zeros(len(names) + 1, dtype=torch.float64)
         order = sorted(range(len(self.held_out_questions)), key=lambda i: self.held_out_questions[i].length)
         groups = [order[i : i + VALIDATED_TOGETHER] for i in range(0, len(order), VALIDATED_TOGETHER)]
@@ -166,7 +216,7 @@ class AnswerStage(CompressionStage):
     def _validate_group(
         self, group: Sequence[int], counts: Sequence[int], accelerator: Accelerator
     ) -> tuple[list[float], int]:
-        """Summed nats of the answers for each count, then (the first time) full and none; and their tokens."""
+        """Summed nats of answers for each count, together, then (the first time) full and none; and their tokens."""
         model, base, device = self.module, self.module.base, accelerator.device
         drawn = [Draw(i, tuple(range(len(self.held_out_questions[i].prompts)))[:4], 0) for i in group]
         batch = self.collate_questions(self.held_out_questions, drawn, [counts[0]] * len(drawn))
@@ -177,6 +227,12 @@ class AnswerStage(CompressionStage):
             for count in counts:
                 keys, slots = model.encode(ids, lengths, count)
                 prefix = self._contexts(batch, keys, slots, lengths).share(owners)
+                values.append(float(label_nats(base, prefix, inputs, labels).sum()))
+            if (most := self.config.data.passages_together) > 1:
+                keys, slots = model.encode(ids, lengths, counts[0])
+                contexts = together(np.random.default_rng(0), len(drawn), most, fewest=most)
+                mixed = self.collate_questions(self.held_out_questions, drawn, [counts[0]] * len(drawn), contexts)
+                prefix = self._contexts(mixed, keys, slots, lengths).share(owners)
                 values.append(float(label_nats(base, prefix, inputs, labels).sum()))
             if not self._bounds:
                 full = token_prefix(base, [self.held_out_questions[i].ids for i in group]).share(owners)
