@@ -33,7 +33,7 @@ from compressor.storage.inspection import byte_ledger
 from compressor.streams import exits_cleanly
 
 STORED = ("bf16", "int8", "int8+ans", "int4", "int4+ans", "int3", "int3+ans", "int2", "int2+ans")
-FITTED = tuple(f"int{bits}{coder}" for bits in (8, 4, 3, 2) for coder in ("", "+ans", "+range", "+huffman"))
+FITTED = tuple(f"int{bits}{coder}" for bits in (8, 4, 3, 2) for coder in ("", "+ans", "+huffman"))
 LOWRANK = tuple(f"lowrank:{rate}" for rate in (0.4, 0.3, 0.2, 0.15, 0.1, 0.07, 0.04))
 
 
@@ -58,20 +58,12 @@ class Options:
     batch_size: int = 25
 
 
-def variants(calibration: Calibration, tokens: int, layers: int) -> list[tuple[str, Codec]]:
+def variants(calibration: Calibration) -> list[tuple[str, Codec]]:
     """Codecs with the names of their rows."""
     rows = [(name, Codec.parse(name)) for name in STORED]
     rows += [(f"{name}, calibrated", Codec.parse(name, calibration)) for name in FITTED]
     rows += [(name, Codec.parse(name, calibration)) for name in LOWRANK if float(name[8:]) >= calibration.rates[-1]]
-    rows += [
-        (f"{name}, {coder}", Codec.parse(f"{name}+{coder}", calibration))
-        for name in ("lowrank:0.2",)
-        for coder in ("range", "huffman")
-    ]
-    for dropped in sorted({0, layers // 2, layers - 1}):
-        codec = Codec.parse("int4+ans", calibration, drop_layers=[dropped])
-        rows.append((f"int4+ans, calibrated, without layer {dropped}", codec))
-    return rows
+    return [*rows, ("lowrank:0.2, huffman", Codec.parse("lowrank:0.2+huffman", calibration))]
 
 
 def regenerated(model: Compressor, memories: list[Memory], ids: list[list[int]], batch: int) -> tuple[Any, Any]:
@@ -97,7 +89,7 @@ def measure(model: Compressor, calibration: Calibration, options: Options, lengt
     sizes = [len(tokenizer.decode(one, skip_special_tokens=True).encode()) for one in ids]
     memories = model.compress_ids(ids, tokens, options.batch_size)
     reference, nats = regenerated(model, memories, ids, options.batch_size)
-    rows = variants(calibration, tokens, model.base.layers)
+    rows = variants(calibration)
     unknown = set(options.codecs) - {name for name, _ in rows}
     if unknown:
         raise CompressorError(f"codecs = {sorted(unknown)}: there are {', '.join(name for name, _ in rows)}")
@@ -115,7 +107,7 @@ def measure(model: Compressor, calibration: Calibration, options: Options, lengt
                 total.append(sum(ledger.values()))
                 payload.append(total[-1] - ledger["header"])
             # The entropy coder changes sizes only, which loading just showed: what came back is compared, not assumed.
-            key = (codec.name, codec.calibration is None, codec.level, codec.drop_layers)
+            key = (codec.name, codec.calibration is None, codec.level)
             flat = torch.stack([torch.stack([memory.keys, memory.values]).float() for memory in loaded])
             if key not in known:
                 known[key] = (flat, regenerated(model, loaded, ids, options.batch_size))

@@ -36,8 +36,8 @@ from compressor.storage.fitting import fit_calibration
 from compressor.storage.inspection import describe
 
 CODECS = (
-    *("float32", "bf16", "float16", "int8", "int4", "int3+ans", "int2+range", "int4+huffman"),
-    *("int3, fitted", "int2+ans, fitted", "lowrank:1", "lowrank:0.5+range", "lowrank:0.7+huffman"),
+    *("float32", "bf16", "float16", "int8", "int4", "int3+ans", "int2+ans", "int4+huffman"),
+    *("int3, fitted", "int2+ans, fitted", "lowrank:1", "lowrank:0.5+ans", "lowrank:0.7+huffman"),
 )
 INTERESTING = (0, 1, -1, 7, 255, 256, 4096, 65535, 1 << 20, 1 << 31, (1 << 31) - 1, 1 << 53, 1 << 63, 1 << 64, 10**30)
 SECONDS = 10

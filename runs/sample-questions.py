@@ -26,7 +26,7 @@ def titles(path: Path) -> dict[str, str]:
     """The Wikipedia article of each context, which the licence asks to name."""
     if kind_of(path) != ".json":
         return {row.values["context"]: row.values["title"] for row in read_rows(path)}
-    articles = read_document(path)[0]["data"]
+    articles = read_document(path)["data"]
     return {paragraph["context"]: article["title"] for article in articles for paragraph in article["paragraphs"]}
 
 

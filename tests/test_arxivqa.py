@@ -19,8 +19,7 @@ import pytest
 from compressor.commands.cli import main
 from compressor.data.builders.arxivqa import ArxivQAConfig, build_questions
 from compressor.data.builders.cloze import cloze_questions
-from compressor.data.builders.endpoint import EndpointConfig
-from compressor.data.builders.generators import SCHEMA, Pair, check_pair, read_pairs
+from compressor.data.builders.endpoint import SCHEMA, EndpointConfig, Pair, check_pair, read_pairs
 from compressor.data.questions import load_questions
 from compressor.data.sources import read_rows
 from compressor.errors import CompressorError
@@ -142,7 +141,6 @@ def config(tmp_path: Path, server: Server) -> Callable[..., ArxivQAConfig]:
             output=str(tmp_path / "out"),
             generator="endpoint",
             questions=questions,
-            format="jsonl.gz",
             endpoint=EndpointConfig(**(settings | endpoint)),
             **DATES,  # type: ignore[arg-type]
         )
@@ -314,21 +312,20 @@ def test_the_command_splits_by_date_and_repeats_itself(tmp_path: Path, capsys: p
     source = write_abstracts(tmp_path / "abstracts.jsonl", 12)
     cuts = [x for name, day in DATES.items() for x in (f"--{name}", day)]
     command = ["questions", "--config", str(PROJECT / "configs/corpora/arxivqa-rules.yaml"), "--source", str(source)]
-    for kind in ("parquet", "jsonl.gz"):
-        for name in ("one", "two"):
-            output = tmp_path / f"{name}-{kind}"
-            assert main([*command, *cuts, "--format", kind, "--output", str(output)]) == 0
-        one, two = read_json(tmp_path / f"one-{kind}/manifest.json"), read_json(tmp_path / f"two-{kind}/manifest.json")
-        assert one == two
-        for split in ("train", "validation", "test"):
-            (shard,) = one["splits"][split]["shards"]
-            assert sha256(output / shard["file"]) == shard["sha256"]
-            rows = [row.values for row in read_rows(output / shard["file"])]
-            assert len(rows) == shard["records"] == len(load_questions(output, split=split))
-            assert {row["generator"] for row in rows} == {"rules"}
-            assert {row["dataset"] for row in rows} == {"arxivqa-cloze"}
-            month = {"train": "2023-12", "validation": "2024-01", "test": "2024-02"}[split]
-            assert {row["date"][:7] for row in rows} == {month}
+    for name in ("one", "two"):
+        output = tmp_path / name
+        assert main([*command, *cuts, "--output", str(output)]) == 0
+    one, two = read_json(tmp_path / "one/manifest.json"), read_json(tmp_path / "two/manifest.json")
+    assert one == two
+    for split in ("train", "validation", "test"):
+        (shard,) = one["splits"][split]["shards"]
+        assert sha256(output / shard["file"]) == shard["sha256"]
+        rows = [row.values for row in read_rows(output / shard["file"])]
+        assert len(rows) == shard["records"] == len(load_questions(output, split=split))
+        assert {row["generator"] for row in rows} == {"rules"}
+        assert {row["dataset"] for row in rows} == {"arxivqa-cloze"}
+        month = {"train": "2023-12", "validation": "2024-01", "test": "2024-02"}[split]
+        assert {row["date"][:7] for row in rows} == {month}
     assert one["generator"] == "rules"
     assert one["licence"].startswith("CC0")
     assert "asked about 12 abstracts, 24 questions accepted" in capsys.readouterr().out
@@ -338,7 +335,7 @@ def test_the_command_splits_by_date_and_repeats_itself(tmp_path: Path, capsys: p
     assert main([*command, *cuts, *sampled]) == 0
     assert read_json(tmp_path / "sampled/manifest.json")["abstracts"]["asked"] == 3
     assert main([*command, *cuts, "--sample.train", "99", "--output", str(tmp_path / "more")]) == 2
-    assert "the split has only 4 abstracts" in capsys.readouterr().err
+    assert "the split has only 4 records" in capsys.readouterr().err
     os.rename(source, tmp_path / "gone")
     assert main([*command, *cuts, "--output", str(tmp_path / "more")]) == 2
     assert "is not there" in capsys.readouterr().err

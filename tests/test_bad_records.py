@@ -57,8 +57,8 @@ def with_bad(*bad: Any, place: int = 3) -> list[Any]:
         ("jsonl", "[1]", "line 4 is a list, not an object"),
         ("csv", {"id": "x", "text": None}, "line 5: the field 'text' is blank"),
         ("csv", "x", "line 5 has 1 cells but the header has 2"),
-        ("parquet", {"id": "x", "text": None}, "row 4: the field 'text' is null"),
-        ("parquet", {"id": None, "text": "a"}, "row 4: the field 'id' is null"),
+        ("parquet", {"id": "x", "text": None}, "row 4: the field 'text' must be text but is null"),
+        ("parquet", {"id": None, "text": "a"}, "row 4: the field 'id' must be text but is null"),
         ("parquet", {"id": "x", "text": "  "}, "row 4: the field 'text' is blank"),
     ],
 )

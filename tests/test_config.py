@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from compressor.data.builders.arxivqa import ArxivQAConfig
-from compressor.data.builders.corpora import CorpusConfig
+from compressor.data.builders.choice import CorpusConfig
 from compressor.data.config import LengthRange
 from compressor.errors import CompressorError
 from compressor.model.config import CompressorConfig
@@ -242,8 +242,7 @@ def test_a_wrong_command_line_says_what_is_wrong(argv: list[str], message: str) 
         ("-q -o m --keep-text notes.txt --overwrite", {"text": "notes.txt", "keep_text": True}),
         ("-o m --keep-text true notes.txt", {"text": "notes.txt", "keep_text": True}),
         ("-o m --keep-text false -", {"text": "-", "keep_text": False}),
-        ("-o m --drop-layers 1 2 notes.txt", {"text": "notes.txt", "drop_layers": [1, 2]}),
-        ("--drop_layers [1,2] notes.txt -o m", {"text": "notes.txt", "drop_layers": [1, 2]}),
+        ("-o m --refine-steps 3 notes.txt", {"text": "notes.txt", "refine_steps": 3}),
         ("-o m --text notes.txt", {"text": "notes.txt", "output": "m"}),
         ("-o m a.txt b.txt", "'b.txt' is one too many: without its name only text is given"),
         ("-o m a.txt --text b.txt", "'a.txt' stands for --text, which is given too"),

@@ -15,7 +15,8 @@ import pytest
 
 from compressor.commands.cli import main
 from compressor.data.builders.abstracts import collapse, comparable, month_of_id, withdrawn
-from compressor.data.builders.corpora import CorpusConfig, SampleConfig, build_corpus
+from compressor.data.builders.choice import CorpusConfig, SampleConfig
+from compressor.data.builders.corpora import build_corpus
 from compressor.data.builders.shards import even_shares
 from compressor.data.records import load_texts
 from compressor.errors import CompressorError
@@ -221,14 +222,13 @@ def test_normalising() -> None:
     assert month_of_id("2613.12345") == month_of_id("7") == ""
 
 
-def test_shards_and_manifest_agree_and_datasets_reads_the_folder(tmp_path: Path) -> None:
+def test_files_and_manifest_agree_and_datasets_reads_the_folder(tmp_path: Path) -> None:
     source = snapshot(tmp_path / "s.json", *[paper(f"p{n}") for n in range(25)], paper("v", "1 Aug 2023 00:00"))
-    manifest = build(tmp_path, source, shard_records=10, licence="CC0-1.0")
-    shards = manifest["splits"]["train"]["shards"]
-    assert [shard["records"] for shard in shards] == [10, 10, 5]
-    for shard in shards:
-        assert shard["sha256"] == sha256(tmp_path / "out" / shard["file"])
-        assert shard["bytes"] == (tmp_path / "out" / shard["file"]).stat().st_size
+    manifest = build(tmp_path, source, licence="CC0-1.0")
+    (shard,) = manifest["splits"]["train"]["shards"]
+    assert shard["records"] == 25
+    assert shard["sha256"] == sha256(tmp_path / "out" / shard["file"])
+    assert shard["bytes"] == (tmp_path / "out" / shard["file"]).stat().st_size
     assert manifest == json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert manifest["licence"] == "CC0-1.0"
     assert str(tmp_path) not in json.dumps(manifest)
@@ -365,7 +365,7 @@ def test_a_broken_line_is_named_and_nothing_is_left(tmp_path: Path, broken: Any,
     source = tmp_path / "s.json"
     source.write_text(json.dumps(paper("a")) + "\n" + line + "\n")
     with pytest.raises(CompressorError, match=message) as caught:
-        build(tmp_path, str(source), shard_records=1)
+        build(tmp_path, str(source))
     assert str(source) in str(caught.value)
     assert leftovers(tmp_path) == []
 
@@ -410,7 +410,6 @@ def test_an_output_is_replaced_only_if_asked_and_only_if_it_is_a_corpus(tmp_path
         ({"output": ""}, "output = ''"),
         ({"min_words": -1}, "min_words = -1 is out of range: it must be at least 0"),
         ({"max_words": 5}, "max_words = 5 is out of range: it must be at least min_words = 20"),
-        ({"shard_records": 0}, "shard_records = 0"),
         ({"train_before": "soon"}, "train_before = 'soon' is not a date"),
         ({"train_before": "20230701"}, "train_before = '20230701' is not a date"),
         ({"train_before": "2024-13"}, "train_before = '2024-13' is not a date"),

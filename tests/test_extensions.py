@@ -50,10 +50,10 @@ class Shouted(Regeneration):
 
 
 class Double(Codec):
-    def _encode(self, pair, memory, kept):
+    def _encode(self, pair, memory):
         return {"pair": pair.double()}, {}
 
-    def _decode(self, tensors, details, full, kept):
+    def _decode(self, tensors, details, full):
         return tensors["pair"].float()
 
 

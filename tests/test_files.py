@@ -16,7 +16,8 @@ import pytest
 from compressor.commands.cli import main as cli
 from compressor.commands.pack import main as pack
 from compressor.data.builders.arxivqa import ArxivQAConfig, build_questions
-from compressor.data.builders.corpora import CorpusConfig, build_corpus
+from compressor.data.builders.choice import CorpusConfig
+from compressor.data.builders.corpora import build_corpus
 from compressor.errors import CompressorError
 from compressor.evaluation.report import loss_curve
 from compressor.evaluation.runner import output_folder

@@ -76,29 +76,26 @@ def test_squad(tmp_path: Path, indent: int | None, capsys: pytest.CaptureFixture
     assert "note: left out 1 of 3 questions: 1: the data says that the context" in capsys.readouterr().err
     assert load_questions(path, left_out=left_out) == found
     assert left_out.record()["unanswerable"]["count"] == 1
-    assert "qas[0])" in left_out.record()["unanswerable"]["first"]
+    assert "qas[0]" in left_out.record()["unanswerable"]["first"]
     assert not capsys.readouterr().err  # who counts says so
     kept = load_questions(path, keep_unanswerable=True)
     assert [(item.id, item.answers) for item in kept][1] == ("b", ())
 
 
-def test_broken_squad_is_named_by_line(tmp_path: Path) -> None:
+def test_broken_squad_is_named_by_its_place(tmp_path: Path) -> None:
     path = tmp_path / "dev.json"
     text = json.dumps(squad(asked("a", "First"), asked("b", "Second"), asked("c")), indent=1)
     path.write_text(text)
-    line = text[: text.index('"id": "c"')].count("\n")  # the line of the brace before it, counted from 1
-    with pytest.raises(
-        CompressorError, match=rf"dev\.json line {line} \(data\[1\]\.paragraphs\[0\]\.qas\[1\]\): .*empty"
-    ):
+    with pytest.raises(CompressorError, match=r"dev\.json data\[1\]\.paragraphs\[0\]\.qas\[1\]: .*empty"):
         load_questions(path)
     path.write_text(text[:-30])
     with pytest.raises(CompressorError, match=r"dev\.json is not valid JSON: .* at line \d+ of it"):
         load_questions(path)
     path.write_text(json.dumps({"data": [{"paragraphs": "none"}]}))
-    with pytest.raises(CompressorError, match=r"line 1 \(data\[0\]\): there is no list 'paragraphs'"):
+    with pytest.raises(CompressorError, match=r"dev\.json data\[0\]: there is no list 'paragraphs'"):
         load_questions(path)
     path.write_text(json.dumps({"data": [3]}))
-    with pytest.raises(CompressorError, match=r"data\[0\]\) is a number \(3\), not an object"):
+    with pytest.raises(CompressorError, match=r"data\[0\] is a number \(3\), not an object"):
         load_questions(path)
 
 

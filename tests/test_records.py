@@ -184,7 +184,7 @@ def test_parquet_errors_name_the_row(tmp_path: Path) -> None:
     with pytest.raises(CompressorError, match="row 2: the field 'text' is blank"):
         load_texts(blank)
     null = parquet(tmp_path / "null.parquet", id=["a", None], text=["x", "y"])
-    with pytest.raises(CompressorError, match="row 2: the field 'id' is null"):
+    with pytest.raises(CompressorError, match="row 2: the field 'id' must be text but is null"):
         load_texts(null)
     number = parquet(tmp_path / "number.parquet", id=["a"], text=[1])
     with pytest.raises(CompressorError, match="row 1: the field 'text' must be text but is a number"):

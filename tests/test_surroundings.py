@@ -249,8 +249,6 @@ def test_what_the_api_cannot_take_of_a_memory(tiny_compressor: Any, tmp_path: Pa
             for codec in (8, 0.25, True, torch.bfloat16, ["a"])
         ),
         (lambda: Codec.parse(None), "codec is NoneType, not text"),
-        (lambda: Codec.parse("int4", drop_layers=1), "drop_layers = 1: give a list of layers"),
-        (lambda: Codec.parse("int4", drop_layers=[1.5]), "drop_layers = 1.5 is not a whole number"),
         (lambda: Codec.parse("int4", 3), "the path is int"),
         (lambda: memory.save(file, passage_bytes=-1), "passage_bytes = -1 is out of range"),
         (lambda: memory.to("bogus"), "device 'bogus' cannot be used here"),

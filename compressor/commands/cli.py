@@ -48,8 +48,9 @@ def _options(config: type, argv: list[str], command: Callable[[list[str]], int],
 
 
 def corpus(argv: list[str]) -> int:
-    """build a corpus of abstracts (Parquet shards and a manifest) from arXiv, files or the hub"""
-    from compressor.data.builders.corpora import CorpusConfig, build_corpus
+    """build a corpus of abstracts (Parquet files and a manifest) from arXiv, files or the hub"""
+    from compressor.data.builders.choice import CorpusConfig
+    from compressor.data.builders.corpora import build_corpus
 
     flags = {"overwrite": "replace the output folder if it is a corpus built earlier"}
     config, options = parse_config(CorpusConfig, argv, f"compressor corpus: {corpus.__doc__}", flags, ["source"])

@@ -21,7 +21,7 @@ class IndexOptions(MakeOptions):
     output: str
     """Folder of the store, or URI of object storage; a store that is there is added to."""
     codec: str | None = "int4+ans"
-    """float32, float16, bf16, int8, int4, int3, int2 or lowrank:RATE; with +ans, +range or +huffman it is coded."""
+    """float32, float16, bf16, int8, int4, int3, int2 or lowrank:RATE; with +ans or +huffman it is coded."""
     encoder: str | None = None
     """What makes vectors to find texts by: a sentence-transformers id, a folder, all-minilm-l6-v2 (`compressor fetch`
     gets it), or bm25 for their words instead; by default the store's own, else all-minilm-l6-v2 where it is at hand."""

@@ -8,11 +8,9 @@ that `question_forms.py` names, and any flat record whose columns are named. A c
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from json import JSONDecoder
 from pathlib import Path
 from typing import Any
 
@@ -199,83 +197,38 @@ def _is_one_object(path: Path) -> bool:
     except CompressorError:
         # The first line is no record of its own; a document over several lines may be one.
         try:
-            document, _ = read_document(path)
+            return isinstance(read_document(path), dict)
         except CompressorError:
             return True  # read again by the reader of documents, which says where it is broken
-        return isinstance(document, dict)
     return "data" in row.values and not {"question", "qas"} & set(row.values)
 
 
 def _squad_rows(path: Path, bad: BadRecords) -> Iterator[Row]:
     """Questions of a SQuAD file: data[].paragraphs[].(context, qas[])."""
-    document, text = read_document(path)
+    document = read_document(path)
     number = 0
 
-    def where(*steps: str | int) -> str:
-        place = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in steps).lstrip(".")
-        return f"{path} line {_line_of(text, steps)} ({place})"
-
-    def items(value: Any, name: str, *steps: str | int) -> list[dict[str, Any]]:
+    def items(value: Any, name: str, where: str = "") -> list[tuple[str, dict[str, Any]]]:
+        """The objects of a list, each with its place in the document."""
         if not isinstance(value, dict) or not isinstance(value.get(name), list):
-            raise CompressorError(f"{where(*steps) if steps else path}: there is no list {name!r}, as SQuAD's JSON has")
-        for index, item in enumerate(value[name]):
+            raise CompressorError(f"{path} {where}: there is no list {name!r}, as SQuAD's JSON has")
+        places = [f"{where}.{name}[{index}]".lstrip(".") for index in range(len(value[name]))]
+        for place, item in zip(places, value[name], strict=True):
             if not isinstance(item, dict):
-                raise CompressorError(f"{where(*steps, name, index)} is {type_name(item)}, not an object")
-        return value[name]
+                raise CompressorError(f"{path} {place} is {type_name(item)}, not an object")
+        return list(zip(places, value[name], strict=True))
 
     version = document.get("version") if isinstance(document, dict) else None
     dataset = {} if not isinstance(version, str) else {"dataset": f"squad_v{version.removeprefix('v')}"}
-    for a, article in enumerate(items(document, "data")):
+    for count, (place, article) in enumerate(items(document, "data"), start=1):
         if {"questions", "qas", *COLUMNS["question"]} & set(article):
             # CoQA's, and plain records under "data".
-            yield from _several(Row(a + 1, _Lazy.of(partial(where, "data", a)), {**dataset, **article}), {}, bad)
+            yield from _several(Row(count, f"{path} {place}", {**dataset, **article}), {}, bad)
             continue
-        for p, paragraph in enumerate(items(article, "paragraphs", "data", a)):
-            for q, item in enumerate(items(paragraph, "qas", "data", a, "paragraphs", p)):
+        for of_paragraph, paragraph in items(article, "paragraphs", place):
+            for of_question, item in items(paragraph, "qas", of_paragraph):
                 number += 1
-                values = {**dataset, "context": paragraph.get("context"), **item}
-                # The line is looked for only when a message needs it: it costs a pass over the file.
-                yield Row(number, _Lazy.of(partial(where, "data", a, "paragraphs", p, "qas", q)), values)
-
-
-class _Lazy(str):
-    """Text that is made when it is formatted into a message."""
-
-    make: Callable[[], str]
-
-    @classmethod
-    def of(cls, make: Callable[[], str]) -> _Lazy:
-        text = cls()
-        text.make = make
-        return text
-
-    def __format__(self, spec: str) -> str:
-        return format(self.make(), spec)
-
-
-def _line_of(text: str, steps: Sequence[str | int]) -> int:
-    """The line, from 1, at which the value that `steps` lead to begins in a valid JSON document."""
-    decoder = JSONDecoder()
-    blank = re.compile(r"[\s,:]*")
-
-    def skip(position: int) -> int:
-        return blank.match(text, position).end()  # type: ignore[union-attr]  # it matches nothing, too
-
-    position = skip(0)
-    for step in steps:
-        position = skip(position + 1)  # into the object or list
-        for index in range(len(text)):
-            if isinstance(step, int):
-                if index == step:
-                    break
-            else:
-                key, position = decoder.raw_decode(text, position)
-                position = skip(position)
-                if key == step:
-                    break
-            _, position = decoder.raw_decode(text, position)
-            position = skip(position)
-    return text.count("\n", 0, position) + 1
+                yield Row(number, f"{path} {of_question}", {**dataset, "context": paragraph.get("context"), **item})
 
 
 def _question(row: Row, dataset: str, columns: Mapping[str, str], keep_unanswerable: bool) -> Question | None:

@@ -10,26 +10,24 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from itertools import groupby, islice
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import datasets
-import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 
 from compressor.data.bad_records import REASON, BadRecord, BadRecords
 from compressor.data.left_out import LeftOut
-from compressor.data.sources import Hub, Row, kind_of, open_parquet, read_rows, resolve, type_name
+from compressor.data.sources import Hub, Row, kind_of, read_rows, resolve, type_name
 from compressor.errors import CompressorError
 from compressor.processes import bars_on_terminals
 
 TEXT_FIELDS = ("text", "abstract")
 
 # Part of the cache key: raise it when the rows made from the same file change.
-_READER_VERSION = 3
+_READER_VERSION = 4
 
 
 def load_texts(
@@ -66,14 +64,13 @@ def load_texts(
     if limit is not None and limit < 1:
         raise CompressorError(f"limit is {limit}; give 1 or more, or leave it out to read everything")
     bad = BadRecords(skip_bad_records, left_out)
+    reading = _Reading(split, field, documents, skip_bad_records)
     parts: list[datasets.Dataset] = []
     left = limit
     with bars_on_terminals():
-        reading = _Reading(field, limit, documents, skip_bad_records)
-        for part in _parts(resolve(source, split=split), split, reading, bad):
-            part = part if left is None else part.select(range(min(left, len(part))))
-            parts.append(part)
-            left = None if left is None else left - len(part)
+        for place in resolve(source, split=split):
+            parts.append(_part(place, reading, left, bad))
+            left = None if left is None else left - len(parts[-1])
             if left == 0:
                 break
     bad.finish(source, limit is not None)
@@ -89,162 +86,66 @@ def load_texts(
 class _Reading(NamedTuple):
     """What is asked for of every source; see `load_texts`."""
 
+    split: str | None
     field: str | None
-    limit: int | None
     documents: bool
     skip: bool
 
 
-def _parts(
-    places: list[Path | Hub], split: str | None, reading: _Reading, bad: BadRecords
-) -> Iterator[datasets.Dataset]:
-    for is_hub, group in groupby(places, key=lambda place: isinstance(place, Hub)):
-        if is_hub:
-            for place in group:
-                yield _hub(cast("Hub", place), split, reading.field, bad)
-        else:
-            yield from _files([cast("Path", place) for place in group], reading, bad)
-
-
-class _Plan(NamedTuple):
-    """How one file is read: by `datasets` straight from Parquet, or row by row."""
-
-    direct: bool
-    field: str
-    has_date: bool
-
-
-def _files(paths: list[Path], reading: _Reading, bad: BadRecords) -> Iterator[datasets.Dataset]:
-    """One data set for each run of files that can be read alike, up to about `limit` records."""
-    planned = [(path, _plan(path, reading)) for path in paths]
-    for plan, group in groupby(planned, key=lambda pair: pair[1]):
-        files = [path for path, _ in group]
-        names = ["id", plan.field, "date"] if plan.has_date else ["id", plan.field]
-        if plan.direct:
-            files = _first_files(files, reading.limit)
-            usable = np.concatenate([_usable_rows(path, names, bad) for path in files])
-            features = datasets.Features({name: datasets.Value("string") for name in names})
-            part = datasets.Dataset.from_parquet([str(path) for path in files], features=features, columns=names)
-            part = part if usable.all() else part.select(np.flatnonzero(usable))
-            yield part if plan.field == "text" else part.rename_column(plan.field, "text")
-        else:
-            yield _generated(files, plan, reading, bad)
-
-
-def _plan(path: Path, reading: _Reading) -> _Plan:
-    if path.suffix == ".parquet":
-        with open_parquet(path) as file:
-            schema, rows = file.schema_arrow, file.metadata.num_rows
-        if rows == 0:
-            raise CompressorError(f"{path} holds no records")
-        name = text_field(schema.names, reading.field, str(path))
-        strings = {
-            column.name for column in schema if pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
-        }
-        dated = "date" in schema.names
-        return _Plan({"id", name} <= strings and (not dated or "date" in strings), name, dated)
-    # A text has no other fields to choose from, whatever is asked of the files beside it.
-    field = None if kind_of(path) == ".txt" else reading.field
-    row = next(read_rows(path, documents=reading.documents, bad=BadRecords(reading.skip)))
-    return _Plan(False, text_field(row.values, field, row.where), "date" in row.values)
-
-
-def _first_files(files: list[Path], limit: int | None) -> list[Path]:
-    """As many of `files` as `limit` records need: the loading layer converts whole files."""
-    if limit is None:
-        return files
-    total, taken = 0, []
-    for path in files:
-        taken.append(path)
-        with open_parquet(path) as file:
-            total += file.metadata.num_rows
-        if total >= limit:
-            break
-    return taken
-
-
-def _usable_rows(path: Path, names: list[str], bad: BadRecords) -> np.ndarray:
-    """Which rows of a Parquet file have an id and a text, bool `[rows]`. Reads in batches."""
-    usable: list[np.ndarray] = []
-    seen = 0
-    with open_parquet(path) as file:
-        try:
-            for batch in file.iter_batches(batch_size=16_384, columns=names):
-                good = np.ones(len(batch), dtype=bool)
-                for name in names[:2]:  # a date may be blank
-                    column = batch.column(name)
-                    without = pc.fill_null(pc.equal(pc.utf8_trim_whitespace(column), ""), True)
-                    for index in np.flatnonzero(without.to_numpy(zero_copy_only=False) & good).tolist():
-                        what = "null" if column[index].as_py() is None else "blank"
-                        bad.add(f"{path} row {seen + index + 1}: the field {name!r} is {what}")
-                        good[index] = False
-                bad.good += int(good.sum())
-                usable.append(good)
-                seen += len(batch)
-        except (pa.ArrowException, OSError) as error:
-            raise CompressorError(f"{path} is damaged after row {seen}: {error}") from None
-    return np.concatenate(usable)
-
-
-def _generated(files: list[Path], plan: _Plan, reading: _Reading, bad: BadRecords) -> datasets.Dataset:
-    """Rows checked one by one and kept in the loading layer's cache."""
-    names = ["id", "text", "bad", *(["date"] if plan.has_date else [])]
+def _part(place: Path | Hub, reading: _Reading, limit: int | None, bad: BadRecords) -> datasets.Dataset:
+    """The passages of a file or hub data set, checked one by one and kept in the loading layer's cache."""
+    if isinstance(place, Hub):
+        loaded = load_hub(place, reading.split)
+        where = place.name if place.config is None else f"{place.name}:{place.config}"
+        fields, field, state = loaded.column_names, reading.field, (where, loaded._fingerprint)
+        rows = partial(_hub_rows, loaded, where)
+    else:
+        first = next(read_rows(place, documents=reading.documents, bad=BadRecords(reading.skip)))
+        where, fields, size = first.where, list(first.values), place.stat()
+        # A text has no other fields to choose from, whatever is asked of the files beside it.
+        field = None if kind_of(place) == ".txt" else reading.field
+        state = (str(place.resolve()), f"{size.st_size} {size.st_mtime_ns}")
+        rows = partial(read_rows, place, documents=reading.documents)
+    name = text_field(fields, field, where)
+    columns = ["id", "text", "bad", *(["date"] if "date" in fields else [])]
     # A key of our own: the layer's would not notice that a file changed under the same name.
-    states = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    key = hashlib.sha256(repr((_READER_VERSION, states, plan, reading)).encode()).hexdigest()[:32]
+    key = hashlib.sha256(repr((_READER_VERSION, state, name, columns, limit, reading)).encode()).hexdigest()[:32]
+    default = where if isinstance(place, Hub) else place.name
     try:
         made = datasets.Dataset.from_generator(
-            _passages,
-            features=datasets.Features({name: datasets.Value("string") for name in names}),
-            gen_kwargs={"files": [str(path) for path in files], "field": plan.field, "reading": reading},
+            partial(_passages, rows, name, default, limit, reading.skip),
+            features=datasets.Features({column: datasets.Value("string") for column in columns}),
             fingerprint=key,
         )
     except datasets.exceptions.DatasetGenerationError as error:
         if isinstance(error.__cause__, CompressorError):
             raise error.__cause__ from None
         raise
-    told = made[-1]["bad"]
-    if told:
+    if told := made[-1]["bad"] if len(made) else "":
         bad.counted(*json.loads(told))
         made = made.select(range(len(made) - 1))
     bad.good += len(made)
     return made.remove_columns("bad")
 
 
-def _passages(files: list[str], field: str, reading: _Reading) -> Iterator[dict[str, str]]:
+def _hub_rows(loaded: datasets.Dataset, where: str, bad: BadRecords) -> Iterator[Row]:
+    for number, values in enumerate(loaded, start=1):
+        yield Row(number, f"{where} row {number}", values)
+
+
+def _passages(
+    rows: Callable[..., Iterator[Row]], field: str, name: str, limit: int | None, skip: bool
+) -> Iterator[dict[str, str]]:
     """Passages, and at the end a record in whose `bad` is what was left out: so the cache keeps that, too."""
-    bad = BadRecords(reading.skip)
+    bad = BadRecords(skip)
 
-    def passage(row: tuple[Path, Row]) -> dict[str, str]:
-        path, values = row
-        found = {"id": record_id(values, default=f"{path.name}:{values.number}"), "text": text_value(values, field)}
-        return {**found, "bad": "", **({"date": date_value(values, "date")} if "date" in values.values else {})}
+    def passage(row: Row) -> dict[str, str]:
+        found = {"id": record_id(row, default=f"{name}:{row.number}"), "text": text_value(row, field), "bad": ""}
+        return {**found, **({"date": date_value(row, "date")} if "date" in row.values else {})}
 
-    rows = ((Path(file), row) for file in files for row in read_rows(Path(file), documents=reading.documents, bad=bad))
-    yield from islice(bad.usable(rows, passage), reading.limit)
+    yield from islice(bad.usable(rows(bad=bad), passage), limit)
     if bad.bad:
         yield {"id": "", "text": "", "date": "", "bad": json.dumps([bad.bad, bad.left_out.first[REASON]])}
-
-
-def _hub(hub: Hub, split: str | None, field: str | None, bad: BadRecords) -> datasets.Dataset:
-    named = hub.name if hub.config is None else f"{hub.name}:{hub.config}"
-    loaded = load_hub(hub, split)
-    name = text_field(loaded.column_names, field, named)
-    if "id" not in loaded.column_names:
-        loaded = loaded.add_column("id", [f"{named}:{index + 1}" for index in range(len(loaded))])
-    keep = ["id", name, *(["date"] if "date" in loaded.column_names else [])]
-    texts = enumerate((text for batch in loaded.select_columns([name]).iter(1000) for text in batch[name]), start=1)
-
-    def place(numbered: tuple[int, Any]) -> int:
-        number, text = numbered
-        text_value(Row(number, f"{named} row {number}", {name: text}), name)
-        return number - 1
-
-    usable = list(bad.usable(texts, place))
-    if len(usable) < len(loaded):
-        loaded = loaded.select(usable)
-    loaded = loaded.select_columns(keep).rename_columns({name: "text"} if name != "text" else {})
-    return loaded.cast(datasets.Features({column: datasets.Value("string") for column in loaded.column_names}))
 
 
 def load_hub(hub: Hub, split: str | None, *, streaming: bool = False) -> Any:
@@ -264,6 +165,15 @@ def load_hub(hub: Hub, split: str | None, *, streaming: bool = False) -> Any:
             )
         loaded = next(iter(loaded.values()))
     return loaded
+
+
+def rows_of(place: Path | Hub, split: str | None, bad: BadRecords) -> Iterator[Row]:
+    """The rows of a file, or of a hub data set as a stream; see `read_rows` and `load_hub`."""
+    if isinstance(place, Path):
+        yield from read_rows(place, bad=bad)
+        return
+    for number, values in enumerate(load_hub(place, split, streaming=True), start=1):
+        yield Row(number, f"{place.name} row {number}", values)
 
 
 def text_field(names: Any, field: str | None, where: str) -> str:

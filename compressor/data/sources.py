@@ -227,10 +227,9 @@ def _parse_json(text: str, where: str) -> Any:
         raise CompressorError(f"{where} is not valid JSON: {error}") from None
 
 
-def read_document(path: Path) -> tuple[Any, str]:
-    """The one JSON value that a file (also .gz) holds, and the text it was read from."""
-    text = "".join(line for _, line in raw_lines(path))
-    return _parse_json(text, str(path)), text
+def read_document(path: Path) -> Any:
+    """The one JSON value that a file (also .gz) holds."""
+    return _parse_json("".join(line for _, line in raw_lines(path)), str(path))
 
 
 def _json_rows(path: Path, bad: BadRecords) -> Iterator[Row]:
@@ -313,7 +312,7 @@ def _document_rows(path: Path) -> Iterator[Row]:
 
 def _parquet_rows(path: Path) -> Iterator[Row]:
     number = 0
-    with open_parquet(path) as file:
+    with _open_parquet(path) as file:
         try:
             for batch in file.iter_batches(batch_size=2048):
                 for values in batch.to_pylist():
@@ -325,7 +324,7 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
             raise CompressorError(f"{path} is damaged after row {number}: {error}") from None
 
 
-def open_parquet(path: Path) -> Any:
+def _open_parquet(path: Path) -> Any:
     """`pyarrow.parquet.ParquetFile`, or a `CompressorError` when `path` is not one."""
     try:
         return pq.ParquetFile(path)

@@ -6,13 +6,12 @@
 | int8, int4, int3, int2 | 8, 4, 3, 2   | integers, and a step for each channel unless a calibration has it     |
 | lowrank:RATE           | about RATE   | principal components (needs a calibration), entropy coded             |
 
-`int4+ans`, `int4+range`, `int4+huffman` entropy-code the integers. An option leaves out layers
-(`drop_layers`).
+`int4+ans` and `int4+huffman` entropy-code the integers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -22,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compressor.errors import CompressorError, require_whole
+from compressor.errors import CompressorError
 from compressor.model.table import load
 from compressor.storage import entropy
 from compressor.storage.calibration import Calibration
@@ -49,20 +48,18 @@ class Codec:
         coder: entropy coder of the integers.
         calibration: fitted statistics; `lowrank` needs them, integers without them store a step for each channel.
         level: step of `lowrank` is 2^(level/4).
-        drop_layers: layers that are not stored: they come back as the calibration's means, or zeros.
     """
 
     name: str
     coder: Coder = "none"
     calibration: Calibration | None = None
     level: int = 0
-    drop_layers: tuple[int, ...] = ()
 
     usual_coder: ClassVar[Coder] = "none"
     usual_rate: ClassVar[float | None] = None
     """Bits a value where the name has none; None for codecs that take no rate."""
     fitted: ClassVar[bool] = True
-    """Whether what is stored depends on the calibration, all layers being kept."""
+    """Whether what is stored depends on the calibration."""
 
     def __post_init__(self) -> None:
         entropy.check_coder(self.coder)
@@ -72,26 +69,18 @@ class Codec:
         """Raise a `CompressorError` for settings that do not go together."""
 
     @staticmethod
-    def parse(
-        text: str,
-        calibration: Calibration | str | Path | None = None,
-        drop_layers: Sequence[int] = (),
-    ) -> Codec:
-        """The codec of a name such as `bf16`, `int4`, `int3+ans`, `lowrank`, `lowrank:0.2+range`.
+    def parse(text: str, calibration: Calibration | str | Path | None = None) -> Codec:
+        """The codec of a name such as `bf16`, `int4`, `int3+ans`, `lowrank`, `lowrank:0.2+huffman`.
 
         Args:
             text: NAME[:RATE][+CODER]; RATE is the most bits a value on the calibration's passages.
             calibration: or the path of its file.
 
         Raises:
-            CompressorError: there is no such codec, or it does not go with the options.
+            CompressorError: there is no such codec, or it needs a calibration.
         """
         if not isinstance(text, str):
             raise CompressorError(f"the codec is {type(text).__name__}, not text: give a name such as bf16 or int4+ans")
-        if isinstance(drop_layers, str) or not isinstance(drop_layers, Iterable):
-            raise CompressorError(f"drop_layers = {drop_layers!r}: give a list of layers")
-        for layer in drop_layers:
-            require_whole("drop_layers", layer, 0)
         if calibration is not None and not isinstance(calibration, Calibration):
             calibration = Calibration.load(calibration)
         head, _, coder = text.partition("+")
@@ -106,21 +95,14 @@ class Codec:
                 if isinstance(error, CompressorError):
                     raise
                 raise CompressorError(f"the rate of codec {text!r} is no number: write lowrank:0.25") from None
-        if not kind.fitted and not drop_layers:
+        if not kind.fitted:
             calibration = None  # nothing in the file would depend on it
-        drop = tuple(sorted(set(drop_layers)))
-        return kind(name, cast("Coder", coder or kind.usual_coder), calibration, level, drop)
+        return kind(name, cast("Coder", coder or kind.usual_coder), calibration, level)
 
     def record(self) -> dict[str, Any]:
         """What a file says about the codec."""
         named = self.calibration.digest if self.calibration is not None else None
-        return {
-            "name": self.name,
-            "coder": self.coder,
-            "calibration": named,
-            "level": self.level,
-            "drop_layers": list(self.drop_layers),
-        }
+        return {"name": self.name, "coder": self.coder, "calibration": named, "level": self.level}
 
     @staticmethod
     def from_record(record: Mapping[str, Any], calibration: Calibration | None) -> Codec:
@@ -137,17 +119,16 @@ class Codec:
                 "--calibration (Memory.load(path, calibration=...)), or put it beside the memory as "
                 "calibration.safetensors"
             )
-        drop = tuple(record["drop_layers"])
-        if any(type(layer) is not int for layer in (record["level"], *drop)) or abs(record["level"]) > 127:
-            raise CompressorError("damaged: the codec's settings are no whole numbers")
-        kind = codec_class(record["name"])
-        return kind(record["name"], record["coder"], calibration if named else None, record["level"], drop)
+        if type(record["level"]) is not int or abs(record["level"]) > 127:
+            raise CompressorError("damaged: the codec's level is no whole number")
+        if record.get("drop_layers"):
+            raise CompressorError("layers are left out of it, which versions before 0.2.0 could: compress again")
+        return codec_class(record["name"])(
+            record["name"], record["coder"], calibration if named else None, record["level"]
+        )
 
     def prepare(self, memory: Memory) -> Memory:
         """The memory that is stored, checked against the calibration."""
-        layers = memory.keys.shape[0]
-        if any(not 0 <= layer < layers for layer in self.drop_layers) or len(self.drop_layers) == layers:
-            raise CompressorError(f"drop_layers = {list(self.drop_layers)}: the memory has layers 0 to {layers - 1}")
         if self.calibration is not None:
             self.calibration.check(memory)
         if not bool(torch.isfinite(memory.keys).all() and torch.isfinite(memory.values).all()):
@@ -156,11 +137,10 @@ class Codec:
 
     def encode(self, memory: Memory) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors that hold a prepared memory, and what a reader needs to know besides shape and codec."""
-        pair = torch.stack([memory.keys, memory.values]).detach().cpu()
-        return self._encode(pair, memory, self._kept(pair.shape[1]))
+        return self._encode(torch.stack([memory.keys, memory.values]).detach().cpu(), memory)
 
-    def _encode(self, pair: Tensor, memory: Memory, kept: list[int]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """`encode`: `pair` is `[2, layers, kv_heads, tokens, head_size]`, of which the layers `kept` are stored."""
+    def _encode(self, pair: Tensor, memory: Memory) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """`encode`: `pair` is `[2, layers, kv_heads, tokens, head_size]`."""
         raise NotImplementedError
 
     def decode(
@@ -177,7 +157,6 @@ class Codec:
             CompressorError: they do not fit together.
         """
         layers, heads, tokens, size = shape
-        kept = self._kept(layers)
         if self.calibration is not None:
             wanted = (layers, heads, size)
             if (*self.calibration.mean.shape[1:3], self.calibration.mean.shape[4]) != wanted or (
@@ -187,21 +166,14 @@ class Codec:
         full = torch.zeros(2, layers, heads, tokens, size)
         if self.calibration is not None:
             full = self.calibration.mean[:, :, :, list(slots)].clone()
-        full = self._decode(tensors, details, full, kept)
+        full = self._decode(tensors, details, full)
         if not bool(torch.isfinite(full).all()):
             raise CompressorError("damaged: it holds values that are not finite")
         return full[0], full[1]
 
-    def _decode(
-        self, tensors: Mapping[str, Tensor], details: Mapping[str, Any], full: Tensor, kept: list[int]
-    ) -> Tensor:
+    def _decode(self, tensors: Mapping[str, Tensor], details: Mapping[str, Any], full: Tensor) -> Tensor:
         """`decode`: keys and values `[2, layers, kv_heads, tokens, head_size]`, `full` being the means, or zeros."""
         raise NotImplementedError
-
-    def _kept(self, layers: int) -> list[int]:
-        if any(not 0 <= layer < layers for layer in self.drop_layers) or len(self.drop_layers) >= layers:
-            raise CompressorError(f"damaged: layers {list(self.drop_layers)} of {layers} are left out")
-        return [layer for layer in range(layers) if layer not in self.drop_layers]
 
     def _fitted(self) -> Calibration:
         assert self.calibration is not None  # __post_init__ refuses lowrank without one

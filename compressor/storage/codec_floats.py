@@ -26,17 +26,13 @@ class Floats(Codec):
         if self.coder != "none":
             raise CompressorError(f"{self.name} is not entropy-coded: leave +{self.coder} out, or choose int8")
 
-    def _encode(self, pair: Tensor, memory: Memory, kept: list[int]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        keys, values = pair[:, kept].to(FLOATS[self.name])
+    def _encode(self, pair: Tensor, memory: Memory) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        keys, values = pair.to(FLOATS[self.name])
         if not bool(torch.isfinite(keys).all() and torch.isfinite(values).all()):
             raise CompressorError(f"this memory has values too large for {self.name}: use bf16 or float32")
         return {"keys": keys, "values": values}, {}
 
-    def _decode(
-        self, tensors: Mapping[str, Tensor], details: Mapping[str, Any], full: Tensor, kept: list[int]
-    ) -> Tensor:
+    def _decode(self, tensors: Mapping[str, Tensor], details: Mapping[str, Any], full: Tensor) -> Tensor:
         for name in ("keys", "values"):
-            check_tensor(tensors, name, FLOATS[self.name], (len(kept), *full.shape[2:]))
-        full = full.to(FLOATS[self.name])
-        full[:, kept] = torch.stack([tensors["keys"], tensors["values"]])
-        return full
+            check_tensor(tensors, name, FLOATS[self.name], full.shape[1:])
+        return torch.stack([tensors["keys"], tensors["values"]])

@@ -23,31 +23,29 @@ _GROUPS = 64 * entropy.SHAPES
 class Integers(Codec):
     """Uniformly quantised keys and values; a step for each channel is stored unless a calibration has it."""
 
-    def _encode(self, pair: Tensor, memory: Memory, kept: list[int]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def _encode(self, pair: Tensor, memory: Memory) -> tuple[dict[str, Tensor], dict[str, Any]]:
         pair = pair.float()
         bits = BITS[self.name]
         half = 1 << (bits - 1)
         tensors: dict[str, Tensor] = {}
         if self.calibration is not None:
-            pair = (pair - self.calibration.means(memory))[:, kept]
-            steps = self._steps()[:, kept]
+            pair, steps = pair - self.calibration.means(memory), self._steps()
         else:
-            pair = pair[:, kept]
             tensors["steps"] = quantise.fit_steps(pair, bits)
             steps = quantise.step_of(tensors["steps"])
-        integers = quantise.symbols(pair, steps, bits)  # [2, kept layers, heads, tokens, head size]
+        integers = quantise.symbols(pair, steps, bits)  # [2, layers, heads, tokens, head size]
         models = None
         if self.coder != "none":
             if self.calibration is None:
                 grouped = integers.flatten(3).flatten(0, 2).T.numpy()
                 chosen = torch.from_numpy(entropy.choose_models(grouped, (-half, half - 1)))
                 tensors["models"] = chosen.reshape(integers.shape[:3])
-            models = self._models(tensors.get("models"), integers.shape, kept)
+            models = self._models(tensors.get("models"), integers.shape)
         if self.calibration is not None:
             # Channels that do not vary: nothing to code, with or without a coder.
-            integers[self._models(None, integers.shape, kept) == entropy.DROPPED] = 0
+            integers[self._models(None, integers.shape) == entropy.DROPPED] = 0
         streams = []
-        for layer in range(len(kept)):
+        for layer in range(pair.shape[1]):
             values = integers[:, layer].flatten().numpy()
             if models is None:
                 streams.append(quantise.pack(values, bits).tobytes())
@@ -58,45 +56,42 @@ class Integers(Codec):
         tensors["payload"] = torch.frombuffer(bytearray(b"".join(streams) or b"\0"), dtype=torch.uint8)
         return tensors, {"sizes": [len(stream) for stream in streams]}
 
-    def _decode(
-        self, tensors: Mapping[str, Tensor], details: Mapping[str, Any], full: Tensor, kept: list[int]
-    ) -> Tensor:
-        shape = (2, len(kept), *full.shape[2:])
+    def _decode(self, tensors: Mapping[str, Tensor], details: Mapping[str, Any], full: Tensor) -> Tensor:
+        shape = full.shape
         bits = BITS[self.name]
         half = 1 << (bits - 1)
         if self.calibration is None:
             check_tensor(tensors, "steps", torch.int8, (*shape[:3], shape[4]))
             steps = quantise.step_of(tensors["steps"])
         else:
-            steps = self._steps()[:, kept]
+            steps = self._steps()
         models = None
         if self.coder != "none":
             if self.calibration is None:
                 check_tensor(tensors, "models", torch.uint8, shape[:3])
                 if not bool(((tensors["models"] < _GROUPS) & (tensors["models"] % 64 < entropy.SCALES)).all()):
                     raise CompressorError("damaged: it names entropy models that do not exist")
-            models = self._models(tensors.get("models"), shape, kept)
+            models = self._models(tensors.get("models"), shape)
         count = shape[0] * shape[2] * shape[3] * shape[4]
         integers = torch.empty(shape, dtype=torch.int64)
-        for layer, data in enumerate(streams_of(tensors, details, len(kept))):
+        for layer, data in enumerate(streams_of(tensors, details, shape[1])):
             if models is None:
                 if len(data) != -(-count * bits // 8):
-                    raise CompressorError(f"damaged: layer {kept[layer]} has {len(data)} bytes for {count} integers")
+                    raise CompressorError(f"damaged: layer {layer} has {len(data)} bytes for {count} integers")
                 values = quantise.unpack(np.frombuffer(data, dtype=np.uint8), bits, count)
             else:
                 here = models[:, layer].flatten().numpy()
                 values = entropy.decode(data, here, self.coder, (-half, half - 1))
             integers[:, layer] = torch.from_numpy(values).reshape(shape[0], *shape[2:])
         restored = quantise.dequantise(integers, steps)
-        full[:, kept] = full[:, kept] + restored if self.calibration is not None else restored
-        return full
+        return full + restored if self.calibration is not None else restored
 
     def _steps(self) -> Tensor:
         return self._fitted().deviation * quantise.STEPS[BITS[self.name]]
 
-    def _models(self, stored: Tensor | None, shape: Sequence[int], kept: list[int]) -> Tensor:
-        """The entropy model of every integer, uint8 `[2, kept layers, heads, tokens, head_size]`."""
+    def _models(self, stored: Tensor | None, shape: Sequence[int]) -> Tensor:
+        """The entropy model of every integer, uint8 `[2, layers, heads, tokens, head_size]`."""
         if stored is not None:
             return stored[..., None, None].expand(*shape)
         place = list(quantise.STEPS).index(BITS[self.name])
-        return self._fitted().models[place][:, kept].unsqueeze(3).expand(*shape)
+        return self._fitted().models[place].unsqueeze(3).expand(*shape)

@@ -25,13 +25,10 @@ class LowRank(Codec):
     usual_rate = 0.25
 
     def _check(self) -> None:
-        if self.calibration is None or self.coder == "none" or self.drop_layers:
-            raise CompressorError(
-                "lowrank needs a calibration (`compressor calibrate`) and an entropy coder, and chooses by itself what "
-                "to drop in which layer"
-            )
+        if self.calibration is None or self.coder == "none":
+            raise CompressorError("lowrank needs a calibration (`compressor calibrate`) and an entropy coder")
 
-    def _encode(self, pair: Tensor, memory: Memory, kept: list[int]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def _encode(self, pair: Tensor, memory: Memory) -> tuple[dict[str, Tensor], dict[str, Any]]:
         transform = self._fitted().transform
         tokens = flatten_tokens(pair.float() - self._fitted().means(memory))
         integers = transform.quantise(transform.project(tokens), self.level)
@@ -39,9 +36,7 @@ class LowRank(Codec):
         data = entropy.encode(integers.reshape(-1), models.reshape(-1), self.coder)
         return {"payload": torch.frombuffer(bytearray(data or b"\0"), dtype=torch.uint8)}, {"sizes": [len(data)]}
 
-    def _decode(
-        self, tensors: Mapping[str, Tensor], details: Mapping[str, Any], full: Tensor, kept: list[int]
-    ) -> Tensor:
+    def _decode(self, tensors: Mapping[str, Tensor], details: Mapping[str, Any], full: Tensor) -> Tensor:
         (data,) = streams_of(tensors, details, 1)
         transform, tokens = self._fitted().transform, full.shape[3]
         models = np.tile(transform.models(self.level), tokens)

@@ -2,7 +2,7 @@
 
 A model is a table of integer frequencies that sum to 2^24. There is one family of tables, made by correctly rounded
 decimal arithmetic from two shapes (Gaussian, Laplace) and a ladder of scales, four to an octave; a channel's model is
-one byte. constriction does the coding: an ANS coder, a range coder, or Huffman codes.
+one byte. constriction does the coding: an ANS coder, or Huffman codes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 
 from compressor.errors import CompressorError, lacking
 
-Coder = Literal["none", "ans", "range", "huffman"]
+Coder = Literal["none", "ans", "huffman"]
 PRECISION = 24
 SCALES = 52
 """Scales of a shape; number s has a standard deviation of 2^((s - 8) / 4) quantiser steps, .25 to 1,700."""
@@ -158,8 +158,6 @@ class _Writer:
         self.model = constriction.stream.model.Categorical
         if coder == "ans":
             self.stream: Any = constriction.stream.stack.AnsCoder()
-        elif coder == "range":
-            self.stream = constriction.stream.queue.RangeEncoder()
         else:
             self.stream = constriction.symbol.QueueEncoder()
             self.tree = constriction.symbol.huffman.EncoderHuffmanTree
@@ -172,10 +170,8 @@ class _Writer:
                 tree = self.tree(frequencies.astype(np.float64))
                 for symbol in symbols.tolist():
                     self.stream.encode_symbol(symbol, tree)
-            elif self.coder == "ans":
-                self.stream.encode_reverse(symbols, self.model(_leaky(frequencies), perfect=False))
             else:
-                self.stream.encode(symbols, self.model(_leaky(frequencies), perfect=False))
+                self.stream.encode_reverse(symbols, self.model(_leaky(frequencies), perfect=False))
 
     def finish(self) -> bytes:
         words = self.stream.get_compressed()
@@ -190,8 +186,6 @@ class _Reader:
         try:
             if coder == "ans":
                 self.stream: Any = constriction.stream.stack.AnsCoder(words)
-            elif coder == "range":
-                self.stream = constriction.stream.queue.RangeDecoder(words)
             else:
                 self.stream = constriction.symbol.QueueDecoder(words)
                 self.tree = constriction.symbol.huffman.DecoderHuffmanTree
@@ -209,8 +203,6 @@ class _Reader:
 
     def finish(self) -> None:
         if self.coder == "ans" and not self.stream.is_empty():
-            raise CompressorError("damaged coded data: some are left over")
-        if self.coder == "range" and not self.stream.maybe_exhausted():
             raise CompressorError("damaged coded data: some are left over")
 
 

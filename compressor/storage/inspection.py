@@ -83,13 +83,12 @@ def _origin(settings: dict[str, Any]) -> dict[str, str]:
     base, codec = settings["base"], settings["codec"]
     coder = "" if codec["coder"] == "none" else f"+{codec['coder']}"
     fitted = f", calibration {codec['calibration'][:12]}" if codec["calibration"] else ""
-    dropped = f", without layers {codec['drop_layers']}" if codec["drop_layers"] else ""
     layers, heads, size = settings["shape"]
     return {
         "base": f"{base['name'] or 'unnamed'} (weights {base['weights'][:12]})",
         "compressor": settings["compressor"] or "not recorded",
         "layout": f"{settings['layout']}, up to {settings['most']} memory tokens a segment",
         "shape": f"{layers} layers x {heads} heads x {size}, made in {settings['dtype']}",
-        "codec": f"{codec['name']}{coder}{fitted}{dropped}",
+        "codec": f"{codec['name']}{coder}{fitted}",
         **({"made with": ", ".join(f"{k} {v}" for k, v in settings["made"].items())} if "made" in settings else {}),
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from compressor.errors import require
@@ -32,11 +32,9 @@ class Making:
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Type that keys and values are stored in, where --codec does not say."""
     codec: str | None = None
-    """float32, float16, bf16, int8, int4, int3, int2 or lowrank:RATE; with +ans, +range or +huffman it is coded."""
+    """float32, float16, bf16, int8, int4, int3, int2 or lowrank:RATE; with +ans or +huffman it is coded."""
     calibration: str | None = None
     """What `compressor calibrate` wrote: for lowrank, and for integers without steps of their own."""
-    drop_layers: list[int] = field(default_factory=list)
-    """Layers that are not stored."""
     batch_size: int = 16
     """Segments compressed together."""
 
@@ -52,7 +50,7 @@ class Making:
     def chosen_codec(self) -> Codec:
         """The `Codec` that the options describe."""
         name = self.codec or {"bfloat16": "bf16"}.get(self.dtype, self.dtype)
-        return Codec.parse(name, self.calibration, self.drop_layers)
+        return Codec.parse(name, self.calibration)
 
     def numbers(self, model: Network) -> dict[str, float]:
         """Numbers that memories are made with, besides what each of them states."""

@@ -448,6 +448,7 @@ def _compare(before: Mapping[str, Any], now: Mapping[str, Any], path: str) -> No
         for key, value in settings.items():
             found |= {f"{key}.{k}": f"{v}" for k, v in value.items()} if isinstance(value, dict) else {key: f"{value}"}
         del found["version"]
+        found.pop("codec.drop_layers", None)  # of stores before 0.2.0
         return found | {key: f"{found.pop(key + '.name')}@{found.pop(key + '.weights')}" for key in ("base", "encoder")}
 
     old, new = flat(before), flat(now)

@@ -7,9 +7,10 @@ import email.utils
 import re
 import unicodedata
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 from compressor.data.bad_records import BadRecord
+from compressor.data.builders.choice import CorpusConfig
 from compressor.data.examples import PUBLISHED_ID
 from compressor.data.records import date_value, record_id, string_value, text_field
 from compressor.data.sources import Row, type_name
@@ -59,22 +60,12 @@ _WITHDRAWN_COMMENT = re.compile(
 _FLAGS = ("withdrawn", "is_withdrawn", "retracted", "is_retracted")
 
 
-class Fields(NamedTuple):
-    """Names of the fields of a source; None: find it by the usual names."""
-
-    id: str = "id"
-    text: str | None = None
-    title: str = "title"
-    categories: str = "categories"
-    date: str | None = None
-
-
-def read_abstract(row: Row, names: Fields, first: dict[str, Any], *, default_id: str) -> dict[str, str] | str:
+def read_abstract(row: Row, names: CorpusConfig, first: dict[str, Any], *, default_id: str) -> dict[str, str] | str:
     """Turn a row into a record (id, title, abstract, categories, date), or say why it is dropped.
 
     Args:
         row: as it was read.
-        names: where the source keeps what.
+        names: says where the source keeps what.
         first: the first row of the same file. A field that it has must be in every row.
         default_id: the id where the file has none.
 
@@ -85,20 +76,20 @@ def read_abstract(row: Row, names: Fields, first: dict[str, Any], *, default_id:
     Raises:
         CompressorError: a field is missing or of the wrong type; names file and line.
     """
-    abstract = collapse(string_value(row, text_field(first, names.text, row.where)))
+    abstract = collapse(string_value(row, text_field(first, names.text_field, row.where)))
     if not abstract:
         return "empty"
-    title = row.values.get(names.title)
+    title = row.values.get(names.title_field)
     if withdrawn(abstract, row.values, title=title if isinstance(title, str) else ""):
         return "withdrawn"
-    identifier = record_id(row, names.id) if names.id in first else default_id
+    identifier = record_id(row, names.id_field) if names.id_field in first else default_id
     if identifier.strip().split("v")[0] == PUBLISHED_ID:
         return "example"
     return {
         "id": identifier.strip(),
-        "title": collapse(string_value(row, names.title)) if names.title in first else "",
+        "title": collapse(string_value(row, names.title_field)) if names.title_field in first else "",
         "abstract": abstract,
-        "categories": _categories(row, names.categories) if names.categories in first else "",
+        "categories": _categories(row, names.categories_field) if names.categories_field in first else "",
         "date": _date(row, names, identifier.strip(), first),
     }
 
@@ -162,11 +153,11 @@ def _categories(row: Row, field: str) -> str:
     return collapse(string_value(row, field))
 
 
-def _date(row: Row, names: Fields, identifier: str, first: dict[str, Any]) -> str:
-    if names.date is not None:
-        if names.date not in row.values:
-            string_value(row, names.date)  # raises: the field is missing
-        return _day(row, names.date, date_value(row, names.date))
+def _date(row: Row, names: CorpusConfig, identifier: str, first: dict[str, Any]) -> str:
+    if names.date_field is not None:
+        if names.date_field not in row.values:
+            string_value(row, names.date_field)  # raises: the field is missing
+        return _day(row, names.date_field, date_value(row, names.date_field))
     if "versions" in first:
         return _first_version(row)
     for field in ("date", "created"):

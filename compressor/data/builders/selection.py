@@ -4,42 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from dataclasses import dataclass
-from typing import Literal, Protocol
 
 from compressor.data.builders.abstracts import base_id, comparable
+from compressor.data.builders.choice import CorpusConfig
 from compressor.data.sources import SPLITS
 from compressor.errors import CompressorError
-
-
-@dataclass
-class Choice:
-    """Which records of a source are used, and for what. Dates are yyyy-mm or yyyy-mm-dd."""
-
-    train_before: str = "2023-07"
-    """Train: records before this day."""
-    validation_before: str = "2024-01"
-    """Validation: records from `train_before` to before this day. Test: from here on."""
-    test_until: str = "2024-04"
-    """Last day (or month) of the test split, inclusive; later records are dropped."""
-    undated: Literal["error", "train", "validation", "test"] = "error"
-    """The split of records without a date."""
-    skip_bad_records: bool = False
-    """Leave records out that are null or broken, up to one in twenty, and count them in the manifest; otherwise the
-    first of them is an error."""
-    min_words: int = 20
-    """Shorter abstracts are dropped."""
-    max_words: int | None = None
-    """Longer abstracts are dropped."""
-
-
-class Rules(Protocol):
-    """The settings a selection needs; `CorpusConfig` documents them."""
-
-    min_words: int
-    max_words: int | None
-    undated: Literal["error", "train", "validation", "test"]
-    keep_source_splits: bool
 
 
 class Selection:
@@ -48,7 +17,7 @@ class Selection:
     Of several equal records the first is kept, in whatever split it is, so that no text is in two.
     """
 
-    def __init__(self, rules: Rules, cuts: tuple[str, str, str]) -> None:
+    def __init__(self, rules: CorpusConfig, cuts: tuple[str, str, str]) -> None:
         """`cuts` are the first days after train, validation and test (yyyy-mm-dd)."""
         self.rules, self.cuts = rules, cuts
         self.kept: Counter[str] = Counter()

@@ -1,4 +1,4 @@
-"""Writing the splits of a corpus: Parquet shards, and random samples of a stream."""
+"""Writing the splits of a corpus, and random samples of a stream."""
 
 from __future__ import annotations
 
@@ -13,68 +13,48 @@ import pyarrow.parquet as pq
 
 from compressor.files import sha256
 
-FIELDS = ("id", "title", "abstract", "categories", "date")
-
 _ROWS_AT_ONCE = 10_000
 
 
 class SplitWriter:
-    """Writes the records of one split as Parquet shards, keeping at most a row group in memory."""
+    """Writes the records of one split as a Parquet file, keeping at most a row group in memory.
 
-    def __init__(self, folder: Path, split: str, shard_records: int) -> None:
-        self.folder, self.split, self.shard_records = folder, split, shard_records
+    Args:
+        text: field whose words are counted.
+    """
+
+    def __init__(self, path: Path, schema: Any, text: str) -> None:
+        self.path, self.schema, self.text = path, schema, text
         self.records = self.words = 0
-        self.first_date = self.last_date = ""
-        self._rows: list[dict[str, str]] = []
-        self._counts: list[int] = []
+        self._dates: set[str] = set()
+        self._rows: list[dict[str, Any]] = []
         self._writer: Any = None
 
-    def add(self, record: dict[str, str]) -> None:
-        """Write one record (all of `FIELDS`, text)."""
+    def add(self, record: dict[str, Any]) -> None:
+        """Write one record."""
         self._rows.append(record)
         self.records += 1
-        self.words += record["abstract"].count(" ") + 1
+        self.words += record[self.text].count(" ") + 1
         if date := record["date"]:
-            self.first_date = min(self.first_date or date, date)
-            self.last_date = max(self.last_date, date)
-        in_shard = (self._counts[-1] if self._writer else 0) + len(self._rows)
-        if in_shard == self.shard_records or len(self._rows) == _ROWS_AT_ONCE:
+            self._dates = {min(self._dates | {date}), max(self._dates | {date})}
+        if len(self._rows) == _ROWS_AT_ONCE:
             self._flush()
-            if in_shard == self.shard_records:
-                self._end_shard()
-
-    def _part(self, index: int) -> Path:
-        return self.folder / f"{self.split}-{index:05d}.part"
 
     def _flush(self) -> None:
-        if not self._rows:
-            return
-        schema = pa.schema([(name, pa.string()) for name in FIELDS])
         if self._writer is None:
-            self._writer = pq.ParquetWriter(self._part(len(self._counts)), schema, compression="zstd")
-            self._counts.append(0)
-        self._writer.write_table(pa.Table.from_pylist(self._rows, schema=schema))
-        self._counts[-1] += len(self._rows)
-        self._rows.clear()
-
-    def _end_shard(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
+            self._writer = pq.ParquetWriter(self.path, self.schema, compression="zstd")
+        if self._rows:
+            self._writer.write_table(pa.Table.from_pylist(self._rows, schema=self.schema))
+            self._rows.clear()
 
     def close(self) -> dict[str, Any]:
-        """Finish the last shard, give the shards their names, and describe the split for the manifest."""
+        """Finish the file and describe the split for the manifest."""
         self._flush()
-        self._end_shard()
-        shards = []
-        for index, records in enumerate(self._counts):
-            # The names `datasets` knows: the total is in them, so they are given at the end.
-            path = self.folder / f"{self.split}-{index:05d}-of-{len(self._counts):05d}.parquet"
-            self._part(index).rename(path)
-            size = path.stat().st_size
-            shards.append({"file": path.name, "records": records, "bytes": size, "sha256": sha256(path)})
-        dates = {"first": self.first_date, "last": self.last_date} if self.first_date else None
-        return {"records": self.records, "words": self.words, "dates": dates, "shards": shards}
+        self._writer.close()
+        dates = {"first": min(self._dates), "last": max(self._dates)} if self._dates else None
+        shard = {"file": self.path.name, "records": self.records, "bytes": self.path.stat().st_size}
+        shard["sha256"] = sha256(self.path)
+        return {"records": self.records, "words": self.words, "dates": dates, "shards": [shard]}
 
 
 class Sample:
