@@ -151,6 +151,20 @@ def test_bounds_are_not_read_together(make_stage: Callable[..., AnswerStage]) ->
         make_stage("--data.passages_together=2", "--compressor.method=full-tuned")
 
 
+def test_a_share_of_the_passages_is_written_from_a_cue_on(make_stage: Callable[..., AnswerStage]) -> None:
+    """In both kinds of micro-batches, drawn by their place in the run."""
+    stage = make_stage("--objective.asked_regeneration=1", "--objective.cued_share=0.5")
+    begun = {True: [0, 0], False: [0, 0]}
+    for index in range(16):
+        batch = stage.micro_batch(index)
+        inputs, again = batch["regeneration_inputs"], stage.micro_batch(index)["regeneration_inputs"]
+        assert torch.equal(inputs, again)
+        for row in inputs.tolist():
+            begun["answer_inputs" in batch][row[0] == stage.module.base.bos] += 1
+    assert all(min(counts) > 5 for counts in begun.values())
+    assert stage.probe_batch()["regeneration_inputs"][0, 0] == stage.module.base.bos
+
+
 def test_held_out_contexts_are_not_trained_on(make_stage: Callable[..., AnswerStage]) -> None:
     stage = make_stage()
     trained, held_out = ({tuple(one.ids) for one in part} for part in (stage.asked, stage.held_out_questions))

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from compressor.api import Compressor
-from compressor.data.batches import IGNORED, continuation_pair, regeneration_pair, stack_pairs
+from compressor.data.batches import CUED, IGNORED, continuation_pair, cued_pair, regeneration_pair, stack_pairs
 from compressor.model.encoder import pad
 from compressor.model.generation import score
 from compressor.model.memory import memory_prefix
@@ -39,6 +40,23 @@ def test_pairs_are_what_the_decoder_reads_and_must_write() -> None:
     assert regeneration_pair(1, 2, [7, 8, 9]) == ([1, 7, 8, 9], [7, 8, 9, 2])
     assert continuation_pair(9, [20, 21]) == ([9, 20], [20, 21])
     assert continuation_pair(9, [20]) == ([9], [20])
+
+
+def test_a_cue_goes_on_as_the_passage_does() -> None:
+    rng, ends = np.random.default_rng(5), 0
+    for length in (1, 2, 5, 30, 200):
+        passage = list(range(100, 100 + length))
+        for _ in range(40):
+            inputs, labels = cued_pair(rng, 2, passage)
+            place = inputs[0] - 100
+            cue = labels.count(IGNORED) + 1
+            assert inputs == passage[place : place + len(inputs)]
+            assert len(inputs) == len(labels) <= 8 + CUED
+            assert labels[cue - 1 :] == [*passage, 2][place + cue : place + len(inputs) + 1]
+            assert cue <= max(1, length // 2)
+            assert length < 16 or cue >= 4
+            ends += labels[-1] == 2
+    assert ends > 40
 
 
 def test_stacked_pairs_count_their_targets_and_ignore_padding() -> None:

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 IGNORED = -100
 """Label of positions without a loss."""
+CUED = 48
+"""Most tokens that are written after a cue."""
 
 
 def padded_width(longest: int) -> int:
@@ -25,6 +28,19 @@ def padded_width(longest: int) -> int:
 def regeneration_pair(bos: int, eos: int, passage: Sequence[int]) -> tuple[list[int], list[int]]:
     """Decoder input and labels for writing the passage: `BOS passage` gives `passage EOS`."""
     return [bos, *passage], [*passage, eos]
+
+
+def cued_pair(rng: np.random.Generator, eos: int, passage: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Decoder input and labels for going on from a few tokens of the passage's middle, which have no labels themselves.
+
+    What is asked of a memory is found by what it says, not by counting from its beginning: the cue is 4 to 8 tokens
+    long and begins anywhere, `CUED` tokens follow at most.
+    """
+    cue = max(1, min(int(rng.integers(4, 9)), len(passage) // 2))
+    start = int(rng.integers(0, max(1, len(passage) - cue - 4)))
+    prompt, rest = passage[start : start + cue], passage[start + cue :]
+    pair = answer_pair(prompt, rest, eos)
+    return pair[0][: cue + CUED], pair[1][: cue + CUED]
 
 
 def continuation_pair(last: int, following: Sequence[int]) -> tuple[list[int], list[int]]:

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from compressor.data.asked import QUESTIONS_TOGETHER, Asked, Draw, QuestionPlan, ask, questions_digest
-from compressor.data.batches import IGNORED, answer_pair, padded_width, regeneration_pair, stack_pairs
+from compressor.data.batches import IGNORED, answer_pair, padded_width, stack_pairs
 from compressor.data.instructions import Prompt, load_prompt
 from compressor.data.questions import load_questions
 from compressor.errors import CompressorError
@@ -119,7 +119,7 @@ class AnswerStage(CompressionStage):
             contexts = together(rng, len(drawn), most)
         segments = [self.asked[draw.passage].segments(self.most) for draw in drawn]
         tokens = self.draw_tokens(rng, [max(map(len, one)) for one in segments])
-        return self.collate_questions(self.asked, drawn, tokens, contexts)
+        return self.collate_questions(self.asked, drawn, tokens, contexts, rng)
 
     def collate_questions(
         self,
@@ -127,12 +127,14 @@ class AnswerStage(CompressionStage):
         drawn: Sequence[Draw],
         tokens: Sequence[int],
         contexts: Sequence[Sequence[int]] | None = None,
+        rng: np.random.Generator | None = None,
     ) -> Batch:
         """Tensors for passages with their questions, each compressed to its number of memory tokens.
 
         Args:
             contexts: for each of `drawn` those whose memories its questions are asked of, in reading order; by default
                 its own alone.
+            rng: as in `collate`.
         """
         base, objective = self.module.base, self.config.objective
         chosen = [asked[draw.passage] for draw in drawn]
@@ -168,7 +170,7 @@ class AnswerStage(CompressionStage):
             ]
         if objective.asked_regeneration:
             # One encoding teaches both, and no step of an optimiser that scales gradients is the answers' alone.
-            stacked = stack_pairs([regeneration_pair(base.bos, base.eos, one) for one in flat])
+            stacked = stack_pairs(self.regenerated(flat, rng))
             batch |= {"regeneration_inputs": stacked["inputs"], "regeneration_labels": stacked["labels"]}
             batch |= {"regeneration_weight": objective.asked_regeneration}
             batch["targets"] += stacked["targets"]

@@ -58,6 +58,9 @@ class ObjectiveConfig:
     asked_regeneration: float = 0.0
     """Weight of regenerating the passages that questions are about too, whose kind of text the other data may not hold
     (stage `answer`)."""
+    cued_share: float = 0.0
+    """Share of the passages to regenerate that are not written from their beginning but from a few tokens out of their
+    middle on, so that memories are read by content, as questions will read them."""
     distillation: float = 0.0
     """Weight of the divergence from the base that reads the whole passage, on the answer's tokens (stage `answer`)."""
 
@@ -65,6 +68,7 @@ class ObjectiveConfig:
         require(bool(self.tokens), "objective.tokens", self.tokens, "a non-empty list")
         for name in ("regeneration", "continuation", "answer", "asked_regeneration", "distillation"):
             require(getattr(self, name) >= 0, f"objective.{name}", getattr(self, name), "at least 0")
+        require(0 <= self.cued_share <= 1, "objective.cued_share", self.cued_share, "between 0 and 1")
         require(self.regeneration + self.continuation > 0, "objective", "all weights 0", "positive in total")
 
 

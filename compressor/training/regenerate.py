@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from compressor.data.batches import continuation_pair, padded_width, regeneration_pair, stack_pairs
+from compressor.data.batches import continuation_pair, cued_pair, padded_width, regeneration_pair, stack_pairs
 from compressor.data.left_out import LeftOut
 from compressor.data.passages import BatchPlan, Piece, load_passages, passages_digest
 from compressor.errors import CompressorError
@@ -130,7 +130,7 @@ class CompressionStage:
     def micro_batch(self, index: int) -> Batch:
         pieces = self.plan.batch(index)
         rng = np.random.default_rng([self.config.seed, index, 1])
-        return self.collate(self.passages, pieces, self.draw_tokens(rng, [piece.length for piece in pieces]))
+        return self.collate(self.passages, pieces, self.draw_tokens(rng, [piece.length for piece in pieces]), rng)
 
     def draw_tokens(self, rng: np.random.Generator, lengths: Sequence[int]) -> list[int]:
         """Numbers of memory tokens for passages of these lengths; all alike if the method cannot be truncated."""
@@ -150,8 +150,25 @@ class CompressionStage:
         places = np.minimum((drawn[:, None] >= edges).sum(1), len(shares) - 1)
         return [shares[place].tokens for place in places]
 
-    def collate(self, passages: Any, pieces: Sequence[Piece], tokens: Sequence[int]) -> Batch:
-        """Tensors for `pieces`, each compressed to its number of memory tokens."""
+    def regenerated(
+        self, rows: Sequence[Sequence[int]], rng: np.random.Generator | None
+    ) -> list[tuple[list[int], list[int]]]:
+        """What the decoder writes of each passage: the whole, or where `rng` says so what follows a cue."""
+        base, share = self.module.base, self.config.objective.cued_share
+        cued = rng.random(len(rows)) < share if rng and share else np.zeros(len(rows), dtype=bool)
+        return [
+            cued_pair(rng, base.eos, row) if rng and from_cue else regeneration_pair(base.bos, base.eos, row)
+            for row, from_cue in zip(rows, cued, strict=True)
+        ]
+
+    def collate(
+        self,
+        passages: Any,
+        pieces: Sequence[Piece],
+        tokens: Sequence[int],
+        rng: np.random.Generator | None = None,
+    ) -> Batch:
+        """Tensors for `pieces`, each compressed to its number of memory tokens; `rng` draws those read from a cue."""
         base, objective = self.module.base, self.config.objective
         records = [passages[piece.record] for piece in pieces]
         cut = [record["input_ids"][p.start : p.start + p.length] for record, p in zip(records, pieces, strict=True)]
@@ -171,7 +188,7 @@ class CompressionStage:
         }
         pairs: dict[str, list[tuple[list[int], list[int]]]] = {}
         if objective.regeneration:
-            pairs["regeneration"] = [regeneration_pair(base.bos, base.eos, one) for one in cut]
+            pairs["regeneration"] = self.regenerated(cut, rng)
         if objective.continuation:
             pairs["continuation"] = [continuation_pair(one[-1], rest) for one, rest in zip(cut, following, strict=True)]
         for name, rows in pairs.items():
