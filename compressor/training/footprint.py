@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,6 @@ import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from compressor.data.batches import padded_width
 from compressor.data.passages import Piece
 from compressor.model.generation import HEAD_ROWS
 from compressor.training.config import RunConfig
@@ -19,6 +18,9 @@ from compressor.training.regenerate import CompressionStage
 
 PROBED = ((1, 16), (1, 32), (1, 48), (2, 16))
 """Passages and tokens of each, of the micro-batches that are tried."""
+CPU_SLACK = 2
+"""What a process on a CPU holds for each byte of activations: freed tensors leave holes that those of the next shape do
+not fit in, and oneDNN keeps weights in the order that a shape wants."""
 LOOKED_AT = 200
 """Micro-batches among which the largest is looked for."""
 
@@ -36,14 +38,38 @@ def step_bytes(stage: CompressionStage, config: RunConfig, processes: int) -> in
     moments = 4 if config.training.optimizer == "muon" else 8
     training = trained * (4 + moments + (4 if processes > 1 else 0))
     config_of_base = model.base.model.config.get_text_config()
-    pieces = [stage.plan.batch(index) for index in range(LOOKED_AT)]
-    shapes = {(len(batch), padded_width(max(piece.length for piece in batch))) for batch in pieces}
+    batches = [stage.micro_batch(index) for index in range(LOOKED_AT)]
+    shapes = {(*batch["input_ids"].shape, asked_cells(batch)) for batch in batches}
     kept = kept_of(stage, config.training.activation_checkpointing)
+    answers = kept_of_answers(stage, batches)
     size = model.base.dtype.itemsize
     heads, inner = config_of_base.num_attention_heads, config_of_base.intermediate_size
-    passing = max(rows * width * (4 * inner + 3 * heads * width) * size for rows, width in shapes)
+    passing = max(rows * width * (4 * inner + 3 * heads * width) * size for rows, width, _ in shapes)
     logits = HEAD_ROWS * len(model.base.embeddings.weight) * (size + 12)
-    return held + training + max(kept(*shape) for shape in shapes) + max(passing, logits)
+    activations = max(kept(rows, width) + int(answers * cells) for rows, width, cells in shapes)
+    slack = CPU_SLACK if model.base.device.type == "cpu" else 1
+    return held + training + slack * activations + max(passing, logits)
+
+
+def asked_cells(batch: dict[str, Any]) -> int:
+    """Places of a micro-batch's questions and answers, padding included."""
+    return batch["answer_inputs"].numel() if "answer_inputs" in batch else 0
+
+
+def kept_of_answers(stage: CompressionStage, batches: Sequence[dict[str, Any]]) -> float:
+    """Bytes that autograd keeps for each place of questions and answers, which read the passages' memories."""
+    asked = min(
+        (batch for batch in batches if asked_cells(batch)), key=lambda one: one["input_ids"].numel(), default=None
+    )
+    if asked is None or stage.module.activation_checkpointing:
+        return 0.0
+    model = stage.module
+    batch = {k: v.to(model.base.device) if isinstance(v, torch.Tensor) else v for k, v in asked.items()}
+    encoded = kept_bytes(
+        partial(model.encode, batch["input_ids"], batch["lengths"], int(batch["memory_tokens"].max())), model
+    )
+    answers = {k: v for k, v in batch.items() if not k.startswith("regeneration_")}
+    return max(0, kept_bytes(partial(model, answers), model) - encoded) / asked_cells(batch)
 
 
 def kept_of(stage: CompressionStage, checkpointing: bool) -> Callable[[int, int], int]:
