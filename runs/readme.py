@@ -16,7 +16,17 @@ from pathlib import Path
 import yaml
 
 sys.path.insert(0, str(Path(__file__).parent))
-from readme_parts import FLAGSHIP, LABELS, PARTS, REFINED_STEPS, ROOT, log_rows, refined_rows, results
+from readme_parts import (
+    FLAGSHIP,
+    LABELS,
+    PARTS,
+    REFINED_STEPS,
+    ROOT,
+    flagship_validations,
+    log_rows,
+    refined_rows,
+    results,
+)
 
 from compressor.evaluation.report import figure, load_published, loss_curve, regeneration_plot
 
@@ -147,6 +157,23 @@ def draw_flagship() -> None:
     regeneration_plot(rows, ROOT / "results" / FLAGSHIP / "regeneration.png", load_published())
 
 
+def draw_flagship_training() -> None:
+    """The flagship's validation loss over all of its stages, whose learning rates rise and fall once each."""
+    canvas, axes = figure(height=4.2)
+    stages = flagship_validations()
+    for number, tokens in enumerate((16, 4, 1)):
+        for place, stage in enumerate(stages):
+            points = [(seen, nats[tokens]) for seen, nats in stage if tokens in nats]
+            if points:
+                label = f"k = {tokens}" if place == len(stages) - 1 else None
+                axes.plot(
+                    *zip(*points, strict=True), "o-", color=f"C{number}", markersize=3, linewidth=0.8, label=label
+                )
+    axes.set(xscale="log", yscale="log", xlabel="passages seen", ylabel="validation loss (nats/token)")
+    axes.legend(frameon=False)
+    canvas.savefig(ROOT / "results" / FLAGSHIP / "training.png")
+
+
 def draw_methods() -> None:
     """Loss of every method."""
     names = [name for name in LABELS if (ROOT / "results" / "methods" / f"{name}-regenerate.jsonl").exists()]
@@ -200,7 +227,7 @@ def main(arguments: list[str]) -> int:
         return 1 if stale else 0
     for path in stale:
         path.write_text(wanted[path], encoding="utf-8")
-    for draw in (draw_flagship, draw_training, draw_regeneration, draw_methods, draw_bytes):
+    for draw in (draw_flagship, draw_flagship_training, draw_training, draw_regeneration, draw_methods, draw_bytes):
         try:
             draw()
         except FileNotFoundError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -69,14 +70,54 @@ def flagship() -> str:
         [f"{k} memory token{'s' * (k > 1)}", *(_regenerated(by[k, length]) for length in lengths)]
         for k in reversed(tokens)
     ]
-    logs = [f"{FLAGSHIP}/{stage}-log.jsonl" for stage in ("regenerate", "answer")]
-    trained = [log_rows(name) for name in logs if (ROOT / "results" / name).exists()]
-    ends = [[row for row in rows if "passages" in row][-1] for rows in trained]
+    ends = [[row for row in rows if "passages" in row][-1] for rows in flagship_logs()]
     passages, steps, seconds = (sum(end[name] for end in ends) for name in ("passages", "step", "seconds"))
     return table(["ROUGE-L, BLEU", *(f"{length} tokens" for length in lengths)], body) + (
         f"\n\nSmolLM2-135M-Instruct, {by[tokens[0], lengths[0]]['n']} unseen abstracts of 2026 a cell, one pass, 95% "
         f"bootstrap intervals. Trained on\n{passages:,} passages in {steps:,} steps, {seconds / 3600:.1f} hours of one "
         "CPU core. Dashed and dotted in the picture: the published\nfigures of an 8B base."
+    )
+
+
+def flagship_logs() -> list[list[dict[str, Any]]]:
+    """Rows of the training logs of the flagship's stages, in their order."""
+    names = [f"{FLAGSHIP}/{stage}-log.jsonl" for stage in ("regenerate", "answer", "cued")]
+    return [log_rows(name) for name in names if (ROOT / "results" / name).exists()]
+
+
+def flagship_validations() -> list[list[tuple[int, dict[int, float]]]]:
+    """For each stage what was validated: passages seen since the first stage began, and nats a token for each k."""
+    stages, before = [], 0
+    for rows in flagship_logs():
+        seen, found = 0, []
+        for row in rows:
+            seen = row.get("passages", seen)
+            nats = {
+                int(name.rsplit("_", 1)[1]): value
+                for name, value in row.items()
+                if re.fullmatch(r"validation_(regeneration_)?nats_\d+", name)
+            }
+            if nats:
+                found.append((before + seen, nats))
+        stages.append(found)
+        before += seen
+    return stages
+
+
+def flagship_curve() -> str:
+    """What the ends of the stages say about more training."""
+    (seen, nats), (seen_last, nats_last) = (stage[-1] for stage in flagship_validations()[-2:])
+    said = []
+    for tokens in sorted(set(nats) & set(nats_last), reverse=True):
+        power = math.log(nats[tokens] / nats_last[tokens]) / math.log(seen_last / seen)
+        said.append(
+            f"{nats[tokens]:.2f} to {nats_last[tokens]:.2f} ({nats_last[tokens] * 2**-power:.2f}) at k = {tokens}"
+        )
+    return (
+        f"Between the ends of the last two stages, {seen:,} and {seen_last:,} passages, validation fell from "
+        + ", ".join(said)
+        + " nats a\ntoken; in brackets what another doubling gives if it goes on as that power of the passages. "
+        "Within a stage the curve bends with\nthe learning rate, which rises and falls once in each."
     )
 
 
@@ -617,6 +658,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "headline": headline,
     "flagship": flagship,
     "flagship-details": flagship_details,
+    "flagship-curve": flagship_curve,
     "qa-short": qa_short,
     "which-k": which_k,
     "bytes": bytes_kept,
