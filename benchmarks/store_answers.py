@@ -17,7 +17,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,9 +46,7 @@ from compressor.storage.store import Store
 from compressor.streams import exits_cleanly
 
 TOP = (1, 2, 4, 8)
-RECITED = (1, 4)
-"""Passages together whose regeneration is read."""
-CODECS = ("bf16", "int8", "int4+ans", "lowrank:0.4", "lowrank:0.2")
+CODECS = ("bf16", "int8", "int4+ans", "lowrank:0.4", "lowrank:0.15")
 BRIEFLY = " Answer in a few words."
 
 
@@ -73,9 +71,13 @@ class Options:
     """Paragraphs, of any length, that the store compresses."""
     measured: int = 16
     """Of these, how many a second time with the share that comes back."""
-    fitted: int = 192
+    fitted: int = 96
     """Other paragraphs that low rank is fitted on."""
-    batch_size: int = 20
+    recited: list[int] = field(default_factory=lambda: [1])
+    """Passages together whose regeneration is read: it takes longest."""
+    new_tokens: int = 16
+    """Most tokens of an answer."""
+    batch_size: int = 40
     """Contexts that are read together."""
     dtype: str = "auto"
 
@@ -127,7 +129,7 @@ class Asked:
 
     def __init__(self, model: Compressor, sets: dict[str, list[Question]], contexts: list[str], options: Options):
         rng = np.random.default_rng(0)
-        self.model, self.batch = model, options.batch_size
+        self.model, self.batch, self.limit = model, options.batch_size, options.new_tokens
         lengths = dict(zip(contexts, map(len, model.base.tokenise(contexts)), strict=True))
         short = [text for text, length in lengths.items() if 24 <= length <= options.longest]
         chosen: list[Question] = []
@@ -169,7 +171,7 @@ class Asked:
             some = self.questions[start : start + self.batch]
             asked = [one.question + suffix for one in some]
             prefix = prefixes(groups[start : start + self.batch])
-            written = answer(base, prefix, asked, template)
+            written = answer(base, prefix, asked, template, self.limit)
             if template == self.template:
                 prompts = after(base, prefix, question_ids(base.tokenizer, asked, template))
                 right = [[*ids, base.eos] for ids in answer_ids(base.tokenizer, [one.answers for one in some])]
@@ -211,76 +213,75 @@ def figures(columns: dict[str, list[float]]) -> dict[str, Any]:
     return row
 
 
-def together(asked: Asked, result: dict[str, Any], keep: Any) -> None:
+def together(asked: Asked, options: Options, result: dict[str, Any], keep: Any) -> None:
     """Answers from 1 to 8 passages in one context: from memories, from texts, and from what memories give back."""
     base = asked.model.base
     alone = [asked.group(number, "random", 1) for number in range(len(asked.questions))]
-    # Texts are asked in the way that suits them best with one passage: the comparison is not to favour memories.
-    ways = [(asked.template, ""), ("chat", ""), ("chat", BRIEFLY)]
-    texts = asked.from_texts(asked.ids)
+    # Texts are asked in the way that suits them better with one passage: the comparison is not to favour memories.
+    ways, texts = [(asked.template, ""), ("chat", BRIEFLY)], asked.from_texts(asked.ids)
     tried = [asked.rows(alone, texts, *way) for way in ways]
     way = ways[max(range(len(ways)), key=lambda i: tried[i]["f1"])]
     result["asking_texts"] = [{"template": t, "suffix": s, **row} for (t, s), row in zip(ways, tried, strict=True)]
     nothing = asked.rows(alone, lambda groups: empty_prefix(base, len(groups)), asked.template)
-    groups = [asked.group(number, "random", RECITED[-1]) for number in range(len(asked.questions))]
-    needed = list(dict.fromkeys(text for group in groups for text in group))
-    began = time.perf_counter()
-    back = regenerate(base, [asked.memories[text] for text in needed])
-    result["recite_seconds_a_passage"] = (time.perf_counter() - began) / len(needed)
-    recited = asked.from_texts(dict(zip(needed, base.tokenise(back), strict=True)))
     rows = result["together"] = [{"read": "nothing", "count": 0, "others": "none", **nothing}]
-    for read, prefixes, asking, counts, kinds in (
-        ("memories", asked.from_memories(), (asked.template, ""), TOP, ("random", "similar")),
-        ("texts", texts, way, TOP, ("random", "similar")),
-        ("recited", recited, way, RECITED, ("random",)),
-    ):
+
+    def measure(read: str, prefixes: Any, asking: tuple[str, str], counts: Iterable[int], kinds: Sequence[str]) -> None:
         for count, kind in itertools.product(counts, kinds):
-            if count == 1 and kind == "similar":
+            if count == 1 and kind != kinds[0]:
                 continue
             groups = [asked.group(number, kind, count) for number in range(len(asked.questions))]
             row = asked.rows(groups, prefixes, *asking)
             rows.append({"read": read, "count": count, "others": kind if count > 1 else "none", **row})
             print(json.dumps(rows[-1]), flush=True)
             keep()
+
+    measure("memories", asked.from_memories(), (asked.template, ""), TOP, ("random", "similar"))
     result["first_token"] = [first_token(asked, count) for count in TOP]
+    measure("texts", texts, way, TOP, ("random",))
+    groups = [asked.group(number, "random", max(options.recited)) for number in range(len(asked.questions))]
+    needed = list(dict.fromkeys(text for group in groups for text in group))
+    began = time.process_time()
+    back = regenerate(base, [asked.memories[text] for text in needed])
+    result["recite_seconds_a_passage"] = (time.process_time() - began) / len(needed)
+    recited = asked.from_texts(dict(zip(needed, base.tokenise(back), strict=True)))
+    measure("recited", recited, way, options.recited, ("random",))
 
 
 def first_token(asked: Asked, count: int, repeats: int = 5) -> dict[str, Any]:
-    """Seconds from what is held (memories in bfloat16; texts as tokens) to the first token of one answer; medians."""
+    """Processor seconds from what is held (memories, or tokens of texts) to an answer's first token; medians."""
     base, row = asked.model.base, {"count": count}
     for name, prefixes in (("memories", asked.from_memories()), ("texts", asked.from_texts(asked.ids))):
         spent = []
         for number in range(repeats):
             groups = [asked.group(number, "random", count)]
             prompts = question_ids(base.tokenizer, [asked.questions[number].question], asked.template)
-            began = time.perf_counter()
+            began = time.process_time()
             prefix = prefixes(groups)
             generate(base, prefix, prompts, [1])
-            spent.append(time.perf_counter() - began)
+            spent.append(time.process_time() - began)
         row[f"{name}_seconds"] = statistics.median(spent)
     return row
 
 
 def codecs(asked: Asked, options: Options, result: dict[str, Any], keep: Any) -> None:
-    """Bytes of a row's memory and answers from 1 and 4 memories, for each codec."""
+    """Bytes of a row's memory and answers from it, for each codec."""
     model = asked.model
     texts = asked.rest[: options.fitted]
-    fitted = calibrate(model, model.base.tokenise(texts), sensitivity_passages=min(32, len(texts)))
+    fitted = calibrate(model, model.base.tokenise(texts), sensitivity_passages=16)
     result["fitted_on"] = len(texts)
     result["codecs"] = []
     for name in CODECS:
         codec = Codec.parse(name, fitted if name.startswith("lowrank") else None)
-        stored = {text: as_stored(memory, codec) for text, memory in asked.memories.items()}
+        own = {one.context: asked.memories[one.context] for one in asked.questions}
+        stored = {text: as_stored(memory, codec) for text, memory in own.items()}
         sizes = [
             len(save({key: value.contiguous() for key, value in encode(codec.prepare(memory), codec)[0].items()}))
-            for memory in asked.memories.values()
+            for memory in own.values()
         ]
         row = {"codec": name, "bytes_a_passage": statistics.mean(sizes)}
-        row["text_bytes_a_passage"] = statistics.mean(len(text.encode()) for text in asked.pool)
-        for count in (1, 4):
-            groups = [asked.group(number, "random", count) for number in range(len(asked.questions))]
-            found = asked.rows(groups, asked.from_memories(stored), asked.template)
-            row |= {f"{figure}_{count}": value for figure, value in found.items()}
+        row["text_bytes_a_passage"] = statistics.mean(len(text.encode()) for text in own)
+        groups = [asked.group(number, "random", 1) for number in range(len(asked.questions))]
+        row |= asked.rows(groups, asked.from_memories(stored), asked.template)
         result["codecs"].append(row)
         print(json.dumps(row), flush=True)
         keep()
@@ -348,7 +349,7 @@ def main() -> int:
             some = {name: questions[:: options.every] for name, questions in sets.items()}
             result["recall"] = recall(some, contexts, options.dtype)
         elif part == "together":
-            together(asked, result, keep)
+            together(asked, options, result, keep)
         elif part == "codecs":
             codecs(asked, options, result, keep)
         else:

@@ -591,8 +591,9 @@ def store_together() -> str:
     return table(header, body) + (
         f"\n\nSmolLM2-135M-Instruct, {found['together'][0]['n']} questions of NaturalQuestions dev and SQuAD dev "
         f"about paragraphs of at most {found['settings']['longest']} tokens;\n95% bootstrap intervals; the right "
-        f"passage at a random place. Texts are asked by {asked}, which answers best from one\npassage. Writing a "
-        f"passage back takes {found['recite_seconds_a_passage']:.1f} s. Seconds are of a busy core: compare them alone."
+        f"passage at a random place; similar ones are found by the question's words. Texts are asked by\n{asked}, "
+        f"which answers best from one. Writing a passage back takes {found.get('recite_seconds_a_passage', 0):.1f} s; "
+        "seconds are of one core's time, in bfloat16."
     )
 
 
@@ -602,13 +603,11 @@ def store_codecs() -> str:
         return "Not measured yet: `runs/store.sh DATA`."
     rows = found["codecs"]
     body = [
-        [row["codec"], f"{row['bytes_a_passage']:,.0f}", *(_interval(row, f"f1_{count}", 1) for count in (1, 4))]
-        for row in rows
+        [row["codec"], f"{row['bytes_a_passage']:,.0f}", _interval(row, "f1", 1), f"{row['nats']:.2f}"] for row in rows
     ]
-    header = ["codec", "bytes a passage", "F1, its memory", "F1, 4 memories"]
-    return table(header, body) + (
-        f"\n\nThe same questions on SmolLM2-135M; the texts are {rows[0]['text_bytes_a_passage']:,.0f} bytes each; low "
-        f"rank is fitted on {found['fitted_on']} other paragraphs."
+    return table(["codec", "bytes a passage", "F1", "nats/answer"], body) + (
+        f"\n\nThe questions of the table below, each read from its own passage's memory; a text has "
+        f"{rows[0]['text_bytes_a_passage']:,.0f} bytes; low rank is fitted on {found['fitted_on']} other paragraphs."
     )
 
 

@@ -182,10 +182,12 @@ def test_wrong_requests_say_what_is_wrong(desk: Desk, make_family_base: Any, mak
         (400, "name the memories", {"memory_tokens": 4}),
         (400, "there is no store", {"retrieve": {"question": "Why?"}}),
         (400, "retrieve is", {"retrieve": "Why?"}),
+        (400, "nothing like this question", {"retrieve": {"question": "Why?"}, "store": True}),
         (400, "reads no memories", {"memories": [one], "path": "/v1/responses"}),
         (400, "prompt must be", {"memories": [one], "prompt": [None]}),
     ]
     for status, message, body in cases:
+        desk.catalogue.store = _Store({}) if body.pop("store", False) else None
         with pytest.raises(CompressorError, match=message) as caught:
             asyncio.run(desk.prepare({"prompt": "a", **body}, body.get("path", COMPLETIONS)))
         assert json.loads(_reply(caught.value).body)["error"]["code"] == status, body
@@ -466,8 +468,10 @@ def test_wrong_memories_are_refused_and_the_engine_lives(
 @pytest.mark.slow
 @needs_vllm
 def test_requests_name_a_store_to_retrieve_from(server: Server, mini: Compressor) -> None:
-    store, question = Store.open(server.folder / "store", base=mini.base), "How many samples do neural networks need?"
+    store = Store.open(server.folder / "store", base=mini.base)
+    question = "Do neural networks need samples of a telescope?"
     wanted = store.ask(question, 2)
+    assert len(wanted.hits) == 2
     body = {"model": server.model, "messages": [{"role": "user", "content": question}], "temperature": 0}
     body |= {"max_tokens": 48, "retrieve": {"question": question, "top": 2}}
     status, reply = server.ask("POST", CHAT, body)

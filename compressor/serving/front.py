@@ -129,6 +129,8 @@ class Desk:
             if names is not None or not isinstance(wanted, dict) or set(wanted) - {"question", "top"}:
                 raise Refused(400, 'retrieve is {"question": TEXT, "top": NUMBER}, and goes without memories')
             names = await self.alone(self.catalogue.search, str(wanted.get("question", "")), wanted.get("top", 4))
+            if not names:
+                raise Refused(400, "the store has nothing like this question: ask in other words")
         if names is None:
             if tokens is not None or "memory" in (body.get("kv_transfer_params") or ()):
                 raise Refused(400, 'name the memories to read: "memories": [ids]')
