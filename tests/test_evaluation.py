@@ -78,7 +78,6 @@ def test_command_end_to_end(checkpoint: str, data: str, tmp_path: Path, capsys: 
         for name in FIGURES:
             assert row[f"{name}_low"] - 1e-9 <= row[name] <= row[f"{name}_high"] + 1e-9
         assert row["token_ratio"] == row["length"] / row["tokens"]
-        assert "part" not in row
     assert metrics["data"] == [
         {
             "source": data,
@@ -143,7 +142,6 @@ def test_never_replaces_a_run_unless_told(
         (["--token", "4"], "did you mean tokens"),
         (["--data", "no-such-file.jsonl"], "no-such-file.jsonl"),
         (["--text_field", "body"], "'body'"),
-        (["--split_date", "2020"], "yyyy-mm-dd"),
         (["--checkpoint", "no/such/checkpoint"], "no compressor checkpoint"),
     ],
 )
@@ -224,36 +222,6 @@ def test_sizes_that_a_method_does_not_have_are_named(
     assert not (tmp_path / "none").exists()
 
 
-def test_dates_split_rows(checkpoint: str, data: str, tmp_path: Path) -> None:
-    argv = ["--checkpoint", checkpoint, "--data", data, "--tokens", "2", "--lengths", "12", "40"]
-    assert evaluate_main([*argv, "--split_date", "2020-01-01", "--output", str(tmp_path / "out")]) == 0
-    rows = _metrics(tmp_path / "out")["rows"]
-    # Five abstracts are long enough for 40 tokens, three of them before 2020; a short note of 2023 for 12.
-    assert [(row["part"], row["length"]) for row in rows] == [
-        (f"{side} 2020-01-01", length) for side in ("before", "from") for length in (12, 40)
-    ]
-    assert [row["n"] for row in rows][:2] == [3, 3]
-    assert rows[3]["n"] == 2
-
-    later = ["--split_date", "2030-01-01", "--limit", "1", "--lengths", "40", "--output", str(tmp_path / "late")]
-    assert evaluate_main([*argv[:6], *later]) == 0
-    empty = _metrics(tmp_path / "late")["rows"][1]
-    assert empty["n"] == 0
-    assert empty["rouge_l"] is None
-    assert empty["rouge_l_low"] is None
-
-
-def test_dates_are_needed_to_split(checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    argv = ["--checkpoint", checkpoint, "--split_date", "2020-01-01", "--output", str(tmp_path / "out"), "--data"]
-    undated, vague = tmp_path / "undated.jsonl", tmp_path / "vague.jsonl"
-    undated.write_text('{"text": "some words"}\n')
-    vague.write_text('{"text": "some words", "date": "in May"}\n')
-    assert evaluate_main([*argv, str(undated)]) == 2
-    assert "no field 'date'" in capsys.readouterr().err
-    assert evaluate_main([*argv, str(vague)]) == 2
-    assert "'in May'" in capsys.readouterr().err
-
-
 def test_whole_passages_are_segmented_and_scored_in_full(tiny_compressor: Any, texts: list[str]) -> None:
     """Nats, first choices, tokens and bytes are those of the segments, each with its EOS, under its own memory."""
     base, task = tiny_compressor.base, Regeneration()
@@ -332,7 +300,7 @@ def test_settings_round_trip_through_yaml(tmp_path: Path) -> None:
 
     from compressor.parsing import parse_config
 
-    config = RegenerationSettings(tokens=[16, 1], lengths=[96], split_date="2020-01-01", limit=3)
+    config = RegenerationSettings(tokens=[16, 1], lengths=[96], published=True, limit=3)
     path = tmp_path / "c.yaml"
     path.write_text(yaml.safe_dump(asdict(config)))
     assert parse_config(RegenerationSettings, ["--config", str(path)], "")[0] == config
@@ -359,9 +327,7 @@ def test_published_figures_state_their_source_and_base(tmp_path: Path) -> None:
     assert "8B" in published_table()
     assert "| 500xCompressor | 16 | 0.996 |" in published_table(markdown=True)
     rows = [
-        {"tokens": 4, "length": length, "rouge_l": 0.5, "rouge_l_low": 0.4, "rouge_l_high": 0.6, "part": part}
-        for length in (96, 192)
-        for part in ("before 2020-01-01", "from 2020-01-01")
+        {"tokens": 4, "length": length, "rouge_l": 0.5, "rouge_l_low": 0.4, "rouge_l_high": 0.6} for length in (96, 192)
     ]
     assert regeneration_plot(rows, tmp_path / "p.png", published)
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")

@@ -18,7 +18,8 @@ from compressor.data import questions as questions_module
 from compressor.data.instructions import PRESETS, Prompt, load_prompt, preset_names
 from compressor.data.prompts import label_ids
 from compressor.errors import CompressorError
-from compressor.evaluation.metrics import FIGURES, resampled_figures, word_errors
+from compressor.evaluation.figures import FIGURES
+from compressor.evaluation.metrics import resampled_figures, word_errors
 from compressor.evaluation.scores import SCORES, Answered
 from compressor.evaluation.settings import PromptSettings
 from compressor.evaluation.tasks.interface import Item, Result

@@ -15,7 +15,7 @@ import torch
 from compressor.commands.evaluate import evaluate_main
 from compressor.data.questions import Question
 from compressor.errors import CompressorError
-from compressor.evaluation.metrics import FIGURES
+from compressor.evaluation.figures import FIGURES
 from compressor.evaluation.report import text_table
 from compressor.evaluation.settings import ContinuationSettings, EvaluationConfig, RetrieveSettings
 from compressor.evaluation.table import entry

@@ -19,7 +19,8 @@ from accelerate import Accelerator
 
 from compressor.commands.evaluate import evaluate_main
 from compressor.errors import CompressorError
-from compressor.evaluation import runner
+from compressor.evaluation import batches as batching
+from compressor.evaluation import notes, runner
 from compressor.unfinished import Unfinished
 
 
@@ -68,7 +69,7 @@ def same(one: Path, other: Path) -> None:
 def batches(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Batches that are run, of which the last is followed by what was appended to `ends`."""
     done: list[Any] = []
-    honest = runner.run_fitting
+    honest = batching.run_fitting
 
     def run_fitting(task: Any, method: Any, items: Any, contexts: Any) -> Any:
         if ENDS and len(done) == ENDS[0]:
@@ -76,7 +77,7 @@ def batches(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         done.append(method.name)
         return honest(task, method, items, contexts)
 
-    monkeypatch.setattr(runner, "run_fitting", run_fitting)
+    monkeypatch.setattr(batching, "run_fitting", run_fitting)
     yield done
     ENDS.clear()
 
@@ -130,10 +131,10 @@ def test_an_interrupted_evaluation_goes_on_to_the_same_table(
     made_with = json.loads((output / "metrics.json").read_text())["made_with"]["surroundings"]
     made_with["versions"]["torch"] = "0.1"
     now = runner.surroundings(Accelerator())
-    assert runner.surroundings_note(made_with, now) == [
+    assert notes.surroundings_note(made_with, now) == [
         f"Made in parts, with torch 0.1, then {torch.__version__}: last digits may depend on that."
     ]
-    assert runner.surroundings_note(now, now) == []
+    assert notes.surroundings_note(now, now) == []
 
     # The finished evaluation is compared and not made again.
     before = len(batches)

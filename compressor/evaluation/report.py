@@ -13,18 +13,18 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure as Canvas
 
 from compressor.errors import CompressorError
-from compressor.evaluation.metrics import FIGURES
+from compressor.evaluation.figures import FIGURES
 from compressor.files import PROJECT, atomic_file, read_json
 
 Row = Mapping[str, Any]
 
 PUBLISHED = PROJECT / "results" / "published.json"
-KEYS = {"method": "method", "dataset": "data", "part": "part", "tokens": "tokens", "length": "length", "n": "n"}
+KEYS = ("method", "dataset", "tokens", "length", "n")
 ARROWS = {1: " ↑", -1: " ↓", 0: ""}
 
 
 def _cells(
-    rows: Sequence[Row], figures: Sequence[str], intervals: bool, keys: Sequence[str] | None = None
+    rows: Sequence[Row], figures: Sequence[str], intervals: bool = True, keys: Sequence[str] | None = None
 ) -> list[list[str]]:
     """Heading and one list of cells a row; columns that say nothing (one method, no parts) are left out.
 
@@ -64,28 +64,24 @@ def _markdown(cells: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
-def text_table(
-    rows: Sequence[Row], figures: Sequence[str], intervals: bool = True, keys: Sequence[str] | None = None
-) -> str:
-    """Rows of `metrics.json` as aligned text; arrows say which way is better."""
-    return _aligned(_cells(rows, figures, intervals, keys))
+def text_table(rows: Sequence[Row], figures: Sequence[str], **options: Any) -> str:
+    """Rows of `metrics.json` as aligned text; arrows say which way is better. Options are those of `_cells`."""
+    return _aligned(_cells(rows, figures, **options))
 
 
-def markdown_table(
-    rows: Sequence[Row], figures: Sequence[str], intervals: bool = True, keys: Sequence[str] | None = None
-) -> str:
+def markdown_table(rows: Sequence[Row], figures: Sequence[str], **options: Any) -> str:
     """The same as a Markdown table."""
-    return _markdown(_cells(rows, figures, intervals, keys))
+    return _markdown(_cells(rows, figures, **options))
 
 
-def load_published(path: str | os.PathLike[str] = PUBLISHED) -> dict[str, Any]:
+def load_published() -> dict[str, Any]:
     """The published regeneration figures (`results/published.json`), with their source and base."""
-    return read_json(path)
+    return read_json(PUBLISHED)
 
 
-def published_table(path: str | os.PathLike[str] = PUBLISHED, markdown: bool = False) -> str:
+def published_table(markdown: bool = False) -> str:
     """The published figures as a table with a line that says where they are from and on which base."""
-    published = load_published(path)
+    published = load_published()
     cells = [["method", "tokens", *map(str, published["lengths"])]]
     for method, by_tokens in published["methods"].items():
         for tokens, values in by_tokens.items():
@@ -108,7 +104,7 @@ def figure(width: float = 7.0, height: float = 4.5) -> tuple[Canvas, Axes]:
 def regeneration_plot(
     rows: Iterable[Row], target: str | os.PathLike[str], published: Mapping[str, Any] | None = None
 ) -> bool:
-    """Draw ROUGE-L against passage length, a line with its band for each number of memory tokens, method and part.
+    """Draw ROUGE-L against passage length, a line with its band for each number of memory tokens and method.
 
     Args:
         published: what `load_published` returns, drawn as dashed lines.
@@ -119,18 +115,18 @@ def regeneration_plot(
     lines: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         if row["length"] is not None and row.get("rouge_l") is not None:
-            lines.setdefault((row.get("method"), row.get("part"), row["tokens"]), []).append(row)
+            lines.setdefault((row.get("method"), row["tokens"]), []).append(row)
     if not lines:
         return False
     canvas, axes = figure()
-    several = len({method for method, _, _ in lines}) > 1
-    colours = {tokens: f"C{i}" for i, tokens in enumerate(dict.fromkeys(key[2] for key in lines))}
-    markers = dict(zip(dict.fromkeys((key[0], key[1]) for key in lines), "os^vDPX*" * 8, strict=False))
-    for (method, part, tokens), points in lines.items():
+    several = len({method for method, _ in lines}) > 1
+    colours = {tokens: f"C{i}" for i, tokens in enumerate(dict.fromkeys(tokens for _, tokens in lines))}
+    markers = dict(zip(dict.fromkeys(method for method, _ in lines), "os^vDPX*" * 8, strict=False))
+    for (method, tokens), points in lines.items():
         points = sorted(points, key=lambda row: row["length"])
         x = [row["length"] for row in points]
-        name = f"k = {tokens}" + (f", {method}" if several else "") + (f", {part}" if part else "")
-        axes.plot(x, [row["rouge_l"] for row in points], markers[method, part] + "-", color=colours[tokens], label=name)
+        name = f"k = {tokens}" + (f", {method}" if several else "")
+        axes.plot(x, [row["rouge_l"] for row in points], markers[method] + "-", color=colours[tokens], label=name)
         low, high = ([row[f"rouge_l_{end}"] for row in points] for end in ("low", "high"))
         axes.fill_between(x, low, high, color=colours[tokens], alpha=0.15, linewidth=0)
     if published is not None:

@@ -1,4 +1,4 @@
-"""From results to the rows of a table: figures with intervals for each method, data set, size, part and length."""
+"""From results to the rows of a table: figures with intervals for each method, data set, size and length."""
 
 from __future__ import annotations
 
@@ -19,15 +19,9 @@ MACRO = "macro"
 """Name of the rows that average the figures of all data sets, each of which counts the same."""
 
 
-def row_key(method: str, dataset: str, part: str | None, tokens: int | None, length: int | None) -> dict[str, Any]:
-    """What tells rows apart; `part` only where the data is split."""
-    return {
-        "method": method,
-        "dataset": dataset,
-        **({} if part is None else {"part": part}),
-        "tokens": tokens,
-        "length": length,
-    }
+def row_key(method: str, dataset: str, tokens: int | None, length: int | None) -> dict[str, Any]:
+    """What tells rows apart."""
+    return {"method": method, "dataset": dataset, "tokens": tokens, "length": length}
 
 
 def left_out_of(results: Mapping[str, Results]) -> dict[int, tuple[str, str]]:
@@ -44,7 +38,7 @@ def left_out_of(results: Mapping[str, Results]) -> dict[int, tuple[str, str]]:
 def make_rows(
     task: Task, items: Sequence[Item], datasets: Sequence[str], results: Mapping[str, Results], config: ItemSettings
 ) -> list[dict[str, Any]]:
-    """One row for each method, size, data set, part and length: n, and every figure with its bounds (null without).
+    """One row for each method, size, data set and length: n, and every figure with its bounds (null without).
 
     Of several data sets there is also the macro average, whose resamples are those of the data sets.
     """
@@ -60,21 +54,21 @@ def make_rows(
     rows = []
     for method, sizes in columns.items():
         for count, of_size in sizes.items():
-            for part, length in task.groups(config):
+            for length in task.lengths(config):
                 of_data = []
                 for number, dataset in enumerate(datasets):
                     places = [
                         i
                         for i, item in enumerate(items)
-                        if (item.dataset, item.part, item.length) == (dataset, part, length) and i not in without
+                        if (item.dataset, item.length) == (dataset, length) and i not in without
                     ]
                     found = _resampled(task, of_size, bounds, places, config, number)
                     of_data.append((len(places), found))
-                    rows.append(_row(task, row_key(method, dataset, part, count, length), len(places), found))
+                    rows.append(_row(task, row_key(method, dataset, count, length), len(places), found))
                 if len(datasets) > 1 and all(n for n, _ in of_data):
                     shared = [name for name in task.figures if all(name in found for _, found in of_data)]
                     macro = {name: np.mean([found[name] for _, found in of_data], axis=0) for name in shared}
-                    key = row_key(method, MACRO, part, count, length)
+                    key = row_key(method, MACRO, count, length)
                     rows.append(_row(task, key, sum(n for n, _ in of_data), macro))
     return rows
 

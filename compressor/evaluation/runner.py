@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import math
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -17,24 +15,28 @@ from typing import Any
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 
 from compressor.data.left_out import LeftOut
-from compressor.data.questions import HUB_NAMES
-from compressor.data.sources import resolve as resolve_data
-from compressor.data.sources import stem_of
 from compressor.errors import CompressorError
+from compressor.evaluation.batches import data_names, describe_data, items_hash, run_batches
 from compressor.evaluation.methods import Methods
-from compressor.evaluation.metrics import FIGURES, LEVEL, bleu_signature, chrf_signature
+from compressor.evaluation.metrics import LEVEL, bleu_signature, chrf_signature
+from compressor.evaluation.notes import (
+    beyond_notes,
+    cautions,
+    left_out_counts,
+    left_out_notes,
+    row_notes,
+    segment_notes,
+    surroundings_note,
+)
 from compressor.evaluation.report import load_published, markdown_table, regeneration_plot
 from compressor.evaluation.rows import MACRO, Results, left_out_of, make_rows, row_key
-from compressor.evaluation.settings import EvaluationConfig, ItemSettings, TaskSettings
+from compressor.evaluation.settings import EvaluationConfig, TaskSettings
 from compressor.evaluation.table import STUDIES, entry
-from compressor.evaluation.tasks.interface import BEYOND, LEFT_OUT, Item, Result, Task
-from compressor.files import FolderKind, atomic_folder, check_folder, read_json, sha256
-from compressor.methods.interface import Method, Piece
+from compressor.evaluation.tasks.interface import Item, Task
+from compressor.files import FolderKind, atomic_folder, check_folder, read_json
 from compressor.processes import make_accelerator
-from compressor.progress import Progress
 from compressor.provenance import versions
 from compressor.unfinished import PART_FILES, Unfinished
 
@@ -42,7 +44,7 @@ UNFINISHED = "unfinished"
 """Folder in the output of what is done, until all is."""
 KEPT = "parts.jsonl"
 """File of what a study measured, in its finished output."""
-PREDICTION_KEYS = ("method", "dataset", "part", "tokens", "length", "id")
+PREDICTION_KEYS = ("method", "dataset", "tokens", "length", "id")
 """What a line of `predictions.jsonl` holds besides its result."""
 PLOTS = tuple(f"{name}.png" for name in ("regeneration", "utilisation", "attention", "reading", "efficiency"))
 PARTS = tuple(f"{UNFINISHED}/{name}" for name in ("", *PART_FILES))
@@ -142,7 +144,7 @@ def run_task(
         "sacrebleu": bleu_signature(),
         "chrf": chrf_signature(),
         "notes": [
-            *notes(task, config, rows),
+            *row_notes(task, rows),
             *cautions(task, items, results),
             *segment_notes(items, methods.segment_tokens()),
             *left_out,
@@ -224,7 +226,7 @@ def items_of(
     for source, loaded in records.items():
         task.left_out = ledgers[source]
         items += [
-            Item(item.id, item.passage, item.length, item.part, names[source], item.asked)
+            Item(item.id, item.passage, item.length, names[source], item.asked)
             for item in task.items(loaded, tokenizer, config)
         ]
     if not items:
@@ -243,7 +245,7 @@ def write_predictions(path: Path, items: Sequence[Item], results: dict[str, Resu
             for count, of_size in sizes.items():
                 for item, result in zip(items, of_size, strict=True):
                     # The keys are `PREDICTION_KEYS`.
-                    line = {**row_key(name, item.dataset, item.part, count, item.length), "id": item.id, **result}
+                    line = {**row_key(name, item.dataset, count, item.length), "id": item.id, **result}
                     file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
@@ -261,14 +263,6 @@ def finished_parts(output: Path, parts: Unfinished) -> None:
             result = {name: value for name, value in values.items() if name not in PREDICTION_KEYS}
             parts.parts.append({"method": key[0], "tokens": key[1], "place": places[key], "result": result})
             places[key] += 1
-
-
-def items_hash(items: Sequence[Item]) -> str:
-    """SHA-256 over all that is measured."""
-    digest = hashlib.sha256()
-    for item in items:
-        digest.update(json.dumps(asdict(item), sort_keys=True, default=str).encode())
-    return digest.hexdigest()
 
 
 def run_study(
@@ -291,13 +285,6 @@ def surroundings(accelerator: Accelerator) -> dict[str, Any]:
     on_gpu = accelerator.device.type == "cuda"
     device = torch.cuda.get_device_name(accelerator.device) if on_gpu else accelerator.device.type
     return {"versions": versions(), "device": device}
-
-
-def surroundings_note(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What an evaluation that was interrupted went on with, if it is something else."""
-    old, new = ({**one["versions"], "device": one["device"]} for one in (before, now))
-    changed = [f"{name} {old.get(name)}, then {new[name]}" for name in new if old.get(name) != new[name]]
-    return [f"Made in parts, with {'; '.join(changed)}: last digits may depend on that."] if changed else []
 
 
 def run_entries(
@@ -324,13 +311,6 @@ def output_folder(config: EvaluationConfig, metrics: dict[str, Any]) -> Iterator
         yield path
 
 
-def data_names(sources: Sequence[str]) -> dict[str, str]:
-    """A short name for each data set: the file's or folder's, or what was written where two would be the same."""
-    short = {source: stem_of(Path(source)) if Path(source).exists() else source for source in sources}
-    names = list(short.values())
-    return {source: name if names.count(name) == 1 and name != MACRO else source for source, name in short.items()}
-
-
 def folder_kind(output: Path) -> FolderKind:
     """What an output folder that is there should hold."""
     finished = (output / "metrics.json").exists() or not (output / UNFINISHED).is_dir()
@@ -344,163 +324,3 @@ def check_output(output: Path, overwrite: bool, resume: bool = False) -> None:
     existing = next(parent for parent in output.absolute().parents if parent.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise CompressorError(f"output = {output} cannot be written: {existing} is no folder that takes new files")
-
-
-@torch.no_grad()
-def run_batches(
-    task: Task,
-    method: Method,
-    items: Sequence[Item],
-    tokens: Sequence[int],
-    batch_size: int,
-    accelerator: Accelerator,
-    parts: Unfinished,
-    of: str = "",
-) -> dict[int | None, list[Result]] | None:
-    """Results for each size and item on the main process, None on the others; those in `parts` are not made again.
-
-    Args:
-        of: what tells these items from others that the same method is run on.
-    """
-    name = method.name + of
-    sizes: list[int | None] = list(tokens) if method.sized else [None]
-    found = {(part["tokens"], part["place"]): part["result"] for part in parts.parts if part["method"] == name}
-    batches = [
-        batch
-        for batch in task.batches(items, batch_size)
-        if any((size, place) not in found for size in sizes for place in batch)
-    ]
-    mine = batches[accelerator.process_index :: accelerator.num_processes]
-    done: list[dict[str, Any]] = []
-    progress = Progress(method.name, len(mine), "batches", accelerator.is_main_process)
-    for batch in mine:
-        chosen = [items[i] for i in batch]
-        # Several questions may be about one passage.
-        passages = list({id(item.passage): item.passage for item in chosen}.values())
-        place = {id(passage): number for number, passage in enumerate(passages)}
-        of_batch: list[dict[str, Any]] = []
-        for size, compressed in zip(sizes, method.compress(passages, tokens), strict=True):
-            contexts = [compressed[place[id(item.passage)]] for item in chosen]
-            results = run_fitting(task, method, chosen, contexts)
-            of_batch += [
-                {"method": name, "tokens": size, "place": i, "id": items[i].id, "result": result}
-                for i, result in zip(batch, results, strict=True)
-            ]
-        parts.add(of_batch)
-        done += of_batch
-        progress.add()
-    progress.close()
-    gathered = gather_object(done)
-    if not accelerator.is_main_process:
-        return None
-    found |= {(part["tokens"], part["place"]): part["result"] for part in gathered}
-    return {size: [found[size, i] for i in range(len(items))] for size in sizes}
-
-
-def run_fitting(task: Task, method: Method, items: Sequence[Item], contexts: Sequence[list[Piece]]) -> list[Result]:
-    """Results of a batch; items beyond the base's positions are not run."""
-    beyond = task.beyond(method, items, contexts)
-    fitting = [place for place, over in enumerate(beyond) if not over]
-    found = iter(task.run(method, [items[i] for i in fitting], [contexts[i] for i in fitting]) if fitting else [])
-    return [{LEFT_OUT: BEYOND} if over else next(found) for over in beyond]
-
-
-def notes(task: Task, config: EvaluationConfig, rows: Sequence[dict[str, Any]]) -> list[str]:
-    """What a reader of the table must know."""
-    lines = [
-        f"n: items; [low, high]: {LEVEL:.0%} bootstrap interval over items (without width where all "
-        "items score the same, which says little about others).",
-        task.note(),
-    ]
-    for dataset in dict.fromkeys(row["dataset"] for row in rows if row["n"] == 0):
-        lengths = sorted({row["length"] or 0 for row in rows if row["n"] == 0 and row["dataset"] == dataset})
-        of_length = f" of length {', '.join(map(str, lengths))}" if any(lengths) else ""
-        lines.append(f"{dataset} has no items for some rows{of_length}.")
-    for row in rows:
-        for name in task.figures if row["method"] == "none" else ():
-            if name.endswith("_difference") and row.get(f"{name}_high") is not None and row[f"{name}_high"] >= 0:
-                shown = ", ".join(f"{row[name + end]:.{FIGURES[name].decimals}f}" for end in ("", "_low", "_high"))
-                lines.append(
-                    f"{row['dataset']}: reading the whole passage is not better than reading none for certain "
-                    f"({FIGURES[name].label} of none, with its interval: {shown}): shares of what it adds say little."
-                )
-    return [line for line in lines if line]
-
-
-def segment_notes(items: Sequence[Item], most: int | None) -> list[str]:
-    """What the column `tokens` counts where passages are longer than a segment."""
-    several = [math.ceil(len(item.passage) / most) for item in items if most and len(item.passage) > most]
-    if not several:
-        return []
-    return [
-        f"tokens: of each segment. {len(several):,} of {len(items):,} passages have more than the {most:,} tokens of a "
-        f"segment: they are compressed in {sum(several) / len(several):.2g} on average, "
-        "each of which has so many memory tokens."
-    ]
-
-
-def cautions(task: Task, items: Sequence[Item], results: Mapping[str, Results]) -> list[str]:
-    """What makes a figure of a data set untrustworthy, with the share of its items."""
-    without = left_out_of(results)
-    first = next(iter(next(iter(results.values())).values()))  # what a caution is about is the same for all methods
-    lines = []
-    for dataset in dict.fromkeys(item.dataset for item in items):
-        of_data = [
-            result
-            for place, (item, result) in enumerate(zip(items, first, strict=True))
-            if item.dataset == dataset and place not in without
-        ]
-        lines += [
-            f"{dataset}: {share_of(count, len(of_data))} {what}."
-            for what, count in task.cautions(of_data).items()
-            if count
-        ]
-    return lines
-
-
-def left_out_counts(items: Sequence[Item], results: Mapping[str, Results]) -> dict[str, Any]:
-    """For each data set how many items no row has, and the first of them, by reason."""
-    found: dict[str, Any] = {item.dataset: {} for item in items}
-    for place, (reason, method) in left_out_of(results).items():
-        counted = found[items[place].dataset].setdefault(reason, {"count": 0, "first": items[place].id, "by": method})
-        counted["count"] += 1
-    return found
-
-
-def beyond_notes(items: Sequence[Item], results: Mapping[str, Results], methods: Methods) -> list[str]:
-    """A sentence for each data set with items that do not fit into the base."""
-    counts = Counter(item.dataset for item in items)
-    positions = methods.base_record()["positions"]
-    return [
-        f"{dataset}: {share_of(one['count'], counts[dataset])} are left out of every row: with {one['by']} they do not "
-        f"fit into the base's {positions:,} positions, beyond which it writes noise."
-        for dataset, reasons in left_out_counts(items, results).items()
-        for one in [reasons.get(BEYOND)]
-        if one
-    ]
-
-
-def share_of(count: int, total: int) -> str:
-    """3 of 40 items (7.5%)."""
-    return f"{count:,} of {total:,} items ({count / total:.1%})"
-
-
-def left_out_notes(items: Sequence[Item], names: Mapping[str, str], ledgers: Mapping[str, LeftOut]) -> list[str]:
-    """A sentence for each data set that something was left out of."""
-    kept = Counter(item.dataset for item in items)
-    lines = [(names[source], ledger.line("records", kept[names[source]])) for source, ledger in ledgers.items()]
-    return [f"{name}: {line}." for name, line in lines if line]
-
-
-def describe_data(source: str, config: ItemSettings, records: Any) -> dict[str, Any]:
-    """Source and SHA-256 of the data: of the file if there is one, else of all records."""
-    named = source if Path(source).exists() else HUB_NAMES.get(source, source)
-    places = resolve_data(named, split=config.split)
-    described = {"source": source, "split": config.split, "records": len(records)}
-    if len(places) == 1 and isinstance(places[0], Path):
-        return described | {"sha256": sha256(places[0]), "sha256_of": "file"}
-    digest = hashlib.sha256()
-    for record in records:
-        shown = record if isinstance(record, dict) else asdict(record)
-        digest.update(json.dumps(shown, sort_keys=True, default=str).encode())
-    return described | {"sha256": digest.hexdigest(), "sha256_of": "records"}

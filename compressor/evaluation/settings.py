@@ -5,9 +5,8 @@ Which task or study is asked for is known before they are parsed (`table.py`): o
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Literal
 
 from compressor.errors import require
 from compressor.model.bases import default_checkpoint
@@ -59,13 +58,6 @@ class EvaluationConfig:
             require(all(value >= 1 for value in values), name, values, "numbers of at least 1")
             require(len(set(values)) == len(values), name, values, "numbers that differ from each other")
         require(given.get("new_tokens") != [], "new_tokens", [], "at least one number")
-        date = given.get("split_date")
-        require(
-            date is None or re.fullmatch(r"\d{4}-\d{2}-\d{2}", date) is not None,
-            "split_date",
-            date,
-            "a day written yyyy-mm-dd",
-        )
 
 
 @dataclass
@@ -141,9 +133,6 @@ class QuestionSettings:
 class ContinuationSettings(PassageSettings, TaskSettings):
     """Settings of the task continuation."""
 
-    split_date: str | None = None
-    """Report records dated before this day (yyyy-mm-dd) and from it on apart."""
-
 
 @dataclass
 class RegenerationSettings(ContinuationSettings):
@@ -184,8 +173,6 @@ class RetrieveSettings(TaskSettings):
 @dataclass
 class UtilisationSettings(QuestionSettings, PassageSettings, ItemSettings):
     """Settings of the study utilisation."""
-
-    split_date: ClassVar[None] = None
 
 
 @dataclass

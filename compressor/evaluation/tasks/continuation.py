@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from compressor.evaluation.metrics import FigureOf, ratio, retained
-from compressor.evaluation.tasks.interface import Item, Result, Task, tokenised
-from compressor.evaluation.tasks.regeneration import Regeneration, part_of
+from compressor.evaluation.tasks.interface import Item, Result, Task
+from compressor.evaluation.tasks.regeneration import Regeneration
 from compressor.methods.interface import Method, Piece
 from compressor.model.generation import after, score
 
@@ -20,7 +20,7 @@ FOLLOWING = 64
 class Continuation(Regeneration):
     """Nats a token of up to 64 tokens that follow the passage in its text.
 
-    Data, parts and lengths are those of `regeneration`: the passage is the first L tokens of the text, or the first
+    Data and lengths are those of `regeneration`: the passage is the first L tokens of the text, or the first
     half where no length is asked for. The token that follows it starts the decoder and is not scored, because after a
     memory the decoder needs something to read; so it is for every method.
     """
@@ -35,21 +35,13 @@ class Continuation(Regeneration):
         "token_ratio": ratio("passage_tokens", "memory_tokens"),
     }
 
-    def items(self, records: Any, tokenizer: Any, config: Any) -> list[Item]:
-        """The first `limit` texts for each length and part that go on for at least two tokens after the passage."""
-        lengths: list[int | None] = list(config.lengths) or [None]
-        found: dict[tuple[str | None, int | None], list[Item]] = {group: [] for group in self.groups(config)}
-        for place, ids in tokenised(records["text"], tokenizer):
-            record = records[place]
-            part = part_of(record, config)
-            for length in lengths:
-                row, cut = found[part, length], length or len(ids) // 2
-                following = ids[cut : cut + 1 + FOLLOWING]
-                if cut and len(following) > 1 and len(row) != config.limit:
-                    row.append(Item(record["id"], ids[:cut], length, part, asked={"following": following}))
-            if config.limit is not None and all(len(row) == config.limit for row in found.values()):
-                break
-        return [item for row in found.values() for item in row]
+    def item(self, record: Any, ids: list[int], length: int | None, tokenizer: Any) -> Item | None:
+        """The item of a text that goes on for at least two tokens after the passage."""
+        cut = length or len(ids) // 2
+        following = ids[cut : cut + 1 + FOLLOWING]
+        if not cut or len(following) < 2:
+            return None
+        return Item(record["id"], ids[:cut], length, asked={"following": following})
 
     def room(self, item: Item) -> int:
         return 1 + len(item.asked["following"])

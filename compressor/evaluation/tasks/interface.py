@@ -29,8 +29,6 @@ class Item:
     """Token ids, already cut."""
     length: int | None = None
     """Tokens it was cut to, None for a whole passage."""
-    part: str | None = None
-    """Side of `split_date` it is on."""
     dataset: str = ""
     """Name of the data set it is from."""
     asked: Mapping[str, Any] = field(default_factory=dict)
@@ -70,9 +68,9 @@ class Task:
         """Items from what `load` returned."""
         raise NotImplementedError
 
-    def groups(self, config: Any) -> list[tuple[str | None, int | None]]:
-        """Parts and lengths that rows are reported for, apart for each data set."""
-        return [(None, None)]
+    def lengths(self, config: Any) -> list[int | None]:
+        """Lengths that rows are reported for, apart for each data set; None for whole passages."""
+        return list(getattr(config, "lengths", [])) or [None]
 
     def batches(self, items: Sequence[Item], batch_size: int) -> list[list[int]]:
         """Indices of the items that are run together."""

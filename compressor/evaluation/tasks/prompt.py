@@ -33,7 +33,6 @@ class Prompted(QuestionAnswering):
     """
 
     bounds = ("recite", "full", "none", "full-tuned", "none-tuned")
-    quality = False
 
     def __init__(self, config: Any = None):
         super().__init__()

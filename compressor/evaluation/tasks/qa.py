@@ -12,7 +12,6 @@ from compressor.data.questions import Question, load_questions
 from compressor.data.windows import place_questions
 from compressor.evaluation.metrics import FigureOf, answer_scores, difference, ratio, retained
 from compressor.evaluation.tasks.interface import Item, Result, Task
-from compressor.evaluation.tasks.quality import passage_nats
 from compressor.evaluation.words import answer_words
 from compressor.methods.interface import Method, Piece
 from compressor.model.generation import ANSWER_TOKENS, after, generate, score
@@ -33,8 +32,6 @@ class QuestionAnswering(Task):
     default_data: Sequence[str] = ("squad-dev", "arxivqa-test")
     new_tokens = ANSWER_TOKENS
     """Most tokens of a written answer."""
-    quality = True
-    """Whether passages are scored under their memories, too."""
     figures: Mapping[str, FigureOf] = {
         "em": ratio("em", "questions", 100),
         "f1": ratio("f1", "questions", 100),
@@ -98,7 +95,6 @@ class QuestionAnswering(Task):
         prompts = after(base, prefix, [item.asked["prompt"] for item in items])
         written = generate(base, prefix, prompts, [self.new_tokens] * len(items))
         scored = score(base, prefix, prompts, [[*answer, base.eos] for answer in answers])
-        nats = passage_nats(method, contexts) if self.quality else []
         results = []
         for row, item in enumerate(items):
             prediction = base.tokenizer.decode(written[row].ids, skip_special_tokens=True).strip()
@@ -111,7 +107,6 @@ class QuestionAnswering(Task):
                     "answer_nats": -float(scored[row][:, 0].double().sum()),
                     "answer_tokens": len(scored[row]),
                     "prediction_logprob": sum(written[row].logprobs),
-                    **({"passage_nats_per_token": nats[row]} if self.quality else {}),
                     "passage_tokens": len(item.passage),
                     "memory_tokens": sum(piece.tokens for piece in contexts[row]),
                 }

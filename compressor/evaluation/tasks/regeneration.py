@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from compressor.data.records import load_texts
-from compressor.errors import CompressorError
 from compressor.evaluation.metrics import (
     BLEU_COLUMNS,
     CHRF_COLUMNS,
@@ -26,30 +24,6 @@ from compressor.evaluation.tasks.interface import Item, Result, Task, tokenised
 from compressor.evaluation.words import unspaced, words
 from compressor.methods.interface import Method, Piece
 from compressor.model.generation import after, regeneration_limit, rewrite, score
-
-BEFORE, AFTER = "before", "from"
-
-
-def parts(config: Any) -> list[str | None]:
-    """Names of the parts that rows are reported for."""
-    return [None] if config.split_date is None else [f"{side} {config.split_date}" for side in (BEFORE, AFTER)]
-
-
-def part_of(record: Mapping[str, Any], config: Any) -> str | None:
-    """The part a record belongs to.
-
-    Raises:
-        CompressorError: `split_date` is given and the record has no full date.
-    """
-    if config.split_date is None:
-        return None
-    date = record["date"]
-    if not re.fullmatch(r"\d{4}-\d{2}-\d{2}.*", date or ""):
-        raise CompressorError(
-            f"record {record['id']} has the date {date!r}, so split_date cannot place it: "
-            "dates must be yyyy-mm-dd; correct it or leave split_date out"
-        )
-    return f"{BEFORE if date[:10] < config.split_date else AFTER} {config.split_date}"
 
 
 def says(tokenizer: Any, ids: Sequence[int], text: str) -> bool:
@@ -78,39 +52,35 @@ class Regeneration(Task):
     }
 
     def load(self, source: str, config: Any) -> Any:
-        """Passages with `id`, `text` and, if there is one, `date`."""
-        records = load_texts(
+        """Passages with `id` and `text`."""
+        return load_texts(
             source,
             split=config.split,
             field=config.text_field,
             skip_bad_records=config.skip_bad_records,
             left_out=self.left_out,
         )
-        if config.split_date is not None and "date" not in records.column_names:
-            raise CompressorError(f"{source} has no field 'date', which split_date needs: leave split_date out")
-        return records
 
     def items(self, records: Any, tokenizer: Any, config: Any) -> list[Item]:
-        """The first `limit` long enough passages for each length and part."""
-        lengths: list[int | None] = list(config.lengths) or [None]
-        found: dict[tuple[str | None, int | None], list[Item]] = {group: [] for group in self.groups(config)}
+        """The first `limit` long enough passages for each length."""
+        found: dict[int | None, list[Item]] = {length: [] for length in self.lengths(config)}
         for place, ids in tokenised(records["text"], tokenizer):
             record = records[place]
-            part = part_of(record, config)
             if not ids:
                 self.left_out.add("no_tokens", record["id"])
-            for length in lengths:
-                row = found[part, length]
-                if ids and len(ids) >= (length or 1) and len(row) != config.limit:
-                    lossy = not says(tokenizer, ids[:length], record["text"])
-                    row.append(Item(record["id"], ids[:length], length, part, asked={"lossy": lossy}))
+            for length, row in found.items():
+                if len(row) != config.limit and (item := self.item(record, ids, length, tokenizer)):
+                    row.append(item)
             if config.limit is not None and all(len(row) == config.limit for row in found.values()):
                 break
         return [item for row in found.values() for item in row]
 
-    def groups(self, config: Any) -> list[tuple[str | None, int | None]]:
-        lengths: list[int | None] = list(config.lengths) or [None]
-        return [(part, length) for part in parts(config) for length in lengths]
+    def item(self, record: Any, ids: list[int], length: int | None, tokenizer: Any) -> Item | None:
+        """The item of a text at a length; None where it is too short."""
+        if not ids or len(ids) < (length or 1):
+            return None
+        lossy = not says(tokenizer, ids[:length], record["text"])
+        return Item(record["id"], ids[:length], length, asked={"lossy": lossy})
 
     def beyond(self, method: Method, items: Sequence[Item], contexts: Sequence[list[Piece]]) -> list[bool]:
         """Pieces are written back apart: each must fit."""
