@@ -6,12 +6,12 @@ import os
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, TypedDict, overload
 
 import torch
-from typing_extensions import Self
+from typing_extensions import Self, Unpack
 
-from compressor.errors import CompressorError, as_path, require_texts
+from compressor.errors import CompressorError, as_path, require_texts, unknown
 from compressor.methods.recite import recited_prefix
 from compressor.methods.table import encoder_class
 from compressor.model import generation
@@ -23,6 +23,26 @@ from compressor.model.fidelity import compress_to_fidelity, noted
 from compressor.model.memory import Memory, memory_prefix, shared
 from compressor.model.network import Network
 from compressor.progress import note
+
+
+class CompressOptions(TypedDict, total=False):
+    """How passages are compressed, besides to how many tokens."""
+
+    batch_size: int
+    """Segments encoded together; by default 16."""
+    target_fidelity: float | None
+    """Take for each passage the fewest memory tokens (a power of two, at most `tokens`) with which this share of it
+    comes back when it is regenerated (`model/fidelity.py`); where none do, all, and a warning."""
+    segment_tokens: int | None
+    """Compress passages in segments of at most so many tokens: more memory tokens in all, each of which holds less; by
+    default segments are as long as the compressor takes."""
+    refine_steps: int
+    """Gradient steps on each memory itself (`compressor/model/refinement.py`), each of which takes a forward and a
+    backward pass over the passage: 10 to 50 keep far more with few memory tokens."""
+    measure: bool | None
+    """How much of the passages comes back when they are written from their memories. True measures all
+    (`Memory.fidelity`), False none; by default as many segments as one batch takes, which is cheap for many texts and
+    all of a short one. Where less than 90% comes back, a warning says so."""
 
 
 class Compressor(Network):
@@ -42,56 +62,22 @@ class Compressor(Network):
     # A str is a Sequence[str] too: the first overload comes first on purpose.
     @overload
     def compress(  # type: ignore[overload-overlap]
-        self,
-        passages: str,
-        tokens: int | None = None,
-        batch_size: int = 16,
-        *,
-        target_fidelity: float | None = None,
-        segment_tokens: int | None = None,
-        refine_steps: int = 0,
-        measure: bool | None = None,
+        self, passages: str, tokens: int | None = None, **options: Unpack[CompressOptions]
     ) -> Memory: ...
     @overload
     def compress(
-        self,
-        passages: Sequence[str],
-        tokens: int | None = None,
-        batch_size: int = 16,
-        *,
-        target_fidelity: float | None = None,
-        segment_tokens: int | None = None,
-        refine_steps: int = 0,
-        measure: bool | None = None,
+        self, passages: Sequence[str], tokens: int | None = None, **options: Unpack[CompressOptions]
     ) -> list[Memory]: ...
 
     def compress(
-        self,
-        passages: str | Sequence[str],
-        tokens: int | None = None,
-        batch_size: int = 16,
-        *,
-        target_fidelity: float | None = None,
-        segment_tokens: int | None = None,
-        refine_steps: int = 0,
-        measure: bool | None = None,
+        self, passages: str | Sequence[str], tokens: int | None = None, **options: Unpack[CompressOptions]
     ) -> Memory | list[Memory]:
         """Compress one passage, or several in batches.
 
         Args:
             passages: text or texts. Those over `max_passage_tokens` are compressed in segments.
             tokens: memory tokens for each segment; by default all the compressor has.
-            batch_size: segments encoded together.
-            target_fidelity: take for each passage the fewest memory tokens (a power of two, at most `tokens`) with
-                which this share of it comes back when it is regenerated (`model/fidelity.py`); where none do,
-                all, and a warning.
-            segment_tokens: compress passages in segments of at most so many tokens: more memory tokens in all, each of
-                which holds less; by default segments are as long as the compressor takes.
-            refine_steps: gradient steps on each memory itself (`compressor/model/refinement.py`), each of which takes a
-                forward and a backward pass over the passage: 10 to 50 keep far more with few memory tokens.
-            measure: how much of the passages comes back when they are written from their memories. True measures all
-                (`Memory.fidelity`), False none; by default as many segments as one batch takes, which is cheap for
-                many texts and all of a short one. Where less than 90% comes back, a warning says so.
+            options: see `CompressOptions`.
 
         Returns:
             A memory, or a list of them.
@@ -99,16 +85,17 @@ class Compressor(Network):
         Raises:
             CompressorError: an empty text, more memory tokens than the compressor has, or a fidelity out of range.
         """
-        texts = in_list(passages, "the passage")
-        ids = self.base.tokenise(texts)
-        if target_fidelity is None:
-            memories = self.compress_ids(ids, tokens, batch_size, segment_tokens, refine_steps)
+        if odd := sorted(set(options) - set(CompressOptions.__annotations__)):
+            raise unknown("option of compress", odd[0], CompressOptions.__annotations__)
+        settings: dict[str, Any] = {"batch_size": 16, **options}
+        target, measure = settings.pop("target_fidelity", None), settings.pop("measure", None)
+        ids = self.base.tokenise(in_list(passages, "the passage"))
+        if target is None:
+            memories = self.compress_ids(ids, tokens, **settings)
             if memories and measure is not False:
-                memories = noted(self, memories, ids, batch_size, every=measure is True)
+                memories = noted(self, memories, ids, settings["batch_size"], every=measure is True)
         else:
-            memories = compress_to_fidelity(
-                self, ids, target_fidelity, tokens, batch_size, segment_tokens, refine_steps
-            )
+            memories = compress_to_fidelity(self, ids, target, tokens, **settings)
         return memories[0] if isinstance(passages, str) else memories
 
     @overload

@@ -12,11 +12,11 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from compressor.data.batches import equal_segments
 from compressor.data.questions import load_questions
 from compressor.files import atomic_file
 from compressor.model.base import load_base
 from compressor.model.config import BaseConfig
-from compressor.model.encoder import equal_segments
 from compressor.streams import exits_cleanly
 
 

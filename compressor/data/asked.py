@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
+from compressor.data.batches import equal_segments
 from compressor.data.left_out import LeftOut
 from compressor.data.prompts import answer_ids, question_ids
 from compressor.data.questions import Question
@@ -40,9 +40,8 @@ class Asked:
         return len(self.ids)
 
     def segments(self, most: int) -> list[list[int]]:
-        """The passage in the fewest segments of at most `most` tokens, as equal as can be."""
-        count = -(-len(self.ids) // most)
-        return [self.ids[a:b] for a, b in pairwise(len(self.ids) * i // count for i in range(count + 1))]
+        """See `equal_segments`."""
+        return equal_segments(self.ids, most)
 
 
 def questions_digest(asked: Sequence[Asked]) -> str:

@@ -25,6 +25,12 @@ def padded_width(longest: int) -> int:
     return -(-longest // step) * step
 
 
+def equal_segments(ids: Sequence[int], most: int) -> list[list[int]]:
+    """Cut token ids into the fewest segments of at most `most` tokens, as equal as can be."""
+    count = -(-len(ids) // most)
+    return [list(ids[len(ids) * i // count : len(ids) * (i + 1) // count]) for i in range(count)]
+
+
 def regeneration_pair(bos: int, eos: int, passage: Sequence[int]) -> tuple[list[int], list[int]]:
     """Decoder input and labels for writing the passage: `BOS passage` gives `passage EOS`."""
     return [bos, *passage], [*passage, eos]

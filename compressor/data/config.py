@@ -75,22 +75,14 @@ class DataConfig:
     """Processes that tokenise."""
 
     def __post_init__(self) -> None:
-        require(bool(self.train), "data.train", self.train, "a non-empty list of sources")
-        require(bool(self.validation), "data.validation", self.validation, "a non-empty list of sources")
-        require(bool(self.lengths), "data.lengths", self.lengths, "a non-empty list")
+        for name in ("train", "validation", "lengths"):
+            require(bool(getattr(self, name)), f"data.{name}", getattr(self, name), "a non-empty list")
         require(0 < self.question_share <= 1, "data.question_share", self.question_share, "above 0, up to 1")
         shares = sum(one.share for one in self.instructions)
         most = "below 1 in total, beside data.questions" if self.questions else "up to 1 in total"
         fits = shares < 1 if self.questions else shares <= 1 + 1e-9
         require(fits, "data.instructions.share", shares, most)
-        require(
-            self.question_tokens is None or self.question_tokens >= 1,
-            "data.question_tokens",
-            self.question_tokens,
-            "at least 1",
-        )
-        require(self.passages_together >= 1, "data.passages_together", self.passages_together, "at least 1")
         require(0 <= self.random_start <= 1, "data.random_start", self.random_start, "in [0, 1]")
-        require(self.limit is None or self.limit >= 1, "data.limit", self.limit, "at least 1")
-        require(self.validation_limit >= 1, "data.validation_limit", self.validation_limit, "at least 1")
-        require(self.workers >= 1, "data.workers", self.workers, "at least 1")
+        for name in ("question_tokens", "passages_together", "limit", "validation_limit", "workers"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"data.{name}", value, "at least 1")

@@ -46,7 +46,12 @@ class Methods:
     def __init__(self, config: TaskSettings, accelerator: Accelerator, bounds: Sequence[str] = ()) -> None:
         self.config, self.accelerator = config, accelerator
         specs = [split_spec(spec) for spec in config.methods]
-        self._refuse_repeated([name for name, _ in specs])
+        names = [name for name, _ in specs]
+        if repeated := [name for name in names if names.count(name) > 1]:
+            raise CompressorError(
+                f"methods names {repeated[0]} more than once, and the rows of a table are told apart by the method: "
+                "evaluate its checkpoints one after the other"
+            )
         needed = not specs or config.base is None or any(name not in UNTRAINED for name, _ in specs)
         self.settings: dict[str, Any] | None = None
         if needed or Path(bundled(config.checkpoint)).is_dir():
@@ -63,15 +68,6 @@ class Methods:
         self.tokens = list(config.tokens) or [most, *(size for size in SIZES if bounds and size < most)]
         self._fingerprints: dict[str, str] = {}
         self._base: dict[str, Any] = {}
-
-    @staticmethod
-    def _refuse_repeated(names: list[str]) -> None:
-        for name in names:
-            if names.count(name) > 1:
-                raise CompressorError(
-                    f"methods names {name} more than once, and the rows of a table are told apart by the method: "
-                    "evaluate its checkpoints one after the other"
-                )
 
     def _place(self, name: str, place: str | None) -> str | None:
         """Where a trained method's checkpoint is, by name where none is given; checked. None for other methods."""
@@ -130,13 +126,7 @@ class Methods:
             if name in UNTRAINED:
                 continue
             assert place is not None
-            model = Compressor.from_pretrained(
-                place,
-                base=config.base,
-                device=self.accelerator.device,
-                dtype=config.dtype,
-                base_mismatch=config.base_mismatch,
-            )
+            model = Compressor.from_pretrained(place, device=self.accelerator.device, **config.loading)
             self._fingerprints[name] = compressor_fingerprint(model, settings=True)
             self._note_base(model.base)
             method = memory_method(name)(
@@ -151,19 +141,13 @@ class Methods:
         """The base without adapters, the one that the checkpoint was trained on if there is a checkpoint."""
         config, device = self.config, self.accelerator.device
         if self.settings is not None:
-            return find_base(config.checkpoint, config.base, device, config.dtype, base_mismatch=config.base_mismatch)[
-                1
-            ]
+            return find_base(config.checkpoint, device=device, **config.loading)[1]
         assert config.base is not None
         return load_base(BaseConfig(path=config.base, dtype=config.dtype), device)
 
     def _note_base(self, base: Base) -> None:
-        self._base = {
-            "path": base.name,
-            "fingerprint": base.fingerprint,
-            "dtype": self.config.dtype,
-            "positions": base.positions,
-        }
+        named = {"path": base.name, "fingerprint": base.fingerprint, "dtype": self.config.dtype}
+        self._base = {**named, "positions": base.positions}
 
     def describe(self, name: str) -> dict[str, Any]:
         """Checkpoint and its hash, of a method that has one."""

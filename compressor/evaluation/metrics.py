@@ -20,6 +20,7 @@ from sacrebleu.metrics.chrf import CHRF
 from sacrebleu.metrics.helpers import extract_all_char_ngrams
 
 from compressor.evaluation.words import answer_words, plain_words, words
+from compressor.model.fidelity import edits
 
 RESAMPLES = 1000
 LEVEL = 0.95
@@ -292,13 +293,8 @@ def rouge_scores(written: str, references: Sequence[str]) -> dict[str, float]:
 
 def word_errors(written: str, wanted: str) -> tuple[int, int]:
     """Fewest words changed, left out or put in that make `written` of `wanted`, and the words of `wanted`."""
-    ours, theirs = words(written), words(wanted)
-    costs = list(range(len(theirs) + 1))
-    for row, word in enumerate(ours, start=1):
-        before, costs[0] = costs[0], row
-        for place, other in enumerate(theirs, start=1):
-            before, costs[place] = costs[place], min(costs[place] + 1, costs[place - 1] + 1, before + (word != other))
-    return costs[-1], len(theirs)
+    theirs = words(wanted)
+    return edits(theirs, words(written)), len(theirs)
 
 
 def exact_match(written: str, wanted: str) -> bool:

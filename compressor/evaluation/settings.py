@@ -6,7 +6,7 @@ Which task or study is asked for is known before they are parsed (`table.py`): o
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from compressor.errors import require
 from compressor.model.bases import default_checkpoint
@@ -43,6 +43,11 @@ class EvaluationConfig:
     """Data type the base is held in."""
     seed: int = 0
     """Seed of the resamples; decoding is greedy."""
+
+    @property
+    def loading(self) -> dict[str, Any]:
+        """What `Compressor.from_pretrained` takes besides checkpoint and device."""
+        return {"base": self.base, "dtype": self.dtype, "base_mismatch": self.base_mismatch}
 
     def __post_init__(self) -> None:
         self.checkpoint = self.checkpoint or default_checkpoint()

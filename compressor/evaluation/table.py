@@ -5,12 +5,11 @@ Nothing is imported before it is asked for, so that settings are checked before 
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
 from typing import Any
 
 from compressor.data.instructions import preset_names
-from compressor.errors import CompressorError
+from compressor.errors import unknown
 from compressor.evaluation import settings
 from compressor.model.table import load
 
@@ -51,9 +50,7 @@ def entry(name: str) -> Entry:
     if found is None and name in preset_names():
         found = TASKS["prompt"]
     if found is None:
-        known = [*TASKS, *preset_names(), *STUDIES]
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
-        raise CompressorError(f"there is no task {name!r}; did you mean {near[0]}? There are: {', '.join(known)}")
+        raise unknown("task", name, [*TASKS, *preset_names(), *STUDIES])
     return found
 
 

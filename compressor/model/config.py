@@ -86,33 +86,16 @@ class CompressorConfig:
             value = getattr(self, name)
             require(value in known, f"compressor.{name}", value, f"one of {', '.join(known)}")
         layouts = layouts_of(self.method)
-        require(
-            self.layout in layouts,
-            "compressor.layout",
-            self.layout,
-            f"{' or '.join(layouts)} with the method {self.method}",
-        )
+        fits = f"{' or '.join(layouts)} with the method {self.method}"
+        require(self.layout in layouts, "compressor.layout", self.layout, fits)
         require(1 <= self.memory_tokens <= 512, "compressor.memory_tokens", self.memory_tokens, "1 to 512")
-        require(self.lora_rank >= 1, "compressor.lora_rank", self.lora_rank, "at least 1")
-        require(self.writer_rank >= 0, "compressor.writer_rank", self.writer_rank, "at least 0")
+        for name, least in (("lora_rank", 1), ("writer_rank", 0), ("max_passage_tokens", 1)):
+            require(getattr(self, name) >= least, f"compressor.{name}", getattr(self, name), f"at least {least}")
         require(self.lora_alpha > 0, "compressor.lora_alpha", self.lora_alpha, "positive")
         require(0 <= self.lora_dropout < 1, "compressor.lora_dropout", self.lora_dropout, "in [0, 1)")
         require(bool(self.lora_targets), "compressor.lora_targets", self.lora_targets, "a non-empty list")
-        require(
-            self.max_passage_tokens >= 1,
-            "compressor.max_passage_tokens",
-            self.max_passage_tokens,
-            "at least 1",
-        )
-        require(
-            "{question}" in self.question_template or chat_arguments(self.question_template) is not None,
-            "compressor.question_template",
-            self.question_template,
-            f"a text with {{question}} in it, or {CHAT}",
-        )
-        require(
-            self.layout != "nested" or self.memory_tokens & (self.memory_tokens - 1) == 0,
-            "compressor.memory_tokens",
-            self.memory_tokens,
-            "a power of two with the nested layout",
-        )
+        asks = "{question}" in self.question_template or chat_arguments(self.question_template) is not None
+        template = f"a text with {{question}} in it, or {CHAT}"
+        require(asks, "compressor.question_template", self.question_template, template)
+        even = self.layout != "nested" or self.memory_tokens & (self.memory_tokens - 1) == 0
+        require(even, "compressor.memory_tokens", self.memory_tokens, "a power of two with the nested layout")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import pairwise
 from typing import ClassVar, NamedTuple, Protocol
 
 import torch
@@ -200,13 +199,6 @@ def initial_memory(base: Base, config: CompressorConfig) -> Tensor:
     table = base.embeddings.weight.detach()
     sample = table[:: max(1, len(table) // 4096)].float().cpu()
     return sample.mean(0) + noise * sample.std(0)
-
-
-def equal_segments(ids: Sequence[int], most: int) -> list[list[int]]:
-    """Cut token ids into the fewest segments of at most `most` tokens, as equal as can be."""
-    count = -(-len(ids) // most)
-    edges = [len(ids) * i // count for i in range(count + 1)]
-    return [list(ids[a:b]) for a, b in pairwise(edges)]
 
 
 def pad(

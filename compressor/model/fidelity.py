@@ -11,6 +11,7 @@ comes back; what is left is written from there on, so that good memories cost ne
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -41,17 +42,8 @@ def fidelities(
     Args:
         passages: token ids that the memories were compressed from.
     """
-    return fidelities_under(model.base, memories, passages, batch_size)
-
-
-def fidelities_under(
-    base: Base, memories: Sequence[Memory], passages: Sequence[Sequence[int]], batch_size: int = 16
-) -> list[float]:
-    """`fidelities` under a base whose adapters, if it has any, are off."""
-    counts = _counts(base, _pieces(memories, passages), batch_size)
-    return [
-        1 - sum(wrong for wrong, _ in counts[i]) / sum(total for _, total in counts[i]) for i in range(len(memories))
-    ]
+    shares, _ = _shares(model.base, _pieces(memories, passages), batch_size)
+    return [shares[i] for i in range(len(memories))]
 
 
 Piece = tuple[int, Memory, Sequence[int]]
@@ -63,17 +55,20 @@ def _pieces(memories: Sequence[Memory], passages: Sequence[Sequence[int]]) -> li
     return [(owner, *piece) for owner, (memory, ids) in pairs for piece in memory.split_with(ids)]
 
 
-def _counts(base: Base, pieces: Sequence[Piece], batch_size: int) -> dict[int, list[tuple[int, int]]]:
-    """For each memory the edits, and tokens of the longer of passage and what is written, of its segments."""
-    counts: dict[int, list[tuple[int, int]]] = {}
-    order = sorted(range(len(pieces)), key=lambda i: len(pieces[i][2]))
+def _shares(base: Base, pieces: Sequence[Piece], batch_size: int) -> tuple[dict[int, float], Counter[int]]:
+    """By the number of their memory: what share of these segments comes back, and how many they are."""
+    wrong, total, segments = Counter[int](), Counter[int](), Counter(owner for owner, *_ in pieces)
+    order = sorted(pieces, key=lambda piece: len(piece[2]))
     for start in range(0, len(order), batch_size):
-        chosen = [pieces[i] for i in order[start : start + batch_size]]
-        written = _written(base, [memory for _, memory, _ in chosen], [ids for _, _, ids in chosen])
+        chosen = order[start : start + batch_size]
+        passages = [ids for *_, ids in chosen]
+        prefix = memory_prefix(base, [memory for _, memory, _ in chosen])
+        written = rewrite(base, prefix, passages, passage_scores(base, prefix, passages))
         for (owner, _, ids), back in zip(chosen, written, strict=True):
             wanted = [-1 if token == base.tokenizer.unk_token_id else token for token in ids]
-            counts.setdefault(owner, []).append((edits(wanted, back), max(len(ids), len(back))))
-    return counts
+            wrong[owner] += edits(wanted, back.ids)
+            total[owner] += max(len(ids), len(back.ids))
+    return {owner: 1 - wrong[owner] / total[owner] for owner in segments}, segments
 
 
 def noted(
@@ -89,28 +84,22 @@ def noted(
     if not every and len(pieces) > batch_size:
         pieces = [pieces[(2 * i + 1) * len(pieces) // (2 * batch_size)] for i in range(batch_size)]
     try:
-        counts = _counts(model.base, pieces, batch_size)
+        shares, tried = _shares(model.base, pieces, batch_size)
     except CompressorError as error:  # a passage that fits the base, but not after its memory
         warnings.warn(f"how much of the text comes back cannot be measured: {error}", stacklevel=3)
         return list(memories)
-    shares = {i: 1 - sum(wrong for wrong, _ in some) / sum(total for _, total in some) for i, some in counts.items()}
     if short := [share for share in shares.values() if share < LITTLE]:
-        worst, tried = f"{min(short):.1%}", f"of {len(short)} of the {len(shares)} passages that were tried"
-        several = f"{tried} under {LITTLE:.0%} comes back, at worst {worst},"
+        worst, some = f"{min(short):.1%}", f"of {len(short)} of the {len(shares)} passages that were tried"
+        several = f"{some} under {LITTLE:.0%} comes back, at worst {worst},"
         what = f"only {worst} of it comes back" if len(memories) == 1 else several
         warnings.warn(
             f"{what} from the memory (measure=False does not look): give more memory tokens, shorter segments "
             "(segment_tokens=...) or refine_steps=20, or keep the text itself, too",
             stacklevel=3,
         )
-    whole = {i for i, some in counts.items() if len(some) == len(memories[i].segments)}
-    return [replace(one, fidelity=shares[i]) if i in whole else one for i, one in enumerate(memories)]
-
-
-def _written(base: Base, memories: Sequence[Memory], passages: Sequence[Sequence[int]]) -> list[list[int]]:
-    """What greedy regeneration writes for memories of one segment each, whose passages are known."""
-    prefix = memory_prefix(base, memories)
-    return [one.ids for one in rewrite(base, prefix, passages, passage_scores(base, prefix, passages))]
+    return [
+        replace(one, fidelity=shares[i]) if tried[i] == len(one.segments) else one for i, one in enumerate(memories)
+    ]
 
 
 def edits(wanted: Sequence[int], found: Sequence[int]) -> int:

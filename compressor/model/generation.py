@@ -212,11 +212,7 @@ def label_scores(
 
 def _inputs(base: Base, prompts: Sequence[Sequence[int]], targets: Sequence[Sequence[int]]) -> Tensor:
     """`prompt target` of each row without its last token, which nothing follows, int64 `[batch, width]`."""
-    rows = [[*prompt, *target][:-1] for prompt, target in zip(prompts, targets, strict=True)]
-    ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.int64)
-    for place, one in zip(ids, rows, strict=True):
-        place[: len(one)] = torch.tensor(one)
-    return ids.to(base.device)
+    return pad([[*prompt, *target][:-1] for prompt, target in zip(prompts, targets, strict=True)], base.device)[0]
 
 
 def _choose(logits: Tensor, sampling: Sampling, generators: Sequence[torch.Generator]) -> Tensor:

@@ -8,6 +8,7 @@ the encoder, reads these instead of the passage.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from numbers import Integral
 from typing import Any
 
@@ -17,10 +18,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from compressor.data.batches import equal_segments
 from compressor.errors import CompressorError, require_whole
 from compressor.model.base import Base
 from compressor.model.config import CompressorConfig
-from compressor.model.encoder import Encoder, equal_segments, pad
+from compressor.model.encoder import Encoder, pad
 from compressor.model.lora import add_adapters
 from compressor.model.memory import Memory, Prefix, Segment, memory_prefix
 from compressor.model.refinement import refine
@@ -88,6 +90,12 @@ class Network(nn.Module):
         positions, used, start = self.encoder.places(lengths, slots, tokens)
         return Prefix(keys=list(self.base.rotate(keys, positions)), values=list(values), mask=used, start=start)
 
+    def memory(self, keys: Tensor, values: Tensor, passage_tokens: int) -> Memory:
+        """The memory of one segment from a row of what `encode` returned, `[layers, kv_heads, k, head_size]` each."""
+        layout, most = self.encoder.memory_layout, self.config.memory_tokens
+        segment = Segment(keys.shape[2], passage_tokens)
+        return Memory(keys, values, (segment,), layout, most, self.base.fingerprint)
+
     def joined_prefix(
         self, keys: Tensor, values: Tensor, lengths: Tensor, tokens: Tensor, groups: Sequence[Sequence[int]]
     ) -> Prefix:
@@ -98,14 +106,7 @@ class Network(nn.Module):
             groups: the rows of each context, in reading order.
         """
         parts = [
-            Memory(
-                keys[:, row, :, :count],
-                values[:, row, :, :count],
-                (Segment(count, length),),
-                self.encoder.memory_layout,
-                self.config.memory_tokens,
-                self.base.fingerprint,
-            )
+            self.memory(keys[:, row, :, :count], values[:, row, :, :count], length)
             for row, (count, length) in enumerate(zip(tokens.tolist(), lengths.tolist(), strict=True))
         ]
         return memory_prefix(self.base, [Memory.concatenate([parts[row] for row in group]) for group in groups])
@@ -175,15 +176,8 @@ class Network(nn.Module):
                 padded, lengths = pad([segments[i] for i in chosen], self.base.device)
                 keys, values = self.encode(padded, lengths, tokens)
                 for row, i in enumerate(chosen):
-                    parts[i] = Memory(
-                        keys[:, row].clone(),
-                        values[:, row].clone(),
-                        (Segment(tokens, len(segments[i])),),
-                        self.encoder.memory_layout,
-                        self.config.memory_tokens,
-                        self.base.fingerprint,
-                        made={"tokens": tokens, "segment_tokens": most, "refine_steps": 0},
-                    )
+                    memory = self.memory(keys[:, row].clone(), values[:, row].clone(), len(segments[i]))
+                    parts[i] = replace(memory, made={"tokens": tokens, "segment_tokens": most, "refine_steps": 0})
                 progress.add(len(chosen))
         grouped: list[list[Memory]] = [[] for _ in passages]
         for owner, part in zip(owners, parts, strict=True):

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from compressor.data.batches import regeneration_pair, stack_pairs
 from compressor.errors import CompressorError
-from compressor.model.generation import decode
-from compressor.model.memory import Memory, Segment, memory_prefix
+from compressor.model.generation import label_nats
+from compressor.model.memory import Memory, memory_prefix
 from compressor.model.network import Network
 from compressor.storage import entropy
 from compressor.storage.calibration import Calibration, flatten_tokens
@@ -129,19 +130,12 @@ def _squared_gradients(model: Network, chosen: Sequence[tuple[Sequence[int], Mem
     leaves = [
         replace(m, keys=m.keys.detach().requires_grad_(), values=m.values.detach().requires_grad_()) for _, m in chosen
     ]
-    width = 1 + max(len(ids) for ids, _ in chosen)
-    read = torch.full((len(chosen), width), base.eos)
-    wanted = torch.full((len(chosen), width), -100)
-    for row, (ids, _) in enumerate(chosen):
-        read[row, : len(ids) + 1] = torch.tensor([base.bos, *ids])
-        wanted[row, : len(ids) + 1] = torch.tensor([*ids, base.eos])
-    logits = decode(base, memory_prefix(base, leaves), read.to(base.device))
-    loss = torch.nn.functional.cross_entropy(
-        logits.float().flatten(0, 1), wanted.flatten().to(logits.device), ignore_index=-100, reduction="sum"
-    )
+    pairs = stack_pairs([regeneration_pair(base.bos, base.eos, ids) for ids, _ in chosen])
+    inputs, labels = pairs["inputs"].to(base.device), pairs["labels"].to(base.device)
+    loss = label_nats(base, memory_prefix(base, leaves), inputs, labels).sum()
     gradients = torch.autograd.grad(loss, [tensor for leaf in leaves for tensor in (leaf.keys, leaf.values)])
-    pairs = zip(gradients[::2], gradients[1::2], strict=True)
-    return {"squares": torch.stack([torch.stack(pair).float().square().mean(dim=3).cpu() for pair in pairs])}
+    both = zip(gradients[::2], gradients[1::2], strict=True)
+    return {"squares": torch.stack([torch.stack(pair).float().square().mean(dim=3).cpu() for pair in both])}
 
 
 def calibrate(
@@ -173,14 +167,7 @@ def calibrate(
         compressed = partial(_compressed, model, chosen, tokens)
         found = parts.tensors(f"memories-{start}", compressed) if parts is not None else compressed()
         memories += [
-            Memory(
-                keys,
-                values,
-                (Segment(keys.shape[2], len(ids)),),
-                model.encoder.memory_layout,
-                model.config.memory_tokens,
-                model.base.fingerprint,
-            )
+            model.memory(keys, values, len(ids))
             for keys, values, ids in zip(found["keys"], found["values"], chosen, strict=True)
         ]
         progress(len(chosen))

@@ -10,19 +10,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 from safetensors.torch import load, save
 
-from compressor.errors import CompressorError, lacking, require, require_texts, require_whole
-from compressor.files import check_no_file, make_folder, owned
+from compressor.errors import CompressorError, first_line, lacking, require, require_texts, require_whole
+from compressor.files import check_no_file, make_folder
 from compressor.model.base import Base, load_base
 from compressor.model.checkpoint import compressor_name
 from compressor.model.config import BaseConfig, BaseMismatch
@@ -34,13 +34,13 @@ from compressor.storage.calibration import Calibration
 from compressor.storage.codec import Codec
 from compressor.storage.container import check_format
 from compressor.storage.making import Making
+from compressor.storage.manifest import TABLE, compare, is_remote, is_store, owned_store, text_hash
 from compressor.storage.memory_file import BESIDE, FORMAT, encode, restore, settings_of
 
 Reading = Literal["memories", "recite", "texts"]
 """What the decoder reads of the records found: memories, what these regenerate, or the texts that are kept."""
 EXHAUSTIVE, SMALL_FILES = 1 << 16, 64
 """Most vectors that are all compared with the question's, without an index; most files of few rows."""
-_TABLE = "memories"
 
 
 @dataclass(frozen=True)
@@ -62,26 +62,6 @@ class StoreAnswer:
     positions: int
 
 
-def text_hash(text: str) -> str:
-    """Short hash that tells whether an id still stands for the same text."""
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def is_remote(path: str | Path) -> bool:
-    """Whether `path` is a place on object storage."""
-    return "://" in str(path)
-
-
-def is_store(path: str | Path) -> bool:
-    """Whether there is a store in the folder `path`, or it is a place on object storage."""
-    return is_remote(path) or (Path(path) / f"{_TABLE}.lance").is_dir()
-
-
-def owned_store(path: str | Path) -> AbstractContextManager[None]:
-    """`files.owned`; on object storage commits follow one another, and who writes is the users' to see to."""
-    return nullcontext() if is_remote(path) else owned(path)
-
-
 class Store:
     """A store that `open` opened; its length is the number of memories. `source` is noted with what is added."""
 
@@ -90,12 +70,10 @@ class Store:
     calibration: Calibration | None = None
     source = ""
     manifest: dict[str, Any]
-    _base: Base | None
     _mismatch: BaseMismatch
     _engine: Any
     _table: Any
     _codec: Codec
-    _encoder: TextEncoder | None = None
 
     def __init__(self, path: str | Path):
         try:
@@ -136,13 +114,19 @@ class Store:
             CompressorError: no store, a damaged one, or one of another base, compressor, codec, encoder or format.
         """
         check_no_file(path)
-        if compressor is None and not is_store(path):
+        there = is_store(path)
+        if compressor is None and not there:
             raise CompressorError(
                 f"{path} is no store of memories: `compressor index SOURCE --output {path}` makes one"
             )
         store = cls(path)
-        store._base, store._mismatch = base if compressor is None else compressor.base, base_mismatch
-        store.manifest = store._manifest() if is_store(path) else {}
+        store._mismatch, store.manifest = base_mismatch, {}
+        if (reader := base if compressor is None else compressor.base) is not None:
+            store.base = reader
+        if there:
+            with store._errors():
+                store._table = store._engine.open_table(TABLE)
+                store.manifest = json.loads(store._table.schema.metadata[b"manifest"])
         if compressor is not None:
             store.compressor, store.making = compressor, making or cls.making
             store._begin(compressor, name, encoder, keep_text)
@@ -161,14 +145,14 @@ class Store:
         example = codec.prepare(replace(example, made=example.made | self.making.numbers(model)))
         before = self.manifest
         encoder = encoder or (before["encoder"]["name"] if before else default_encoder())
-        self._encoder = vectors = None if encoder == WORDS else TextEncoder(encoder, model.base.device)
+        self.encoder = vectors = None if encoder == WORDS else TextEncoder(encoder, model.base.device)
         self.manifest = settings_of(example, codec, {}) | {
             "template": model.config.question_template,
             "encoder": {"name": encoder, "weights": "" if vectors is None else vectors.fingerprint},
             "keep_text": keep_text or vectors is None,
         }
         if before:
-            return _compare(before, self.manifest, self.path)
+            return compare(before, self.manifest, self.path)
         if is_remote(self.path):
             require(codec.calibration is None, "codec", codec.name, "one without a calibration on object storage")
         else:
@@ -184,7 +168,7 @@ class Store:
         kinds |= {} if vectors is None else {"vector": pa.list_(pa.float32(), vectors.size)}
         schema = pa.schema(list(kinds.items()), metadata={"manifest": json.dumps(self.manifest)})
         with self._errors():
-            self._table = self._engine.create_table(_TABLE, schema=schema)
+            self._table = self._engine.create_table(TABLE, schema=schema)
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
@@ -194,13 +178,8 @@ class Store:
         except (CompressorError, KeyboardInterrupt, SystemExit, GeneratorExit):
             raise
         except BaseException as error:  # Rust's panics are no `Exception`
-            line = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            raise CompressorError(f"the store {self.path} cannot be read or written: {line[:300]}") from None
-
-    def _manifest(self) -> dict[str, Any]:
-        with self._errors():
-            self._table = self._engine.open_table(_TABLE)
-            return json.loads(self._table.schema.metadata[b"manifest"])
+            line = first_line(error)[:300]
+            raise CompressorError(f"the store {self.path} cannot be read or written: {line}") from None
 
     # -- adding ------------------------------------------------------------------------------------------------------
 
@@ -310,18 +289,19 @@ class Store:
         with self._errors():
             return self._table.count_rows()
 
-    @property
+    @cached_property
     def encoder(self) -> TextEncoder | None:
         """What makes vectors; None where texts are found by their words."""
         wanted = self.manifest["encoder"]
-        if self._encoder is None and wanted["name"] != WORDS:
-            self._encoder = TextEncoder(wanted["name"])
-            if (found := self._encoder.fingerprint) != wanted["weights"]:
-                raise CompressorError(
-                    f"{self.path} was made with {wanted['name']} of weights {wanted['weights'][:12]}, and it has "
-                    f"weights {found[:12]} now: get the encoder that made its vectors"
-                )
-        return self._encoder
+        if wanted["name"] == WORDS:
+            return None
+        found = TextEncoder(wanted["name"])
+        if found.fingerprint != wanted["weights"]:
+            raise CompressorError(
+                f"{self.path} was made with {wanted['name']} of weights {wanted['weights'][:12]}, and it has "
+                f"weights {found.fingerprint[:12]} now: get the encoder that made its vectors"
+            )
+        return found
 
     def columns(self, *columns: str) -> list[list[Any]]:
         """Columns of the table: `id`, `hash`, `fidelity`, `source`; `bytes` and `tokens` of texts, `coded` bytes."""
@@ -417,16 +397,10 @@ class Store:
             texts = regenerate(base, memories)
         return token_prefix(base, base.tokenise(["\n\n".join(text.strip() for text in texts)]))
 
-    @property
+    @cached_property
     def base(self) -> Base:
-        """What reads the memories."""
-        if self._base is None:
-            self._base = load_base(BaseConfig(path=self.manifest["base"]["name"]))
-        return self._base
-
-    @base.setter
-    def base(self, base: Base) -> None:
-        self._base = base
+        """What reads the memories, if none was given."""
+        return load_base(BaseConfig(path=self.manifest["base"]["name"]))
 
 
 def _digest(row: Mapping[str, Any]) -> str:
@@ -438,27 +412,3 @@ def _digest(row: Mapping[str, Any]) -> str:
 def _among(names: Sequence[str]) -> str:
     """Condition for rows of these ids."""
     return "id IN ({})".format(", ".join("'" + name.replace("'", "''") + "'" for name in names)) if names else "false"
-
-
-def _compare(before: Mapping[str, Any], now: Mapping[str, Any], path: str) -> None:
-    """Raise a `CompressorError` unless both manifests describe memories of one store; names may differ, hashes not."""
-
-    def flat(settings: Mapping[str, Any]) -> dict[str, str]:
-        found: dict[str, str] = {}
-        for key, value in settings.items():
-            found |= {f"{key}.{k}": f"{v}" for k, v in value.items()} if isinstance(value, dict) else {key: f"{value}"}
-        del found["version"]
-        found.pop("codec.drop_layers", None)  # of stores before 0.2.0
-        return found | {key: f"{found.pop(key + '.name')}@{found.pop(key + '.weights')}" for key in ("base", "encoder")}
-
-    old, new = flat(before), flat(now)
-    what = ", ".join(
-        f"{key}: {old.get(key, 'not recorded')}, now {new.get(key, 'not recorded')}"
-        for key in sorted(old | new)
-        if old.get(key, "").rpartition("@")[2] != new.get(key, "").rpartition("@")[2]
-    )
-    if what:
-        short = re.sub(r"\b([0-9a-f]{12})[0-9a-f]{52}\b", r"\1", what)
-        raise CompressorError(
-            f"{path} is a store made with other settings ({short}): give the same to go on with it, or a new folder"
-        )

@@ -68,13 +68,7 @@ def efficiency(config: EfficiencySettings, accelerator: Accelerator, parts: Unfi
             the formulas do not describe.
     """
     check_settings(config)
-    model = Compressor.from_pretrained(
-        config.checkpoint,
-        base=config.base,
-        device=accelerator.device,
-        dtype=config.dtype,
-        base_mismatch=config.base_mismatch,
-    )
+    model = Compressor.from_pretrained(config.checkpoint, device=accelerator.device, **config.loading)
     settings, base = model.config, model.base
     if settings.method != "kv":
         raise CompressorError(

@@ -53,13 +53,7 @@ def utilisation(config: UtilisationSettings, accelerator: Accelerator, parts: Un
     with accelerator.main_process_first():
         loaded = {source: load(source, config) for source in sources}
     names = data_names(sources)
-    model = Compressor.from_pretrained(
-        config.checkpoint,
-        base=config.base,
-        device=accelerator.device,
-        dtype=config.dtype,
-        base_mismatch=config.base_mismatch,
-    )
+    model = Compressor.from_pretrained(config.checkpoint, device=accelerator.device, **config.loading)
     check_tokens(config.tokens or [1], model.config.memory_tokens, config.checkpoint)
     tokens = config.tokens[0] if config.tokens else model.config.memory_tokens
     if not model.encoder.trained_for(tokens):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from compressor.data.instructions import Prompt, load_prompt
-from compressor.data.prompts import QUESTION, label_ids, question_ids
+from compressor.data.prompts import QUESTION, label_ids, question_ids, tokenise
 from compressor.data.questions import Question, load_questions
 from compressor.errors import CompressorError
 from compressor.evaluation.metrics import ratio, retained
@@ -68,8 +68,7 @@ class Prompted(QuestionAnswering):
     def items(self, records: Sequence[Question], tokenizer: Any, config: Any) -> list[Item]:
         """One item for each instruction; those about one passage share its token ids."""
         texts = list(dict.fromkeys(one.context for one in records))
-        encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-        passages = dict(zip(texts, map(list, encoded), strict=True))
+        passages = dict(zip(texts, tokenise(tokenizer, texts), strict=True))
         template = config.question_template or self.template or QUESTION
         prompts = question_ids(tokenizer, [one.question for one in records], template)
         counts = Counter(one.answers[0] for one in records)
