@@ -23,7 +23,8 @@ from compressor.data.records import load_texts
 from compressor.errors import CompressorError
 from compressor.evaluation.metrics import bootstrap, ratio, rouge_l
 from compressor.files import write_json
-from compressor.model.generation import regenerate, score
+from compressor.model.generation import regenerate
+from compressor.model.likelihood import score
 from compressor.model.memory import Memory, memory_prefix
 from compressor.parsing import parse_config
 from compressor.provenance import run_record

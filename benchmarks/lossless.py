@@ -31,8 +31,8 @@ from compressor.data.sources import read_rows
 from compressor.data.sources import resolve as resolve_data
 from compressor.errors import CompressorError
 from compressor.files import bundled, write_json
-from compressor.model.base import load_base
 from compressor.model.config import BaseConfig
+from compressor.model.load import load_base
 from compressor.packing.float64 import ExactBase
 from compressor.packing.lossless import pack_bytes, unpack_bytes
 from compressor.provenance import VERSION

@@ -20,8 +20,9 @@ from compressor.model.card import evaluated, push
 from compressor.model.checkpoint import find_base, load_weights, read_settings, save_checkpoint
 from compressor.model.config import CompressorConfig
 from compressor.model.fidelity import compress_to_fidelity, noted
-from compressor.model.memory import Memory, memory_prefix, shared
+from compressor.model.memory import Memory, memory_prefix
 from compressor.model.network import Network
+from compressor.model.prefix import shared
 from compressor.progress import note
 
 

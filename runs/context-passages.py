@@ -15,8 +15,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from compressor.data.batches import equal_segments
 from compressor.data.questions import load_questions
 from compressor.files import atomic_file
-from compressor.model.base import load_base
 from compressor.model.config import BaseConfig
+from compressor.model.load import load_base
 from compressor.streams import exits_cleanly
 
 

@@ -14,10 +14,10 @@ from pathlib import Path
 from compressor.api import Compressor
 from compressor.data.records import load_texts
 from compressor.evaluation.metrics import rouge_scores
-from compressor.model.base import load_base
 from compressor.model.bases import SMALL_BASE, default_checkpoint, default_writer
 from compressor.model.config import BaseConfig
 from compressor.model.generation import Sampling
+from compressor.model.load import load_base
 from compressor.packing.float64 import ExactBase
 from compressor.packing.lossless import pack_bytes
 from compressor.packing.text_codecs import Options, pack_text, text_codec

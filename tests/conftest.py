@@ -266,8 +266,8 @@ def tiny_gguf(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) 
 @pytest.fixture
 def tiny_base(tiny_base_folder: Path) -> Any:
     """The tiny base, freshly loaded: a compressor puts its adapters into it."""
-    from compressor.model.base import load_base
     from compressor.model.config import BaseConfig
+    from compressor.model.load import load_base
 
     return load_base(BaseConfig(path=str(tiny_base_folder)))
 
@@ -280,8 +280,8 @@ def make_tiny_compressor(tiny_base_folder: Path) -> Callable[..., Any]:
     """
     import torch
 
-    from compressor.model.base import load_base
     from compressor.model.config import BaseConfig, CompressorConfig
+    from compressor.model.load import load_base
     from compressor.training.objectives import Trainee
 
     def make(stirred: bool = True, base: Any = None, seed: int = 0, **settings: Any) -> Trainee:

@@ -10,8 +10,9 @@ import torch
 
 from compressor.errors import CompressorError
 from compressor.files import PROJECT, bundled
-from compressor.model.base import Base, load_base
+from compressor.model.base import Base
 from compressor.model.config import BaseConfig, CompressorConfig
+from compressor.model.load import load_base
 from compressor.training.objectives import Trainee
 
 

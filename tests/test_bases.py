@@ -25,10 +25,11 @@ from compressor.data.prompts import question_ids
 from compressor.errors import CompressorError
 from compressor.files import sha256
 from compressor.model import bases, gguf_cache
-from compressor.model.base import Base, load_base
+from compressor.model.base import Base
 from compressor.model.bases import NAMED, NamedBase, fetch, locate
 from compressor.model.config import BaseConfig
 from compressor.model.gguf_cache import CACHE, cached
+from compressor.model.load import load_base
 from compressor.progress import note_once
 
 

@@ -140,9 +140,9 @@ import os, sys
 sys.path.insert(0, {project!r})
 import torch
 from torch.distributed.tensor import DTensor
-from compressor.model.base import load_base
+from compressor.model.load import load_base
 from compressor.model.config import BaseConfig, CompressorConfig
-from compressor.model.generation import decode
+from compressor.model.likelihood import decode
 from compressor.model.memory import memory_prefix
 from compressor.processes import make_accelerator
 from compressor.training.objectives import Trainee

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from compressor.commands.train import train_main
-from compressor.model.base import load_base
 from compressor.model.config import BaseConfig
+from compressor.model.load import load_base
 
 SMALL = ["--limit", "150", "--vocabulary", "400", "--hidden", "32", "--layers", "2", "--heads", "4", "--width", "64"]
 

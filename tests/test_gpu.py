@@ -13,10 +13,11 @@ from accelerate.state import AcceleratorState
 
 from compressor.api import Compressor
 from compressor.commands.train import train_main
-from compressor.model.base import load_base
 from compressor.model.config import BaseConfig
 from compressor.model.fidelity import passage_scores
-from compressor.model.generation import decode, generate
+from compressor.model.generation import generate
+from compressor.model.likelihood import decode
+from compressor.model.load import load_base
 from compressor.model.memory import memory_prefix
 from compressor.training.loop import StopSignal
 

@@ -17,7 +17,8 @@ import torch
 
 from compressor.commands.cli import main
 from compressor.errors import CompressorError
-from compressor.model.memory import Memory, empty_prefix
+from compressor.model.memory import Memory
+from compressor.model.prefix import empty_prefix
 from compressor.packing import frequencies as fr
 from compressor.packing.blocks import RAW, TEXT, ZSTD, Block, parse, serialise
 from compressor.packing.float64 import ExactBase, Lockstep
@@ -41,8 +42,8 @@ def abstracts(texts: list[str]) -> list[str]:
 @pytest.fixture(scope="module")
 def exact(tiny_base_folder: Path, abstracts: list[str]) -> ExactBase:
     """A tiny base that has learned these texts: it packs them smaller than zstd does, and quickly."""
-    from compressor.model.base import load_base
     from compressor.model.config import BaseConfig
+    from compressor.model.load import load_base
 
     base = load_base(BaseConfig(path=str(tiny_base_folder)))
     rows = [[base.bos, *base.tokenizer(text)["input_ids"], base.eos][:120] for text in abstracts]
@@ -375,8 +376,8 @@ def test_eager_attention_unpacks_too(exact: ExactBase, packed: tuple[bytes, byte
 
 
 def test_the_bundled_base_packs_an_abstract_held_in_any_type(texts: list[str]) -> None:
-    from compressor.model.base import load_base
     from compressor.model.config import BaseConfig
+    from compressor.model.load import load_base
 
     data = min((text for text in texts if len(text) > 400), key=len).encode()
     blob = pack_bytes(data, load_base(BaseConfig(path=BUNDLED)))

@@ -31,11 +31,13 @@ from compressor.methods.table import (
     untrained_method,
 )
 from compressor.model import generation
-from compressor.model.base import Base, load_base
+from compressor.model.base import Base
 from compressor.model.config import BaseConfig
 from compressor.model.encoder import pad
-from compressor.model.generation import after, generate, label_nats, score, token_prefix
+from compressor.model.generation import after, generate
 from compressor.model.layouts import memory_positions
+from compressor.model.likelihood import label_nats, score, token_prefix
+from compressor.model.load import load_base
 from compressor.model.memory import Memory, memory_prefix
 from compressor.model.table import METHODS, layouts_of
 

@@ -24,7 +24,7 @@ from compressor.evaluation.scores import SCORES, Answered
 from compressor.evaluation.settings import PromptSettings
 from compressor.evaluation.tasks.interface import Item, Result
 from compressor.evaluation.tasks.prompt import Prompted
-from compressor.methods.full import Full
+from compressor.methods.bounds import Full
 from compressor.methods.interface import MemoryMethod
 from compressor.model.base import Base
 

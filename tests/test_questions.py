@@ -188,7 +188,7 @@ def test_hub_data_sets(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [item.id for item in load_questions("squad_v2", keep_unanswerable=True)] == ["s", "n"]
     assert load_questions("mrqa") == [Question("m", "A b", "q", ("b",), "SearchQA")]
     assert load_questions("hotpot_qa")[0].context == "T: A b. C.\nU: D."
-    assert load_questions("arxivqa, squad") == [
+    assert load_questions(["arxivqa", "squad"]) == [
         Question("ZongqianLi/ArxivQA:1", "A b", "q", ("b",), "ZongqianLi/ArxivQA"),
         first,
     ]

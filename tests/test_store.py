@@ -54,8 +54,8 @@ sys.exit(main(sys.argv[1:]))
 @pytest.fixture(scope="module")
 def checkpoint(tiny_base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny compressor on disk."""
-    from compressor.model.base import load_base
     from compressor.model.config import BaseConfig, CompressorConfig
+    from compressor.model.load import load_base
 
     base = load_base(BaseConfig(path=str(tiny_base_folder)))
     settings = CompressorConfig(memory_tokens=4, lora_rank=2, lora_alpha=4.0, max_passage_tokens=64)

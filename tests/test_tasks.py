@@ -23,9 +23,8 @@ from compressor.evaluation.tasks import retrieve
 from compressor.evaluation.tasks.continuation import Continuation
 from compressor.evaluation.tasks.interface import Item, Result, Task
 from compressor.evaluation.tasks.retrieve import Retrieve, reciprocal_rank
-from compressor.methods.full import Full
+from compressor.methods.bounds import Full, Nothing
 from compressor.methods.interface import MemoryMethod, Method
-from compressor.methods.none import Nothing
 from compressor.model.base import Base
 
 SENTENCE = "the memory of a passage holds what it says so that a decoder can answer questions about it later on"

@@ -15,7 +15,7 @@ from compressor.commands.train import train_main
 from compressor.errors import CompressorError
 from compressor.methods.table import memory_method
 from compressor.methods.tuned import START
-from compressor.model.generation import score, token_prefix
+from compressor.model.likelihood import score, token_prefix
 
 NAMES = ("full-tuned", "none-tuned")
 

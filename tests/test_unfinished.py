@@ -27,8 +27,8 @@ from compressor.unfinished import Unfinished
 @pytest.fixture(scope="module")
 def checkpoint(tiny_base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     from compressor.api import Compressor
-    from compressor.model.base import load_base
     from compressor.model.config import BaseConfig, CompressorConfig
+    from compressor.model.load import load_base
 
     folder = tmp_path_factory.mktemp("unfinished") / "checkpoint"
     settings = CompressorConfig(memory_tokens=8, lora_rank=4, lora_alpha=8.0, max_passage_tokens=64)

@@ -155,8 +155,8 @@ class MemoryOptions:
 
 def _memory_and_base(options: MemoryOptions) -> tuple[Memory, Base]:
     """The memory that the options name, and its base."""
-    from compressor.model.base import load_base
     from compressor.model.fidelity import LITTLE
+    from compressor.model.load import load_base
     from compressor.model.memory import Memory, check_base, on_base
     from compressor.storage.store import Store, is_store
 
@@ -185,8 +185,8 @@ def _memory_and_base(options: MemoryOptions) -> tuple[Memory, Base]:
 
 def _store_and_base(options: AskOptions) -> tuple[Store, Base]:
     """The store that the options name, and what reads its memories: its own base, unless another is named."""
-    from compressor.model.base import load_base
     from compressor.model.config import BaseConfig
+    from compressor.model.load import load_base
     from compressor.storage.store import Store
 
     if options.texts and options.recite:
@@ -273,6 +273,7 @@ def ask(argv: list[str]) -> int:
     from compressor.data.prompts import label_ids, question_ids
     from compressor.methods.recite import recited_prefix
     from compressor.model import generation
+    from compressor.model.likelihood import label_scores
     from compressor.model.memory import memory_prefix
 
     check_output()
@@ -290,7 +291,7 @@ def ask(argv: list[str]) -> int:
     if prompt.answer == "label":
         prompts = generation.after(base, prefix, question_ids(base.tokenizer, [asked], template))
         spelled = [label_ids(base.tokenizer, label) for label in prompt.labels]
-        (found,) = generation.label_scores(base, prefix, prompts, [spelled])
+        (found,) = label_scores(base, prefix, prompts, [spelled])
         written = prompt.labels[found.index(max(found))]
     else:
         limit = options.new_tokens if options.prompt is None else prompt.new_tokens

@@ -121,9 +121,9 @@ def _loader(options: argparse.Namespace) -> Callable[[], Any]:
             import torch
             from transformers.utils import logging
 
-            from compressor.model.base import load_base
             from compressor.model.bases import SMALL_BASE
             from compressor.model.config import BaseConfig
+            from compressor.model.load import load_base
             from compressor.packing.float64 import ExactBase
 
             logging.disable_progress_bar()

@@ -138,9 +138,7 @@ def _hub_ids(source: Any) -> Any:
     if not isinstance(source, str | os.PathLike):
         return [_hub_ids(item) for item in source]
     text = os.fspath(source)
-    if Path(text).exists():
-        return text
-    return ",".join(HUB_NAMES.get(piece.strip(), piece) for piece in text.split(","))
+    return text if Path(text).exists() else HUB_NAMES.get(text, text)
 
 
 def _default_dataset(place: Path | Hub) -> str:

@@ -45,7 +45,7 @@ def load_texts(
     Args:
         source: a folder built by `compressor corpus`, any JSONL / JSON / CSV / TSV / Parquet / TXT file
             (".gz" too), a glob, the name of a shipped set ("arxiv-test"), a hub id ("owner/name" or
-            "owner/name:config"), or several of these in a list or with commas.
+            "owner/name:config"), or a list of several.
         split: the split of a folder or hub data set that has several; plain files have none.
         field: the field that holds the passage; by default `text`, else `abstract`.
         limit: read only the first `limit` passages.

@@ -82,22 +82,15 @@ def resolve(
 
     Args:
         source: a file, a folder (a built corpus, or data files), a glob, a shipped name, a hub id
-            ("owner/name" or "owner/name:config"), or several: a list, or one string with commas.
+            ("owner/name" or "owner/name:config"), or a list of several.
         split: which split to take of a folder that holds several. Plain files have no splits.
         every_split: take all files of a folder, whatever their splits.
 
     Raises:
         CompressorError: nothing matches, or a folder needs `split`.
     """
-    if not isinstance(source, str | os.PathLike):
-        found = [part for item in source for part in resolve(item, split=split, every_split=every_split)]
-    else:
-        text = os.fspath(source).strip()
-        if "," in text and not Path(text).exists():
-            pieces = [piece.strip() for piece in text.split(",") if piece.strip()]
-            found = [part for piece in pieces for part in _resolve_one(piece, split, every_split)]
-        else:
-            found = _resolve_one(text, split, every_split)
+    items = [source] if isinstance(source, str | os.PathLike) else source
+    found = [part for item in items for part in _resolve_one(os.fspath(item).strip(), split, every_split)]
     if not found:
         raise CompressorError("no data source was given: name a file, a folder, a glob or a hub id")
     return found

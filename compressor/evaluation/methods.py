@@ -22,9 +22,10 @@ from compressor.methods.table import (
     split_spec,
     untrained_method,
 )
-from compressor.model.base import Base, load_base
+from compressor.model.base import Base
 from compressor.model.checkpoint import compressor_fingerprint, fetch_checkpoint, find_base, read_settings
 from compressor.model.config import BaseConfig
+from compressor.model.load import load_base
 
 SIZES = (4, 1)
 """Numbers of memory tokens, besides all, that bounds are shown with where none is asked for."""
@@ -114,7 +115,7 @@ class Methods:
         config = self.config
         plain = [name for name, _ in self.specs if name in UNTRAINED]
         if plain:
-            settings = MethodSettings(config.summariser, config.keyword_language, config.llmlingua)
+            settings = MethodSettings(config.summariser, config.llmlingua)
             base = self._plain_base()
             self._note_base(base)
             made = [untrained_method(name, base, settings) for name in plain]

@@ -102,8 +102,6 @@ class TaskSettings(ItemSettings):
     """What refine_steps start from: the memory that the encoder makes, or random vectors, to see what that is worth."""
     summariser: str | None = None
     """Seq2seq summariser (folder or hub id) of the method summary; by default sentences are extracted."""
-    keyword_language: str = "en"
-    """Language of the method keywords."""
     llmlingua: str = "microsoft/llmlingua-2-bert-base-multilingual-cased-meetingbank"
     """Token classifier (folder or hub id) of the method llmlingua2."""
 

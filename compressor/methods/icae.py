@@ -5,12 +5,12 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from compressor.model.base import Base
-from compressor.model.config import CompressorConfig, Layout
-from compressor.model.encoder import AdaptedBase, Encoder, initial_memory, memory_pass, prefill
+from compressor.model.config import CompressorConfig
+from compressor.model.encoder import AdaptedBase, EmbeddingEncoder, initial_memory, memory_pass
 from compressor.model.table import LAYOUTS
 
 
-class ICAEEncoder(Encoder):
+class ICAEEncoder(EmbeddingEncoder):
     """The adapted base's last hidden states at k memory tokens stand in for the passage's embeddings."""
 
     reads_hidden_states = True
@@ -20,19 +20,11 @@ class ICAEEncoder(Encoder):
         super().__init__(base, config)
         self.memory_embeddings = nn.Parameter(initial_memory(base, config))
 
-    def values_per_token(self, base: Base) -> int:
-        return base.hidden
-
     @property
     def truncatable(self) -> bool:
         return LAYOUTS[self.config.layout].truncatable
 
-    @property
-    def memory_layout(self) -> Layout:
-        return "front"
-
-    def encode(self, model: AdaptedBase, passages: Tensor, lengths: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
-        """See `Encoder.encode`."""
+    def embedded(self, model: AdaptedBase, passages: Tensor, lengths: Tensor, tokens: int) -> Tensor:
+        """See `EmbeddingEncoder.embedded`."""
         with memory_pass(model, self.memory_embeddings[:tokens], passages, lengths) as reading:
-            states = model.base.hidden_states(*reading)[:, -tokens:]
-        return prefill(model, states, lengths, self.memory_layout, self.config.memory_tokens)
+            return model.base.hidden_states(*reading)[:, -tokens:]

@@ -13,9 +13,10 @@ import torch
 
 from compressor.errors import CompressorError
 from compressor.model.base import Base
-from compressor.model.generation import token_prefix
-from compressor.model.memory import Memory, Prefix, memory_prefix
+from compressor.model.likelihood import token_prefix
+from compressor.model.memory import Memory, memory_prefix
 from compressor.model.network import Network
+from compressor.model.prefix import Prefix
 from compressor.model.refinement import random_start, refine
 
 BF16 = 2
@@ -28,7 +29,6 @@ class MethodSettings:
 
     summariser: str | None = None
     """Folder or hub id of a seq2seq summariser; by default sentences are extracted."""
-    keyword_language: str = "en"
     llmlingua: str = "microsoft/llmlingua-2-bert-base-multilingual-cased-meetingbank"
     """Folder or hub id of LLMLingua-2's token classifier."""
 

@@ -7,11 +7,11 @@ from torch import Tensor, nn
 
 from compressor.model.base import Base
 from compressor.model.config import CompressorConfig, Layout
-from compressor.model.encoder import AdaptedBase, Encoder, encoder_attention, prefill
+from compressor.model.encoder import AdaptedBase, EmbeddingEncoder, encoder_attention
 from compressor.model.lora import READER, adapter
 
 
-class MeanPoolEncoder(Encoder):
+class MeanPoolEncoder(EmbeddingEncoder):
     """The adapted base reads the passage; k averages of its last hidden states, mapped linearly, stand in for it."""
 
     reads_hidden_states = True
@@ -25,9 +25,6 @@ class MeanPoolEncoder(Encoder):
             self.map.weight.copy_(torch.eye(base.hidden) * scale)
             self.map.bias.zero_()
 
-    def values_per_token(self, base: Base) -> int:
-        return base.hidden
-
     @property
     def truncatable(self) -> bool:
         return False
@@ -36,15 +33,15 @@ class MeanPoolEncoder(Encoder):
     def memory_layout(self) -> Layout:
         return "spread"
 
-    def encode(self, model: AdaptedBase, passages: Tensor, lengths: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
-        """See `Encoder.encode`."""
+    def embedded(self, model: AdaptedBase, passages: Tensor, lengths: Tensor, tokens: int) -> Tensor:
+        """See `EmbeddingEncoder.embedded`."""
         batch, width = passages.shape
         positions = torch.arange(width, device=passages.device).expand(batch, -1)
         allowed = encoder_attention(lengths, width, 0, self.config.passage_attention == "bidirectional")
         with adapter(READER):
             states = model.base.hidden_states(model.base.embeddings(passages), positions, allowed)
         pooled = block_means(lengths, width, tokens).to(states.dtype) @ states
-        return prefill(model, self.map(pooled.float()), lengths, self.memory_layout, self.config.memory_tokens)
+        return self.map(pooled.float())
 
 
 def block_means(lengths: Tensor, width: int, blocks: int) -> Tensor:

@@ -11,8 +11,10 @@ from collections.abc import Sequence
 
 from compressor.methods.interface import MemoryMethod, Piece, token_reach
 from compressor.model.base import Base
-from compressor.model.generation import regenerate, token_prefix
-from compressor.model.memory import Memory, Prefix
+from compressor.model.generation import regenerate
+from compressor.model.likelihood import token_prefix
+from compressor.model.memory import Memory
+from compressor.model.prefix import Prefix
 
 
 class Recite(MemoryMethod):

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from compressor.model.base import Base
-from compressor.model.config import CompressorConfig, Layout
-from compressor.model.encoder import AdaptedBase, Encoder, encoder_attention, prefill
+from compressor.model.config import CompressorConfig
+from compressor.model.encoder import AdaptedBase, EmbeddingEncoder, encoder_attention
 from compressor.model.fingerprints import fingerprint
 from compressor.model.text_encoder import load_text_encoder, pooled
 
 
-class SentenceEmbeddingEncoder(Encoder):
+class SentenceEmbeddingEncoder(EmbeddingEncoder):
     """One vector of a frozen encoder becomes k input embeddings; only the projection is trained.
 
     The text encoder is any that transformers loads (DistilBERT, a sentence encoder: `compressor.text_encoder`), its
@@ -36,16 +36,9 @@ class SentenceEmbeddingEncoder(Encoder):
             nn.Linear(size, 4 * base.hidden), nn.GELU(), nn.Linear(4 * base.hidden, config.memory_tokens * base.hidden)
         )
 
-    def values_per_token(self, base: Base) -> int:
-        return base.hidden
-
     @property
     def truncatable(self) -> bool:
         return True
-
-    @property
-    def memory_layout(self) -> Layout:
-        return "front"
 
     @property
     def frozen_fingerprint(self) -> str | None:
@@ -69,8 +62,7 @@ class SentenceEmbeddingEncoder(Encoder):
         ]
         return pooled(encoder.to(passages.device), tokenizer, texts)
 
-    def encode(self, model: AdaptedBase, passages: Tensor, lengths: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
-        """See `Encoder.encode`."""
+    def embedded(self, model: AdaptedBase, passages: Tensor, lengths: Tensor, tokens: int) -> Tensor:
+        """See `EmbeddingEncoder.embedded`."""
         projected = self.projection(self.norm(self.embed(model, passages, lengths)))
-        embedded = projected.view(len(passages), self.config.memory_tokens, -1)[:, :tokens]
-        return prefill(model, embedded, lengths, self.memory_layout, self.config.memory_tokens)
+        return projected.view(len(passages), self.config.memory_tokens, -1)[:, :tokens]

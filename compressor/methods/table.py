@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 PACKAGE = "compressor.methods"
 TRAINED = METHODS
 UNTRAINED: dict[str, str] = {
-    "full": "full:Full",
-    "none": "none:Nothing",
+    "full": "bounds:Full",
+    "none": "bounds:Nothing",
     "truncate": "truncate:Truncate",
     "keywords": "keywords:Keywords",
     "summary": "summary:Summary",

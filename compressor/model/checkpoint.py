@@ -17,11 +17,12 @@ from torch import Tensor
 
 from compressor.errors import CompressorError, as_path, require
 from compressor.files import FolderKind, atomic_folder, bundled, read_json, sha256, unreadable, write_json
-from compressor.model.base import Base, load_base
+from compressor.model.base import Base
 from compressor.model.bases import NAMED, default_checkpoint
 from compressor.model.card import model_card
 from compressor.model.config import BaseConfig, BaseMismatch, CompressorConfig
 from compressor.model.fingerprints import public_name
+from compressor.model.load import load_base
 from compressor.model.lora import READER
 from compressor.processes import check_dtype
 from compressor.progress import note_once

@@ -14,7 +14,7 @@ from compressor.model.kernels import GROUPED, Context, Sharing
 
 if TYPE_CHECKING:
     from compressor.model.base import Base
-    from compressor.model.memory import Prefix
+    from compressor.model.prefix import Prefix
 
 BLOCK = 32
 """Columns by which what a step attends to grows: kernels are built for each width."""

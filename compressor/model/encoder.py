@@ -106,23 +106,28 @@ class Encoder(nn.Module):
         raise NotImplementedError
 
 
-def prefill(model: AdaptedBase, embedded: Tensor, lengths: Tensor, layout: Layout, most: int) -> tuple[Tensor, Tensor]:
-    """Position-free keys and values of input embeddings that the base reads instead of a passage.
+class EmbeddingEncoder(Encoder):
+    """A method whose slots are input embeddings, which the base reads in the passage's place. Subclasses make them."""
 
-    Args:
-        embedded: `[batch, k, hidden]`.
-        lengths: passage tokens, int64 `[batch]`.
-        layout: where the embeddings stand.
-        most: slots of the compressor.
+    def values_per_token(self, base: Base) -> int:
+        return base.hidden
 
-    Returns:
-        Keys and values, each `[layers, batch, kv_heads, k, head_size]`.
-    """
-    batch, slots = embedded.shape[:2]
-    positions = memory_positions(layout, lengths, slots, most)
-    causal = torch.ones(slots, slots, dtype=torch.bool, device=embedded.device).tril().expand(batch, -1, -1)
-    keys, values = model.base.keys_and_values(embedded.to(model.base.dtype), positions, causal)
-    return model.base.rotate(keys, positions, inverse=True), values
+    @property
+    def memory_layout(self) -> Layout:
+        return "front"
+
+    def embedded(self, model: AdaptedBase, passages: Tensor, lengths: Tensor, tokens: int) -> Tensor:
+        """Input embeddings `[batch, k, hidden]`; arguments as for `encode`."""
+        raise NotImplementedError
+
+    def encode(self, model: AdaptedBase, passages: Tensor, lengths: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+        """See `Encoder.encode`: keys and values of the embeddings, read without adapters."""
+        embedded = self.embedded(model, passages, lengths, tokens)
+        batch, slots = embedded.shape[:2]
+        positions = memory_positions(self.memory_layout, lengths, slots, self.config.memory_tokens)
+        causal = torch.ones(slots, slots, dtype=torch.bool, device=embedded.device).tril().expand(batch, -1, -1)
+        keys, values = model.base.keys_and_values(embedded.to(model.base.dtype), positions, causal)
+        return model.base.rotate(keys, positions, inverse=True), values
 
 
 class Reading(NamedTuple):

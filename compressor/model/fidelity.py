@@ -14,15 +14,18 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from compressor.errors import CompressorError
 from compressor.model.base import Base
-from compressor.model.generation import rewrite, score
-from compressor.model.memory import Memory, Prefix, memory_prefix
+from compressor.model.generation import rewrite
+from compressor.model.likelihood import score
+from compressor.model.memory import Memory, memory_prefix
 from compressor.model.network import Network
+from compressor.model.prefix import Prefix
 from compressor.model.refinement import refine
 
 LITTLE = 0.9
@@ -30,7 +33,7 @@ LITTLE = 0.9
 
 
 def passage_scores(base: Base, prefix: Prefix, passages: Sequence[Sequence[int]]) -> list[Tensor]:
-    """Scores (`generation.score`) of each passage and its EOS after a prefix, as a regeneration begins: with BOS."""
+    """Scores (`likelihood.score`) of each passage and its EOS after a prefix, as a regeneration begins: with BOS."""
     return score(base, prefix, [[base.bos]] * len(passages), [[*ids, base.eos] for ids in passages])
 
 
@@ -102,8 +105,8 @@ def noted(
     ]
 
 
-def edits(wanted: Sequence[int], found: Sequence[int]) -> int:
-    """Fewest tokens to insert, delete or replace so that one becomes the other (Levenshtein)."""
+def edits(wanted: Sequence[Any], found: Sequence[Any]) -> int:
+    """Fewest tokens, or words, to insert, delete or replace so that one becomes the other (Levenshtein)."""
     columns, target = np.arange(len(found) + 1), np.asarray(found)
     row = columns
     for count, token in enumerate(wanted, 1):

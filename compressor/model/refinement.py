@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from compressor.data.batches import regeneration_pair, stack_pairs
 from compressor.errors import CompressorError
 from compressor.model.base import Base
-from compressor.model.generation import label_nats
+from compressor.model.likelihood import label_nats
 from compressor.model.memory import Memory, memory_prefix
 from compressor.progress import Progress
 

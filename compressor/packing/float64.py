@@ -17,8 +17,8 @@ from transformers import DynamicCache
 
 from compressor.model.base import Base
 from compressor.model.fingerprints import FULL_HASH_VALUES
-from compressor.model.generation import decode
-from compressor.model.memory import Prefix, empty_prefix
+from compressor.model.likelihood import decode
+from compressor.model.prefix import Prefix, empty_prefix
 from compressor.packing.frequencies import check_vocabulary
 
 IDENTITY_BYTES = 3

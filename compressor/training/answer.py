@@ -15,8 +15,9 @@ from compressor.data.instructions import Prompt, load_prompt
 from compressor.data.questions import load_questions
 from compressor.errors import CompressorError
 from compressor.model.encoder import pad
-from compressor.model.generation import after, generate, label_nats, token_prefix
-from compressor.model.memory import Prefix, empty_prefix
+from compressor.model.generation import after, generate
+from compressor.model.likelihood import label_nats, token_prefix
+from compressor.model.prefix import Prefix, empty_prefix
 from compressor.processes import summed
 from compressor.progress import note
 from compressor.training.checkpoints import VALIDATION

@@ -32,8 +32,8 @@ from compressor.evaluation.tasks.regeneration import Regeneration
 from compressor.methods.interface import MemoryMethod, Method, Piece, check_tokens
 from compressor.model.base import Base
 from compressor.model.checkpoint import compressor_fingerprint
-from compressor.model.generation import score
-from compressor.model.memory import Prefix
+from compressor.model.likelihood import score
+from compressor.model.prefix import Prefix
 from compressor.unfinished import Unfinished
 
 DEFAULT_DATA = ("arxiv-test", "squad-dev", "arxivqa-test")

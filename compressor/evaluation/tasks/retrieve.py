@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from compressor.data.bad_records import BadRecords
-from compressor.data.left_out import LeftOut
+from compressor.data.instructions import Prompt
 from compressor.data.questions import HUB_NAMES, load_questions
-from compressor.data.records import record_id, text_field, text_value
-from compressor.data.sources import Hub, Row, read_rows, resolve
+from compressor.data.records import TEXT_FIELDS, rows_of
+from compressor.data.sources import resolve
 from compressor.errors import CompressorError
 from compressor.evaluation.metrics import FigureOf, ratio
 from compressor.evaluation.tasks.interface import Item, Result, Task, tokenised
 from compressor.methods.interface import Method, Piece
-from compressor.model.generation import after, score
+from compressor.model.generation import after
+from compressor.model.likelihood import score
 
 QUESTION_STARTS, TITLE_STARTS = "\nQuestion:", "\nTitle:"
 """What stands between a memory and the query."""
@@ -47,12 +47,21 @@ class Retrieve(Task):
 
     def load(self, source: str, config: Any) -> list[dict[str, str]]:
         """`id`, `text`, `query` and what `starts` the query, of the first `limit` passages that differ."""
-        bad = BadRecords(config.skip_bad_records, self.left_out)
-        pairs = _titles(source, config, bad) or _questions(source, config, self.left_out)
-        bad.finish(source, config.limit is not None)
+        titled = source not in HUB_NAMES and _titled(source, config)
+        columns = {"context": [config.text_field] if config.text_field else list(TEXT_FIELDS), "answers": ["title"]}
+        records = load_questions(
+            source,
+            split=config.split,
+            limit=config.limit if titled else None,
+            columns=config.question_columns or None,
+            skip_bad_records=config.skip_bad_records,
+            left_out=self.left_out,
+            prompt=Prompt(instruction="Title?", columns=columns) if titled else None,
+        )
         found: dict[str, dict[str, str]] = {}
-        for pair in pairs:
-            found.setdefault(pair["text"], pair)
+        for one in records:
+            asked, starts = (one.answers[0], TITLE_STARTS) if titled else (one.question, QUESTION_STARTS)
+            found.setdefault(one.context, {"id": one.id, "text": one.context, "query": asked, "starts": starts})
             if len(found) == config.limit:
                 break
         if len(found) < 2:
@@ -141,41 +150,11 @@ def reciprocal_rank(scores: Sequence[float], own: int) -> tuple[float, float]:
     return sum(1 / rank for rank in ranks) / tied, (0.0 if better else 1 / tied)
 
 
-def _titles(source: str, config: Any, bad: BadRecords) -> list[dict[str, str]]:
-    """Passages with their titles, if the source is files of passages with titles and without questions."""
-    # Questions alone are known by short names.
-    places = [] if source in HUB_NAMES else resolve(source, split=config.split)
-    if not places or any(isinstance(place, Hub) for place in places):
-        return []
-    found: list[dict[str, str]] = []
-
-    def pair(at: tuple[Path, Row]) -> dict[str, str] | None:
-        place, row = at
-        if "title" not in row.values or {"question", "qas", "context"} & set(row.values):
-            return None
-        text = text_value(row, text_field(row.values, config.text_field, row.where))
-        identity = record_id(row, default=f"{place.name}:{row.number}")
-        return {"id": identity, "text": text, "query": text_value(row, "title"), "starts": TITLE_STARTS}
-
-    rows = ((place, row) for place in places if isinstance(place, Path) for row in read_rows(place, bad=bad))
-    for one in bad.usable(rows, pair):
-        if one is None:
-            return []
-        found.append(one)
-        if len(found) == config.limit:
-            break
-    return found
-
-
-def _questions(source: str, config: Any, left_out: LeftOut) -> list[dict[str, str]]:
-    records = load_questions(
-        source,
-        split=config.split,
-        columns=config.question_columns or None,
-        skip_bad_records=config.skip_bad_records,
-        left_out=left_out,
-    )
-    return [
-        {"id": record.id, "text": record.context, "query": record.question, "starts": QUESTION_STARTS}
-        for record in records
-    ]
+def _titled(source: str, config: Any) -> bool:
+    """Whether a source is passages with titles, and not questions."""
+    place = resolve(source, split=config.split)[0]
+    try:
+        fields = next(rows_of(place, config.split, BadRecords(skip=True))).values
+    except CompressorError:  # such as a document of questions; whoever reads it says what is wrong
+        return False
+    return "title" in fields and not {"question", "qas", "context"} & set(fields)

@@ -1,0 +1,172 @@
+"""What a base makes of tokens that are given, after a prefix: logits, nats of labels, log-probabilities.
+
+The base runs as it is: adapters run inside an encoder alone (`lora.adapter`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compressor.data.batches import IGNORED
+from compressor.model.base import Base
+from compressor.model.decoding import roomy_cache, shares
+from compressor.model.encoder import encoder_attention, pad
+from compressor.model.prefix import Prefix, empty_prefix
+
+HEAD_ROWS = 128
+"""Positions whose logits are held at a time in training."""
+
+
+def decode(base: Base, prefix: Prefix, ids: Tensor) -> Tensor:
+    """Next-token logits for `ids` after a prefix.
+
+    Args:
+        ids: int64 `[batch, width]`, padded on the right (causal attention keeps padding from mattering).
+
+    Returns:
+        `[batch, width, vocabulary]`; differentiable with respect to the prefix.
+    """
+    return _read(base, base.model, prefix, ids).logits
+
+
+def logits_at(base: Base, prefix: Prefix, ids: Tensor, where: Tensor) -> Tensor:
+    """`decode` at some places alone, bool `[batch, width]`: float `[places, vocabulary]`."""
+    if not base.plain_head:
+        return decode(base, prefix, ids)[where]
+    return base.logits(_read(base, base.model.get_decoder(), prefix, ids).last_hidden_state[where])
+
+
+def label_nats(base: Base, prefix: Prefix, ids: Tensor, labels: Tensor) -> Tensor:
+    """Negative log-likelihood of labels after a prefix, summed over each row.
+
+    Args:
+        ids, labels: int64 `[batch, width]`; labels of `IGNORED` do not count.
+
+    Returns:
+        Nats, float32 `[batch]`; differentiable with respect to the prefix. Logits are made only where there is a label,
+        a few rows at a time, and none are kept.
+    """
+    where = labels != IGNORED
+    if base.plain_head:
+        states = _read(base, base.model.get_decoder(), prefix, ids).last_hidden_state[where]
+        nats: Tensor = _HeadNats.apply(states, labels[where], base)
+    else:
+        nats = nn.functional.cross_entropy(decode(base, prefix, ids)[where].float(), labels[where], reduction="none")
+    return torch.zeros(labels.shape, device=ids.device).masked_scatter(where, nats).sum(1)
+
+
+class _HeadNats(torch.autograd.Function):
+    """Cross-entropy of a frozen output layer, whose gradient is taken in the forward pass, chunk by chunk.
+
+    So neither pass holds the logits of more than `HEAD_ROWS` positions, and no product is computed twice (as in Liger,
+    arXiv 2410.10989).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, labels: Tensor, base: Base) -> Tensor:
+        """Nats float32 `[places]` of last hidden states `[places, hidden]` and labels int64 `[places]`."""
+        nats, gradients = [], []
+        for chunk, wanted in zip(states.split(HEAD_ROWS), labels.split(HEAD_ROWS), strict=True):
+            with torch.set_grad_enabled(ctx.needs_input_grad[0]):
+                chunk = chunk.detach().requires_grad_(ctx.needs_input_grad[0])
+                found = nn.functional.cross_entropy(base.logits(chunk).float(), wanted, reduction="none")
+                if ctx.needs_input_grad[0]:
+                    # Not `autograd.grad`, which hooks on modules (FLOP counters, sharding) do not bear.
+                    found.sum().backward()
+                    gradients.append(chunk.grad)
+            nats.append(found.detach())
+        if gradients:
+            ctx.save_for_backward(torch.cat(gradients))
+        return torch.cat(nats)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * upstream[:, None].to(gradient.dtype), None, None
+
+
+def _read(base: Base, part: nn.Module, prefix: Prefix, ids: Tensor, **options: bool) -> Any:
+    """What the base's model, or its decoder, gives for `ids` after a prefix, as for `decode`."""
+    width = ids.shape[1]
+    base.check_window(0, prefix.start + width - 1)
+    columns = torch.arange(width, device=ids.device)
+    if shares(base, prefix) and not torch.is_grad_enabled():
+        cache, total = roomy_cache(base, prefix, width)
+    else:
+        cache, total = prefix.to_cache(), prefix.slots + width
+    allowed = torch.zeros(len(ids), width, total, dtype=torch.bool, device=ids.device)
+    allowed[:, :, : prefix.slots] = prefix.mask[:, None, :]
+    allowed[:, :, prefix.slots : prefix.slots + width] = columns[:, None] >= columns[None, :]
+    return part(
+        input_ids=ids,
+        position_ids=prefix.start[:, None] + columns[None],
+        attention_mask=base.attention_mask(allowed),
+        past_key_values=cache,
+        use_cache=True,
+        **options,
+    )
+
+
+def token_prefix(base: Base, rows: Sequence[Sequence[int]]) -> Prefix:
+    """Keys and values of `BOS tokens` in every layer; an empty prefix where no row has a token."""
+    if not any(rows):
+        return empty_prefix(base, len(rows))
+    ids, lengths = pad([[base.bos, *row] for row in rows], base.device)
+    width = ids.shape[1]
+    columns = torch.arange(width, device=base.device)
+    allowed = encoder_attention(lengths, width, 0, bidirectional=False)
+    keys, values = base.keys_and_values(base.embeddings(ids), columns.expand(len(rows), -1), allowed)
+    return Prefix(list(keys), list(values), columns[None] < lengths[:, None], lengths)
+
+
+@torch.no_grad()
+def score(
+    base: Base, prefix: Prefix, prompts: Sequence[Sequence[int]], targets: Sequence[Sequence[int]]
+) -> list[Tensor]:
+    """Log-probability of each target token after prefix and prompt.
+
+    Returns:
+        For each row float32 `[target tokens, 2]`: log-probability in nats, and 1 where the token is the first choice.
+    """
+    ids = _inputs(base, prompts, targets)
+    where = torch.zeros_like(ids, dtype=torch.bool)
+    for row, prompt, target in zip(where, prompts, targets, strict=True):
+        row[len(prompt) - 1 : len(prompt) - 1 + len(target)] = True
+    wanted = torch.tensor([token for target in targets for token in target], device=base.device)
+    if base.plain_head:
+        states = _read(base, base.model.get_decoder(), prefix, ids).last_hidden_state[where]
+        chunks = (base.logits(chunk) for chunk in states.split(HEAD_ROWS))
+    else:
+        chunks = iter(decode(base, prefix, ids)[where].split(HEAD_ROWS))
+    scores = []
+    for logits, tokens in zip(chunks, wanted.split(HEAD_ROWS), strict=True):
+        scores.append(torch.stack([logprobs_of(logits.float(), tokens), (logits.argmax(-1) == tokens).float()], dim=1))
+    return list(torch.cat(scores).cpu().split([len(target) for target in targets]))
+
+
+def logprobs_of(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Natural log-probabilities `[rows]` of tokens `[rows]` by float32 logits `[rows, vocabulary]`."""
+    return logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(1)
+
+
+def label_scores(
+    base: Base, prefix: Prefix, prompts: Sequence[Sequence[int]], labels: Sequence[Sequence[Sequence[int]]]
+) -> list[list[float]]:
+    """Mean log-probability a token of each row's labels (token ids, without EOS) after prefix and prompt."""
+    found: list[list[float]] = [[] for _ in prompts]
+    for place in range(max(map(len, labels))):
+        rows = [row for row, own in enumerate(labels) if place < len(own)]
+        chosen = prefix.select(torch.tensor(rows, device=base.device))
+        scored = score(base, chosen, [prompts[row] for row in rows], [labels[row][place] for row in rows])
+        for row, one in zip(rows, scored, strict=True):
+            found[row].append(float(one[:, 0].double().mean()))
+    return found
+
+
+def _inputs(base: Base, prompts: Sequence[Sequence[int]], targets: Sequence[Sequence[int]]) -> Tensor:
+    """`prompt target` of each row without its last token, which nothing follows, int64 `[batch, width]`."""
+    return pad([[*prompt, *target][:-1] for prompt, target in zip(prompts, targets, strict=True)], base.device)[0]
