@@ -393,8 +393,6 @@ def test_keywords_in_the_order_of_importance_fill_the_prompt(tiny_base: Base) ->
 
 
 def test_keywords_refuse_what_they_cannot_do(tiny_base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(CompressorError, match=r"'xx' is not known to yake: give one of ar, .*en"):
-        untrained_method("keywords", tiny_base, MethodSettings(keyword_language="xx"))
     monkeypatch.setitem(sys.modules, "yake", None)
     with pytest.raises(CompressorError, match=r"kv-compressor\[keywords\]"):
         untrained_method("keywords", tiny_base, MethodSettings())
