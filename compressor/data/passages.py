@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from datasets import Dataset
 
+from compressor.data.batches import ROUND, Rounds
 from compressor.data.config import DataConfig
 from compressor.data.left_out import LeftOut
 from compressor.data.prompts import tokenise
 from compressor.data.records import load_texts
-from compressor.data.rounds import ROUND, Rounds
 from compressor.errors import CompressorError
 from compressor.processes import bars_on_terminals
 

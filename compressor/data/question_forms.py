@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from compressor.data.bad_records import BadRecord
+from compressor.data.left_out import BadRecord
 from compressor.data.sources import Row, type_name
 
 NO_ANSWER = "CANNOTANSWER"

@@ -14,9 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from compressor.data.bad_records import BadRecord, BadRecords
 from compressor.data.instructions import Prompt, either
-from compressor.data.left_out import LeftOut
+from compressor.data.left_out import BadRecord, BadRecords, LeftOut
 from compressor.data.question_forms import Question, answer_texts, context_text, question_text, rows_of_questions
 from compressor.data.records import load_hub, record_id, string_value, text_value
 from compressor.data.sources import Hub, Row, kind_of, read_document, read_rows, resolve, stem_of, type_name

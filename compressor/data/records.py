@@ -18,8 +18,7 @@ from typing import Any, NamedTuple
 
 import datasets
 
-from compressor.data.bad_records import REASON, BadRecord, BadRecords
-from compressor.data.left_out import LeftOut
+from compressor.data.left_out import REASON, BadRecord, BadRecords, LeftOut
 from compressor.data.sources import Hub, Row, kind_of, read_rows, resolve, type_name
 from compressor.errors import CompressorError
 from compressor.processes import bars_on_terminals

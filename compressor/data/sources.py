@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from compressor.data.bad_records import BadRecord, BadRecords
+from compressor.data.left_out import BadRecord, BadRecords
 from compressor.data.text_files import MOST_LINE, raw_lines, read_text, text_lines
 from compressor.errors import CompressorError
 from compressor.files import PROJECT, read_json, unreadable

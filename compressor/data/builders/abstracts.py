@@ -9,9 +9,9 @@ import unicodedata
 from collections.abc import Mapping
 from typing import Any
 
-from compressor.data.bad_records import BadRecord
 from compressor.data.builders.choice import CorpusConfig
 from compressor.data.examples import PUBLISHED_ID
+from compressor.data.left_out import BadRecord
 from compressor.data.records import date_value, record_id, string_value, text_field
 from compressor.data.sources import Row, type_name
 

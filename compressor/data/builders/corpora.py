@@ -14,12 +14,11 @@ from typing import Any
 
 import pyarrow as pa
 
-from compressor.data.bad_records import BadRecords
 from compressor.data.builders.abstracts import read_abstract
 from compressor.data.builders.choice import CorpusConfig
 from compressor.data.builders.selection import Selection
 from compressor.data.builders.shards import Sample, SplitWriter
-from compressor.data.left_out import LeftOut
+from compressor.data.left_out import BadRecords, LeftOut
 from compressor.data.records import rows_of
 from compressor.data.sources import MANIFEST, SPLITS, Hub, Row, resolve, split_of
 from compressor.errors import CompressorError

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from compressor.data.bad_records import BadRecords
 from compressor.data.instructions import Prompt
+from compressor.data.left_out import BadRecords
 from compressor.data.questions import HUB_NAMES, load_questions
 from compressor.data.records import TEXT_FIELDS, rows_of
 from compressor.data.sources import resolve
