@@ -1,9 +1,9 @@
 """What a forward pass of a Llama-like decoder costs: multiplications, and keys and values, by formula.
 
-For a base of L layers, hidden size h, a heads and b key-value heads of size d, MLP size i in m matrices (3 with a gate)
-and a vocabulary of V, a pass over s tokens after c cached ones that asks for logits at t of them takes
+For a base of L layers, hidden size h, a heads of size d and a vocabulary of V, a pass over s tokens after c cached ones
+that asks for logits at t of them takes
 
-    linear      2 s L (h d (a + 2 b) + a d h + m h i)
+    linear      2 s L w                                 w weights in the linear layers of a layer
     attention   4 s (c + s) L a d                       scores and their product with the values
     logits      2 t h V
 
@@ -16,7 +16,6 @@ adapters of P parameters that are not merged add 2 s P (Hu et al. 2021, arXiv 21
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 
 @dataclass(frozen=True)
@@ -25,48 +24,13 @@ class Shape:
 
     layers: int
     hidden: int
-    heads: int
-    kv_heads: int
-    head_size: int
-    intermediate: int
+    query_size: int
+    """Heads times their size."""
+    kv_size: int
+    """Key-value heads times their size."""
+    layer_weights: int
+    """Weights of the linear layers of one decoder layer."""
     vocabulary: int
-    mlp_matrices: int = 3
-
-    @staticmethod
-    def of(config: Any, mlp_matrices: int = 3) -> Shape:
-        """The sizes that a transformers configuration names."""
-        heads = config.num_attention_heads
-        return Shape(
-            layers=config.num_hidden_layers,
-            hidden=config.hidden_size,
-            heads=heads,
-            kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-            head_size=getattr(config, "head_dim", None) or config.hidden_size // heads,
-            intermediate=config.intermediate_size,
-            vocabulary=config.vocab_size,
-            mlp_matrices=mlp_matrices,
-        )
-
-    @property
-    def query_size(self) -> int:
-        return self.heads * self.head_size
-
-    @property
-    def kv_size(self) -> int:
-        return self.kv_heads * self.head_size
-
-    @property
-    def layer_weights(self) -> int:
-        """Weights of the linear layers of one decoder layer."""
-        attention = 2 * self.hidden * self.query_size + 2 * self.hidden * self.kv_size
-        return attention + self.mlp_matrices * self.hidden * self.intermediate
-
-    def lora_parameters(self, rank: int) -> int:
-        """Parameters of LoRA on every linear layer but those of the last layer that no memory depends on
-        (`compressor/model/lora.py`): its queries, its output and its MLP."""
-        key_value = 2 * (self.hidden + self.kv_size)
-        rest = 2 * (self.hidden + self.query_size) + self.mlp_matrices * (self.hidden + self.intermediate)
-        return rank * (self.layers * key_value + (self.layers - 1) * rest)
 
     def kv_bytes(self, positions: int, value_bytes: int) -> int:
         """Bytes of the keys and values of so many positions."""

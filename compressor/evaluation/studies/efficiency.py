@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from transformers import LlamaConfig
 
 from compressor.api import Compressor
 from compressor.errors import CompressorError
@@ -44,21 +43,17 @@ PUBLISHED = (
     "500xCompressor, arXiv 2408.03094 (ACL 2025), abstract; Llama-3-8B-Instruct, 500 tokens to 1): 27-90% less "
     "computation, 55-83% less memory"
 )
-LLAMA_RANK = 64
-"""LoRA rank of the published compressor."""
-
-
-def llama_shape() -> Shape:
-    """Llama-3-8B as its configuration file has it (arXiv 2407.21783, table 3)."""
-    config = LlamaConfig(
-        hidden_size=4096,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        intermediate_size=14336,
-        vocab_size=128256,
-    )
-    return Shape.of(config)
+LLAMA = Shape(
+    layers=32,
+    hidden=4096,
+    query_size=4096,
+    kv_size=1024,
+    layer_weights=2 * 4096 * (4096 + 1024) + 3 * 4096 * 14336,
+    vocabulary=128256,
+)
+"""Llama-3-8B (arXiv 2407.21783, table 3)."""
+LLAMA_ADAPTERS = 64 * (32 * 10_240 + 31 * 71_680)
+"""LoRA of rank 64 on its linear layers, in and out, but for what no memory depends on in the last one."""
 
 
 def efficiency(config: EfficiencySettings, accelerator: Accelerator, parts: Unfinished) -> Findings | None:
@@ -131,21 +126,18 @@ def check_settings(config: EfficiencySettings) -> None:
 
 
 def shape_of(model: Compressor) -> Shape:
-    """The base's sizes, checked against its weights; a `CompressorError` if the formulas do not describe it."""
-    base = model.base
-    parameters = {name: p for name, p in base.model.get_decoder().named_parameters() if "lora_" not in name}
-    held = sum(p.numel() for p in parameters.values() if p.dim() > 1) - base.embeddings.weight.numel()
-    for matrices in (3, 2):
-        try:
-            shape = Shape.of(base.model.config.get_text_config(), matrices)
-        except AttributeError:
-            break
-        if shape.layers * shape.layer_weights == held:
-            return shape
-    raise CompressorError(
-        f"{base.name} ({base.model.config.model_type}) has {held:,} weights in its layers, which are not those of "
-        "attention and an MLP of two or three matrices, so its FLOPs cannot be counted: use another base"
-    )
+    """The base's sizes; a `CompressorError` if the formulas do not describe it."""
+    base, config = model.base, model.base.model.config.get_text_config()
+    named = base.model.get_decoder().named_parameters()
+    weights = [p for name, p in named if "lora_" not in name and p.dim() > 1]
+    if any(p.dim() > 2 for p in weights):
+        raise CompressorError(
+            f"{base.name} ({config.model_type}) has experts, of which a token takes some, so its FLOPs cannot be "
+            "counted: use another base"
+        )
+    held = sum(p.numel() for p in weights) - base.embeddings.weight.numel()
+    queries, keys = config.num_attention_heads * base.head_size, base.kv_heads * base.head_size
+    return Shape(base.layers, base.hidden, queries, keys, held // base.layers, config.vocab_size)
 
 
 def lora_parameters(model: Compressor, adapter: str = READER) -> int:
@@ -252,12 +244,10 @@ def published_rows() -> list[dict[str, Any]]:
     values the second; all FLOPs do not.
     """
     rows: list[dict[str, Any]] = []
-    shape = llama_shape()
-    adapters = shape.lora_parameters(LLAMA_RANK)
     for prompt, (new_full, new_memory) in PROMPTS.items():
         for count in (100, 400):
-            setting = Setting(shape, LENGTH, count)
-            full, memory = setting.full(new_full), setting.memory(1, new_memory, adapters, bidirectional=False)
+            setting = Setting(LLAMA, LENGTH, count)
+            full, memory = setting.full(new_full), setting.memory(1, new_memory, LLAMA_ADAPTERS, bidirectional=False)
             found = {name: round(value, 1) for name, value in savings(full, memory).items()}
             rows.append({"prompt": prompt, "new_tokens": count, **found})
     return rows
