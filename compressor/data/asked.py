@@ -126,7 +126,6 @@ class QuestionPlan(Rounds[Draw]):
         self.sizes, self.shares = (np.array(one) for one in zip(*(shares or [(len(asked), 1.0)]), strict=True))
 
     def draw_round(self, rng: np.random.Generator, number: int) -> list[Draw]:
-        """See `Rounds`."""
         drawn = []
         if len(self.sizes) == 1:
             places = rng.integers(len(self.asked), size=ROUND)

@@ -123,5 +123,4 @@ class BatchPlan(Rounds[Piece]):
         return [Piece(*row) for row in zip(*columns, strict=True)]
 
     def draw_round(self, rng: np.random.Generator, number: int) -> list[Piece]:
-        """See `Rounds`."""
         return self.draw(rng, ROUND)

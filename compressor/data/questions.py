@@ -90,7 +90,7 @@ def load_questions(
         rows = _rows(place, split, limit is not None, bad)
         if prompt is not None:
             rows = _each(rows, prompt.rows, bad)
-        dataset = _default_dataset(place)
+        dataset = place.name if isinstance(place, Hub) else stem_of(place)
 
         def read(row: Row, dataset: str = dataset) -> tuple[Row, Question | None]:
             question = _question(row, dataset, columns or {}, keep_unanswerable)
@@ -138,10 +138,6 @@ def _hub_ids(source: Any) -> Any:
         return [_hub_ids(item) for item in source]
     text = os.fspath(source)
     return text if Path(text).exists() else HUB_NAMES.get(text, text)
-
-
-def _default_dataset(place: Path | Hub) -> str:
-    return place.name if isinstance(place, Hub) else stem_of(place)
 
 
 def _rows(place: Path | Hub, split: str | None, streaming: bool, bad: BadRecords) -> Iterator[Row]:

@@ -60,7 +60,10 @@ def place_questions(
         number = numbers[question.context]
         if number == len(windows):
             # Contexts come in the order of their first questions: each is tokenised when it is first needed.
-            windows += _tokenised(contexts[number : number + TOGETHER], tokenizer, most)
+            some = contexts[number : number + TOGETHER]
+            encoded = tokenizer(some, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+            rows = zip(some, encoded["input_ids"], encoded["offset_mapping"], strict=True)
+            windows += [Windows(context, ids, offsets, most) for context, ids, offsets in rows]
         found = windows[number].of(question)
         if found == "answer_not_found" and whole:
             found = 0, len(windows[number].ids)
@@ -70,12 +73,6 @@ def place_questions(
         key = (number, *found)
         ids = passages.setdefault(key, windows[number].ids[slice(*found)])
         yield Placed(question, number, found[0], ids)
-
-
-def _tokenised(contexts: Sequence[str], tokenizer: Any, most: int | None) -> list[Windows]:
-    encoded = tokenizer(list(contexts), add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    rows = zip(contexts, encoded["input_ids"], encoded["offset_mapping"], strict=True)
-    return [Windows(context, ids, offsets, most) for context, ids, offsets in rows]
 
 
 class Windows:
@@ -146,7 +143,7 @@ def answer_spans(question: Question) -> list[tuple[int, int]]:
         found = [spans for answer in question.answers if (spans := whole_words(question.context, answer, flags))]
         if found:
             first, others = found[0], found[1:]
-            agreeing = {one: sum(any(_overlap(one, two) for two in spans) for spans in others) for one in first}
+            agreeing = {(a, b): sum(any(a < d and c < b for c, d in spans) for spans in others) for a, b in first}
             best = [one for one in first if agreeing[one] == max(agreeing.values())]
             nearest = max(best, key=lambda one: _nearness(question, one)) if len(best) > 1 else best[0]
             return [nearest, *(one for one in first if one != nearest)]
@@ -187,10 +184,6 @@ def _within_word(text: str, edge: int) -> bool:
     before, after = text[edge - 1], text[edge]
     joined = all(one.isalnum() or one == "_" for one in (before, after))
     return joined and not (_UNSPACED.match(before) or _UNSPACED.match(after))
-
-
-def _overlap(one: tuple[int, int], two: tuple[int, int]) -> bool:
-    return one[0] < two[1] and two[0] < one[1]
 
 
 def _words(text: str) -> list[str]:

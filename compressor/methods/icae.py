@@ -25,6 +25,5 @@ class ICAEEncoder(EmbeddingEncoder):
         return LAYOUTS[self.config.layout].truncatable
 
     def embedded(self, model: AdaptedBase, passages: Tensor, lengths: Tensor, tokens: int) -> Tensor:
-        """See `EmbeddingEncoder.embedded`."""
         with memory_pass(model, self.memory_embeddings[:tokens], passages, lengths) as reading:
             return model.base.hidden_states(*reading)[:, -tokens:]

@@ -31,7 +31,6 @@ class Keywords(TextMethod):
             raise lacking("the method keywords", "yake", "keywords")
 
     def stand_ins(self, texts: Sequence[str], tokens: int) -> list[str]:
-        """See `TextMethod.stand_ins`."""
         from yake import KeywordExtractor
 
         extractor = KeywordExtractor(top=CANDIDATES * tokens)

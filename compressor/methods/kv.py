@@ -24,7 +24,6 @@ class KVEncoder(Encoder):
         return LAYOUTS[self.config.layout].truncatable
 
     def encode(self, model: AdaptedBase, passages: Tensor, lengths: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
-        """See `Encoder.encode`."""
         with memory_pass(model, self.memory_embeddings[:tokens], passages, lengths) as reading:
             keys, values = model.base.keys_and_values(*reading[:3], tokens, reading.cache)
         return model.base.rotate(keys, reading.positions[:, -tokens:], inverse=True), values

@@ -36,7 +36,6 @@ class LLMLingua2(TokenMethod):
         return cls(base, settings.llmlingua)
 
     def choose(self, passage: list[int], tokens: int) -> list[int]:
-        """See `TokenMethod.choose`."""
         if len(passage) <= tokens:
             return passage
         text = self.base.tokenizer.decode(passage, skip_special_tokens=True)

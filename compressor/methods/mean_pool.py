@@ -34,7 +34,6 @@ class MeanPoolEncoder(EmbeddingEncoder):
         return "spread"
 
     def embedded(self, model: AdaptedBase, passages: Tensor, lengths: Tensor, tokens: int) -> Tensor:
-        """See `EmbeddingEncoder.embedded`."""
         batch, width = passages.shape
         positions = torch.arange(width, device=passages.device).expand(batch, -1)
         allowed = encoder_attention(lengths, width, 0, self.config.passage_attention == "bidirectional")

@@ -35,7 +35,6 @@ class Reference500xEncoder(KVEncoder):
         return tokens == self.config.memory_tokens  # the published code trains a checkpoint for each number
 
     def encode(self, model: AdaptedBase, passages: Tensor, lengths: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
-        """See `Encoder.encode`."""
         batch, width = passages.shape
         padded = passages.new_full((batch, PUBLISHED_LENGTH), model.base.eos)
         shared = min(width, PUBLISHED_LENGTH)

@@ -42,7 +42,6 @@ class Summary(TextMethod):
         return cls(base, settings.summariser)
 
     def stand_ins(self, texts: Sequence[str], tokens: int) -> list[str]:
-        """See `TextMethod.stand_ins`."""
         if self.summariser is not None:
             return [self._written(text) for text in texts]
         found = []

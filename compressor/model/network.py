@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from numbers import Integral
 from typing import Any
 
 import torch
@@ -202,11 +201,6 @@ def token_ids(passages: Any, vocabulary: int) -> list[list[int]]:
             raise CompressorError(f"passage {number} is {type(passage).__name__}: give a list of token ids")
         ids = passage.tolist() if isinstance(passage, Tensor) else list(passage)
         for one in ids:
-            if isinstance(one, bool) or not isinstance(one, Integral):
-                raise CompressorError(
-                    f"passage {number} holds a {type(one).__name__}, not a token id: give whole numbers"
-                )
-            if not 0 <= int(one) < vocabulary:
-                raise CompressorError(f"passage {number} holds the token {one}: the base has 0 to {vocabulary - 1}")
+            require_whole(f"a token of passage {number}", one, 0, vocabulary - 1)
         found.append(list(map(int, ids)))
     return found

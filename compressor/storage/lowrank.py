@@ -88,17 +88,13 @@ class Transform:
         integers, models = self.quantise(components, level), self.models(level)
         total = 0.0
         for column in np.flatnonzero(models != entropy.DROPPED).tolist():
-            total += float(_bits(integers[:, column], int(models[column])).sum())
+            model, limit = int(models[column]), entropy.reach(int(models[column]))
+            places = np.clip(integers[:, column], -limit, limit) + limit
+            total += float((entropy.PRECISION - np.log2(entropy.table(model)[places])).sum())
         return total / (len(components) * self.synthesis.shape[1])
 
     def _basis(self) -> Tensor:
         return torch.ldexp(self.synthesis.double(), self.exponents.to(torch.int64))
-
-
-def _bits(integers: np.ndarray, model: int) -> np.ndarray:
-    """Bits that a model spends on integers, float64."""
-    limit = entropy.reach(model)
-    return entropy.PRECISION - np.log2(entropy.table(model)[np.clip(integers, -limit, limit) + limit])
 
 
 def fit(centred: Tensor, weights: Tensor, rank: int) -> Transform:

@@ -63,7 +63,8 @@ class Selection:
 
     def _split_of_date(self, record: dict[str, str], where: str) -> str:
         if record["date"]:
-            first, last = date_range(record["date"])
+            date = record["date"]
+            first, last = (f"{date}-01", f"{date}-31") if len(date) == len("yyyy-mm") else (date, date)
             if self._split_of_day(first) != self._split_of_day(last):
                 # A cut lies within the month: the record could be on either side of it.
                 return "month_holds_a_cut"
@@ -78,11 +79,6 @@ class Selection:
     def _split_of_day(self, day: str) -> str:
         pairs = zip(SPLITS, self.cuts, strict=True)
         return next((name for name, cut in pairs if day < cut), "after_test")
-
-
-def date_range(date: str) -> tuple[str, str]:
-    """First and last day that a date (yyyy-mm-dd or yyyy-mm) can mean, as text that compares rightly."""
-    return (f"{date}-01", f"{date}-31") if len(date) == len("yyyy-mm") else (date, date)
 
 
 def _hash(text: str) -> int:
