@@ -10,10 +10,10 @@ from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics.bleu import BLEU
 from sacrebleu.metrics.chrf import CHRF
 
+from compressor.evaluation.figures import FIGURES
 from compressor.evaluation.metrics import (
     BLEU_COLUMNS,
     CHRF_COLUMNS,
-    FIGURES,
     answer_scores,
     bleu,
     bleu_signature,
