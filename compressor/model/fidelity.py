@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from compressor.data.batches import by_length
 from compressor.errors import CompressorError
 from compressor.model.base import Base
 from compressor.model.generation import rewrite
@@ -61,9 +62,8 @@ def _pieces(memories: Sequence[Memory], passages: Sequence[Sequence[int]]) -> li
 def _shares(base: Base, pieces: Sequence[Piece], batch_size: int) -> tuple[dict[int, float], Counter[int]]:
     """By the number of their memory: what share of these segments comes back, and how many they are."""
     wrong, total, segments = Counter[int](), Counter[int](), Counter(owner for owner, *_ in pieces)
-    order = sorted(pieces, key=lambda piece: len(piece[2]))
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
+    for places in by_length([len(ids) for *_, ids in pieces], batch_size):
+        chosen = [pieces[place] for place in places]
         passages = [ids for *_, ids in chosen]
         prefix = memory_prefix(base, [memory for _, memory, _ in chosen])
         written = rewrite(base, prefix, passages, passage_scores(base, prefix, passages))

@@ -13,6 +13,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
+from compressor.data.batches import by_length
 from compressor.data.prompts import QUESTION, question_ids
 from compressor.errors import CompressorError, require_whole
 from compressor.model.base import Base
@@ -239,12 +240,9 @@ def regenerate_ids(
     require_whole("batch_size", batch_size)
     pieces = [(owner, part) for owner, memory in enumerate(memories) for part in memory.split()]
     written: list[list[int]] = [[] for _ in pieces]
-    # Rows of similar length end together, so that few steps run for rows that have ended.
-    order = sorted(range(len(pieces)), key=lambda i: pieces[i][1].passage_tokens)
     # Of one batch, its tokens are shown.
-    with Progress("writing", len(order), "segments", shown=len(order) > batch_size) as progress:
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
+    with Progress("writing", len(pieces), "segments", shown=len(pieces) > batch_size) as progress:
+        for chosen in by_length([part.passage_tokens for _, part in pieces], batch_size):
             parts = [pieces[i][1] for i in chosen]
             generations = generate(
                 base,

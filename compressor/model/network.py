@@ -17,7 +17,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from compressor.data.batches import equal_segments
+from compressor.data.batches import by_length, equal_segments
 from compressor.errors import CompressorError, require_whole
 from compressor.model.base import Base
 from compressor.model.config import CompressorConfig
@@ -169,10 +169,8 @@ class Network(nn.Module):
                 owners.append(owner)
                 segments.append(segment)
         parts: list[Memory | None] = [None] * len(segments)
-        order = sorted(range(len(segments)), key=lambda i: len(segments[i]))
-        with Progress("compressing", len(order), "segments") as progress:
-            for start in range(0, len(order), batch_size):
-                chosen = order[start : start + batch_size]
+        with Progress("compressing", len(segments), "segments") as progress:
+            for chosen in by_length(list(map(len, segments)), batch_size):
                 padded, lengths = pad([segments[i] for i in chosen], self.base.device)
                 keys, values = self.encode(padded, lengths, tokens)
                 for row, i in enumerate(chosen):

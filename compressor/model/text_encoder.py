@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from compressor.data.batches import by_length
 from compressor.errors import CompressorError
 from compressor.files import FolderKind, atomic_folder, sha256
 from compressor.model.bases import NamedBase, downloaded
@@ -160,10 +161,8 @@ class TextEncoder:
     def embed(self, texts: Sequence[str], question: bool = False) -> Tensor:
         """Vectors of length 1, float32 `[texts, size]`; a `question` may get another prompt than what it is to find."""
         prompt = self._prompts[0 if question else 1]
-        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
         vectors = torch.empty(len(texts), self.size)
-        for start in range(0, len(order), _BATCH):
-            chosen = order[start : start + _BATCH]
+        for chosen in by_length(list(map(len, texts)), _BATCH):
             some = [prompt + texts[i] for i in chosen]
             vectors[chosen] = pooled(self._model, self._tokenizer, some, self._most, self._first).cpu()
         return torch.nn.functional.normalize(vectors, dim=1)

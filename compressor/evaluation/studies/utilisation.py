@@ -19,6 +19,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from compressor.api import Compressor
+from compressor.data.batches import by_length
 from compressor.data.prompts import answer_text
 from compressor.errors import CompressorError
 from compressor.evaluation.batches import data_names, describe_data, items_hash, run_batches
@@ -180,10 +181,9 @@ class RegenerationProbe(Regeneration):
     def run(self, method: Method, items: Sequence[Item], contexts: Sequence[list[Piece]]) -> list[Result]:
         base = method.base
         flat = [(owner, piece) for owner, pieces in enumerate(contexts) for piece in pieces]
-        order = sorted(range(len(flat)), key=lambda i: len(flat[i][1].ids))
         results: list[Result] = [{} for _ in items]
-        for start in range(0, len(order), len(items)):
-            chosen = [flat[i] for i in order[start : start + len(items)]]
+        for places in by_length([len(piece.ids) for _, piece in flat], len(items)):
+            chosen = [flat[i] for i in places]
             targets = [[*piece.ids, base.eos] for _, piece in chosen]
             found = probe(method, [[piece] for _, piece in chosen], [[base.bos]] * len(chosen), targets)
             for (owner, _), one in zip(chosen, found, strict=True):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from compressor.data.batches import by_length
 from compressor.data.records import load_texts
 from compressor.evaluation.metrics import (
     BLEU_COLUMNS,
@@ -99,9 +100,7 @@ class Regeneration(Task):
         finished = [False] * len(flat)
         scores: list[list[float]] = [[] for _ in flat]
         # Segments of similar length end together; a batch of long passages has more segments than passages.
-        order = sorted(range(len(flat)), key=lambda i: len(flat[i].ids))
-        for start in range(0, len(order), len(items)):
-            chosen = order[start : start + len(items)]
+        for chosen in by_length([len(piece.ids) for piece in flat], len(items)):
             prefix = method.prefix([[flat[i]] for i in chosen])
             prompts = after(base, prefix, [[base.bos]] * len(chosen))
             targets = score(base, prefix, prompts, [[*flat[i].ids, base.eos] for i in chosen])
