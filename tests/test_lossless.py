@@ -25,7 +25,6 @@ from compressor.packing.float64 import ExactBase, Lockstep
 from compressor.packing.lossless import pack_bytes, pack_passage, split_text, unpack_bytes, unpack_passage
 from compressor.packing.ranges import RangeDecoder, RangeEncoder
 from compressor.packing.token_coder import Unencodable, decode_lanes, encode_lane
-from compressor.storage import container
 from compressor.storage.inspection import byte_ledger
 
 pytest.importorskip("zstandard")
@@ -660,16 +659,3 @@ def test_a_text_is_kept_with_its_memory(
     capsysbinary.readouterr()
     assert main(["regenerate", "--memory", str(tmp_path / "many"), "--id=a", "--exact", *base]) == 0
     assert capsysbinary.readouterr().out == b" exactly this  "
-
-
-def test_a_residual_of_an_older_file_is_left_out(tiny_compressor: Any, tmp_path: Path) -> None:
-    memory = tiny_compressor.compress("A passage of a few words.", 2)
-    memory.save(tmp_path / "m")
-    content = container.read(tmp_path / "m", "memory", "a memory file", 2)
-    settings = {name: value for name, value in content.settings.items() if name != "sha256"}
-    tensors = {**content.tensors, "residual": torch.ones(9, dtype=torch.uint8)}
-    (tmp_path / "m").write_bytes(container.serialise("memory", settings, tensors)[0])
-    with pytest.warns(UserWarning, match="compress again with --keep-text"):
-        found = Memory.load(tmp_path / "m")
-    assert torch.equal(found.keys, memory.keys)
-    assert found.text is None

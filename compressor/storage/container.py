@@ -69,15 +69,8 @@ def kind(path: str | Path) -> str | None:
     return None
 
 
-def read_header(path: str | Path, kind: str, what: str) -> tuple[dict[str, Any], dict[str, Any], bytes, int]:
-    """Settings, tensor entries, raw header (with its length) and file size, without reading the payload.
-
-    Nothing but the header is read, and no more than `MOST_HEADER` bytes of it. The digest is not checked here.
-
-    Raises:
-        CompressorError: not a safetensors file, or not of this kind.
-    """
-    path = as_path(path)
+def _header(path: Path, kind: str, what: str) -> tuple[dict[str, Any], bytes]:
+    """Settings and raw header (with its length): what is not of this kind is not read, however large."""
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -97,8 +90,7 @@ def read_header(path: str | Path, kind: str, what: str) -> tuple[dict[str, Any],
     except IsADirectoryError:
         raise CompressorError(f"{path} is a folder, not {what}") from None
     try:
-        entries = json.loads(header[8:].decode("utf-8"))
-        metadata = entries.pop("__metadata__", {})
+        metadata = json.loads(header[8:].decode("utf-8")).get("__metadata__", {})
         if kind not in metadata:
             raise CompressorError(f"{path} is a safetensors file but not {what}: it was written by something else")
         settings = json.loads(metadata[kind])
@@ -108,7 +100,7 @@ def read_header(path: str | Path, kind: str, what: str) -> tuple[dict[str, Any],
         raise
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise CompressorError(f"{path} is not {what}, or is damaged: its header cannot be read ({error})") from None
-    return settings, entries, header, size
+    return settings, header
 
 
 def read(path: str | Path, kind: str, what: str, newest: int) -> Content:
@@ -122,10 +114,11 @@ def read(path: str | Path, kind: str, what: str, newest: int) -> Content:
     Raises:
         CompressorError: missing, foreign, newer, truncated or damaged anywhere.
     """
-    settings, _, header, _ = read_header(path, kind, what)
+    path = as_path(path)
+    settings, header = _header(path, kind, what)
     check_format(settings, newest, str(path))
     try:
-        data = Path(path).read_bytes()
+        data = path.read_bytes()
     except OSError as error:
         raise CompressorError(f"{path} cannot be read: {error.strerror}") from None
     check_digest(data, len(header), settings, str(path))

@@ -7,7 +7,6 @@ file. Reading needs the base, not the adapters, and for calibrated codecs the ca
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -39,8 +38,6 @@ MOST_EXPANSION = 1 << 11
 WHAT = "a memory file"
 TEXT = "text"
 """Name of the tensor that holds a memory's passage, packed."""
-_RESIDUAL = "residual"
-"""Tensor of files before 0.2.0 that made regeneration exact."""
 
 
 def as_held(memory: Memory) -> str:
@@ -146,9 +143,6 @@ def read(path: str | Path) -> container.Content:
     Raises:
         CompressorError: see `load_memory`.
     """
-    found = container.read_header(path, "memory", WHAT)[0].get("format")
-    if type(found) is int and found == 1:
-        raise CompressorError(f"{path} has format 1, which no released version wrote: compress the passage again")
     return container.read(path, "memory", WHAT, FORMAT)
 
 
@@ -168,13 +162,7 @@ def restore(
         kept = tensors.get(TEXT)
         if kept is not None and (kept.dtype != torch.uint8 or kept.dim() != 1 or not len(kept)):
             raise CompressorError(f"{path} is damaged: its text is {kept.dtype} {tuple(kept.shape)}")
-        if _RESIDUAL in tensors:
-            warnings.warn(
-                f"{path} has a residual, with which versions before 0.2.0 regenerated its passage exactly; it is left "
-                "out: compress again with --keep-text where that matters",
-                stacklevel=2,
-            )
-        tensors = {name: tensor for name, tensor in tensors.items() if name not in (TEXT, _RESIDUAL)}
+        tensors = {name: tensor for name, tensor in tensors.items() if name != TEXT}
         layout, most = settings["layout"], whole(settings["most"], 1, MOST_TOKENS)
         if layout not in LAYOUTS:
             raise CompressorError(f"{path} has layout {str(layout)[:20]!r}, which this version does not know")
