@@ -44,7 +44,7 @@ def imported(path: Path) -> set[str]:
 def affected(paths: list[str]) -> list[str]:
     """Test files for changed files."""
     modules = {path.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for path in paths}
-    shared = "tests/conftest.py" in paths
+    shared = bool({"tests/conftest.py", "tests/forked.py"} & set(paths))
     found = {path for path in paths if path.startswith("tests/test_") and (ROOT / path).exists()}
     if any(path.startswith(DOCUMENTED) for path in paths):
         found.add("tests/test_readme.py")

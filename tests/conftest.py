@@ -28,9 +28,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: threads only cost
 os.environ.setdefault("ACCELERATE_USE_CPU", "true")  # the same figures on every machine; tests of a GPU say otherwise
 
 PROJECT = Path(__file__).resolve().parents[1]
-if str(PROJECT) not in sys.path:
-    sys.path.insert(0, str(PROJECT))
+for place in (PROJECT / "tests", PROJECT):
+    if str(place) not in sys.path:
+        sys.path.insert(0, str(place))
 
+from forked import Program  # noqa: E402
 
 _PARTIAL = {"partial_rotary_factor": 0.5, "rope_type": "default", "rope_theta": 10000.0}
 _SLIDING = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
@@ -394,45 +396,45 @@ sys.exit(train_main())
 
 
 class TrainingCommand:
-    """Runs `train.py` as a command of its own, with one process or through `accelerate launch`, on the CPU."""
+    """Runs `train.py` as a command of its own on the CPU: forked processes, or through `accelerate launch`."""
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.started: list[subprocess.Popen[str]] = []
+        self.started: list[Program | subprocess.Popen[str]] = []
 
     def start(
-        self, argv: list[str], processes: int = 1, dies_at: int | None = None, launch: str = "cpu.yaml"
-    ) -> subprocess.Popen[str]:
-        """Start it; with `dies_at`, its processes get SIGKILL at that micro-batch, however fast they are."""
+        self, argv: list[str], processes: int = 1, dies_at: int | None = None, launch: str | None = None
+    ) -> Program | subprocess.Popen[str]:
+        """Start it; with `dies_at`, its processes get SIGKILL at that micro-batch, however fast they are.
+
+        `launch`: a file of configs/accelerate; without one the processes are told of each other as launchers do it.
+        """
         script = PROJECT / "train.py"
         if dies_at is not None:
             script = self.folder / f"dies_at_{dies_at}.py"
             script.write_text(_DYING.format(project=str(PROJECT), index=dies_at))
-        command = [sys.executable]
-        if processes > 1:
-            launcher = "-m accelerate.commands.accelerate_cli launch --config_file configs/accelerate/"
-            command += [
-                *f"{launcher}{launch}".split(),
-                "--num_processes",
-                str(processes),
-                "--num_cpu_threads_per_process",
-                "1",
-            ]
-            command += ["--main_process_port", "0"]
         environment = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONWARNINGS": "ignore"}
-        process = subprocess.Popen(
-            [*command, str(script), *argv],
-            cwd=PROJECT,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
+        process: Program | subprocess.Popen[str]
+        if launch is None:
+            own = self.folder / f"program-{len(self.started)}"
+            own.mkdir()
+            process = Program([str(script), *argv], own, PROJECT, environment, processes, merged=True)
+        else:
+            launcher = f"-m accelerate.commands.accelerate_cli launch --config_file configs/accelerate/{launch} "
+            launcher += f"--num_processes {processes} --num_cpu_threads_per_process 1 --main_process_port 0"
+            process = subprocess.Popen(
+                [sys.executable, *launcher.split(), str(script), *argv],
+                cwd=PROJECT,
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                start_new_session=True,
+            )
         self.started.append(process)
         return process
 
-    def finish(self, process: subprocess.Popen[str]) -> str:
+    def finish(self, process: Any) -> str:
         """What a run printed that must end well."""
         printed = process.communicate(timeout=600)[0]
         assert process.returncode == 0, printed
@@ -443,7 +445,7 @@ class TrainingCommand:
         found = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
         return [{key: value for key, value in row.items() if key != "seconds"} for row in found]
 
-    def wait_for_rows(self, process: subprocess.Popen[str], output: Path, count: int) -> None:
+    def wait_for_rows(self, process: Any, output: Path, count: int) -> None:
         """Until the run has logged so many rows."""
         log, patience = output / "log.jsonl", time.monotonic() + 240
         while not log.exists() or log.read_text().count("\n") < count:
@@ -459,8 +461,21 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrainingComman
     yield command
     for process in command.started:
         if process.poll() is None:
-            os.killpg(process.pid, 9)
+            process.kill() if isinstance(process, Program) else os.killpg(process.pid, 9)
             process.wait()
+
+
+@pytest.fixture
+def program(tmp_path_factory: pytest.TempPathFactory, project: Path) -> Callable[..., tuple[int | None, str, str]]:
+    """Runs `python ARGUMENTS` in the project's folder: status, what it printed, its errors."""
+
+    def run(*argv: str | Path, cwd: Path = project, processes: int = 1, **environment: str) -> Any:
+        given = os.environ | {"ACCELERATE_USE_CPU": "true"} | environment
+        started = Program(argv, tmp_path_factory.mktemp("program"), cwd, given, processes)
+        out, err = started.communicate()
+        return started.returncode, out, err
+
+    return run
 
 
 @pytest.fixture(autouse=True, scope="session")

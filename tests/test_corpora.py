@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -472,14 +471,11 @@ def test_unknown_keys_and_commands_name_the_nearest(tmp_path: Path, capsys: pyte
         assert hint in capsys.readouterr().err
 
 
-def test_the_process_ends_with_status_2_and_no_traceback(tmp_path: Path) -> None:
+def test_the_process_ends_with_status_2_and_no_traceback(tmp_path: Path, program: Callable[..., Any]) -> None:
     (tmp_path / "s.jsonl").write_bytes(b"\xfa\xfe junk")
-    command = [sys.executable, "-m", "compressor", "corpus", "--source", "s.jsonl", "--output", "out"]
-    root = Path(__file__).resolve().parents[1]
-    done = subprocess.run(
-        command, cwd=tmp_path, env={"PYTHONPATH": str(root), "PATH": ""}, capture_output=True, text=True
-    )
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: s.jsonl line 1")
-    assert "Traceback" not in done.stderr
+    command = ("-m", "compressor", "corpus", "--source", "s.jsonl", "--output", "out")
+    status, _, errors = program(*command, cwd=tmp_path, PATH="")
+    assert status == 2
+    assert errors.startswith("error: s.jsonl line 1")
+    assert "Traceback" not in errors
     assert [path.name for path in tmp_path.iterdir()] == ["s.jsonl"]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,8 +16,6 @@ from compressor.commands.cli import main as cli
 from compressor.commands.demo import demo_main
 from compressor.commands.shown import mark_differences
 from compressor.model.base import Base
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def demo(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -31,22 +29,16 @@ def test_differences_are_marked_word_by_word() -> None:
     assert "\033[31m[-b-]" in mark_differences("a b", "a", colour=True)
 
 
-def test_the_demo_runs_offline_without_arguments(tmp_path: Path) -> None:
+def test_the_demo_runs_offline_without_arguments(tmp_path: Path, program: Callable[..., Any]) -> None:
     """Without the flagship's base it takes the compressor whose base ships with the project, and says so."""
-    run = subprocess.run(
-        [sys.executable, "demo.py"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env={"HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin", "KV_COMPRESSOR_CACHE": str(tmp_path)},
-    )
-    assert run.returncode == 0, run.stderr
-    assert "models/arxiv-mini/compressor is used" in run.stderr
-    assert "compressor fetch smollm2-135m" in run.stderr
-    assert "After 10 gradient steps" in run.stdout
-    assert "96 tokens -> 16 memory tokens (6x)" in run.stdout
-    assert "ROUGE-L" in run.stdout
-    assert "Traceback" not in run.stderr
+    status, shown, errors = program("demo.py", PATH="/usr/bin:/bin", KV_COMPRESSOR_CACHE=str(tmp_path))
+    assert status == 0, errors
+    assert "models/arxiv-mini/compressor is used" in errors
+    assert "compressor fetch smollm2-135m" in errors
+    assert "After 10 gradient steps" in shown
+    assert "96 tokens -> 16 memory tokens (6x)" in shown
+    assert "ROUGE-L" in shown
+    assert "Traceback" not in errors
 
 
 def test_json_has_the_documented_keys(capsys: pytest.CaptureFixture[str]) -> None:

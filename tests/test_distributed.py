@@ -20,8 +20,8 @@ from compressor.training.loop import start_run
 from compressor.training.sharding import sharding_asked
 
 PROJECT = Path(__file__).resolve().parents[1]
-STEPS = 16
-SCHEDULE = [f"--training.steps={STEPS}", "--training.checkpoint_every=5", "--training.validate_every=8"]
+STEPS = 10
+SCHEDULE = [f"--training.steps={STEPS}", "--training.checkpoint_every=4", "--training.validate_every=8"]
 
 
 @pytest.fixture(scope="module")
@@ -64,10 +64,10 @@ def test_two_killed_and_resumed_processes_repeat_the_run_bit_for_bit(
 ) -> None:
     output = tmp_path / "run"
     argv = [*training_options, *SCHEDULE, f"--output={output}"]
-    process = command.start(argv, processes=2, dies_at=14)  # both of them in step 8
+    process = command.start(argv, processes=2, dies_at=12)  # both of them in step 7
     printed = process.communicate(timeout=240)[0]
     assert process.returncode != 0, printed
-    assert [path.name for path in (output / "checkpoints").iterdir()] == ["step-0000005"]
+    assert [path.name for path in (output / "checkpoints").iterdir()] == ["step-0000004"]
     assert not (output / "final").exists()
     command.finish(command.start([*argv, "--training.resume=true"], processes=2))
     assert command.rows(output) == command.rows(pair[0])
@@ -106,7 +106,7 @@ def test_the_launcher_passes_a_signal_on_and_both_processes_save(
     # The launcher itself ends with status 1 and a traceback of its own; the run is saved all the same.
     output = tmp_path / "run"
     argv = [*training_options, "--training.steps=100000", "--training.checkpoint_every=100000", f"--output={output}"]
-    process = command.start(argv, processes=2)
+    process = command.start(argv, processes=2, launch="cpu.yaml")
     command.wait_for_rows(process, output, 3)
     process.send_signal(signal.SIGTERM)
     printed = process.communicate(timeout=240)[0]

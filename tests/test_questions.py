@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -397,23 +396,21 @@ def test_training_questions_are_about_other_abstracts() -> None:
     assert not train & test
 
 
-def test_contexts_become_passages_of_training(tmp_path: Path) -> None:
+def test_contexts_become_passages_of_training(tmp_path: Path, program: Callable[..., Any]) -> None:
     """runs/context-passages.py: every context whole, cut at each size, without its repetitions."""
     context = " ".join(f"word{place}" for place in range(60))
     asked = [{"context": text, "question": "q?", "answers": ["b"]} for text in (context, "A short b.", context)]
     path, output = write(tmp_path / "q.jsonl", *asked), tmp_path / "passages.jsonl"
-    script = Path(__file__).parents[1] / "runs" / "context-passages.py"
-    command = [sys.executable, str(script), str(path), "--tokens", "40", "500", "--output", str(output)]
-    run = subprocess.run(command, cwd=script.parents[1], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
+    script = "runs/context-passages.py"
+    status, _, errors = program(script, path, "--tokens", "40", "500", "--output", output)
+    assert status == 0, errors
     passages = [json.loads(line) for line in output.read_text().splitlines()]
     assert len({one["id"] for one in passages}) == len(passages)
     texts = [one["text"] for one in passages]
     assert texts[-1] == "A short b."
     assert texts.count(context) == 1
     assert "".join(texts[: texts.index(context)]).replace(" ", "") == context.replace(" ", "")
-    missing = [sys.executable, str(script), str(tmp_path / "none.jsonl"), "--output", str(tmp_path / "out.jsonl")]
-    refused = subprocess.run(missing, cwd=script.parents[1], capture_output=True, text=True)
-    assert refused.returncode == 2
-    assert "Traceback" not in refused.stderr
+    status, _, errors = program(script, tmp_path / "none.jsonl", "--output", tmp_path / "out.jsonl")
+    assert status == 2
+    assert "Traceback" not in errors
     assert not (tmp_path / "out.jsonl").exists()

@@ -17,11 +17,11 @@ from safetensors.torch import load_file, save_file
 
 from compressor.commands.train import train_main
 
-STEPS = 24
+STEPS = 12
 SCHEDULE = [
     f"--training.steps={STEPS}",
     "--training.gradient_accumulation_steps=2",
-    "--training.checkpoint_every=5",
+    "--training.checkpoint_every=4",
     "--training.validate_every=12",
 ]
 
@@ -36,17 +36,17 @@ def whole(tmp_path_factory: pytest.TempPathFactory, training_options: list[str],
 
 @pytest.fixture(scope="module")
 def resumed(tmp_path_factory: pytest.TempPathFactory, training_options: list[str], command: Any, whole: Path) -> Path:
-    """The same run, killed with SIGKILL in the middle of step 9 and continued."""
+    """The same run, killed with SIGKILL in the middle of step 7 and continued."""
     output = tmp_path_factory.mktemp("resumed") / "run"
     argv = [*training_options, *SCHEDULE, f"--output={output}"]
-    process = command.start(argv, dies_at=17)
+    process = command.start(argv, dies_at=13)
     printed = process.communicate(timeout=240)[0]
     assert process.returncode == -signal.SIGKILL, printed
-    assert len(command.rows(output)) == 8
+    assert len(command.rows(output)) == 6
     assert not (output / "final").exists()
-    assert [path.name for path in (output / "checkpoints").iterdir()] == ["step-0000005"]
+    assert [path.name for path in (output / "checkpoints").iterdir()] == ["step-0000004"]
     # What a kill while saving leaves.
-    (output / "checkpoints" / ".step-0000023.abcd1234" / "step-0000023").mkdir(parents=True)
+    (output / "checkpoints" / ".step-0000011.abcd1234" / "step-0000011").mkdir(parents=True)
     printed = command.finish(command.start([*argv, "--training.resume=true"]))
     assert "Traceback" not in printed
     return output

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -299,21 +300,20 @@ def test_a_named_encoder_is_downloaded_checked_and_kept(
 
 
 def test_the_command_resumes_after_sigkill_and_appends(
-    checkpoint: Path, passages: dict[str, str], tmp_path: Path, project: Path, capsys: pytest.CaptureFixture[str]
+    checkpoint: Path,
+    passages: dict[str, str],
+    tmp_path: Path,
+    project: Path,
+    program: Callable[..., Any],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     first = dict(list(passages.items())[:9])
     corpus, folder = write_corpus(tmp_path / "corpus.jsonl", first), tmp_path / "memories"
     script = tmp_path / "dying.py"
     script.write_text(_DYING.format(project=str(project)))
     options = ["-o", str(folder), "--checkpoint", str(checkpoint), "--commit_every", "2", "--encoder", "bm25"]
-    died = subprocess.run(
-        [sys.executable, str(script), "index", corpus, *options],
-        env=os.environ | {"PYTHONWARNINGS": "ignore"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert died.returncode == -signal.SIGKILL, died.stderr
+    status, _, errors = program(script, "index", corpus, *options, PYTHONWARNINGS="ignore")
+    assert status == -signal.SIGKILL, errors
     kept = len(Store.open(folder))
     assert kept in (2, 4)  # whole commits, never one memory of two
     assert cli(["index", corpus, *options]) == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -11,7 +12,8 @@ from typing import Any
 
 import pytest
 
-MODEL = ("--checkpoint", "models/arxiv-mini/compressor")
+from compressor.commands.demo import demo_main
+
 PASSAGE = "Schrödinger's equation, solved by the cat 🐈 of Łódź."
 
 
@@ -41,8 +43,15 @@ def test_letters_that_an_output_cannot_show_are_replaced(project: Path, passage:
     assert done.returncode == 0, done.stderr
     assert b"Traceback" not in done.stderr
     assert b"Schr?dinger's equation, solved by the cat ? of ??d?." in done.stdout
-    done = shell(project, f"$P demo.py {SMALL} --text {passage} --tokens 2 --json", PYTHONIOENCODING="ascii")
-    assert json.loads(done.stdout)["passage"] == PASSAGE
+
+
+def test_what_programs_read_is_whole_where_letters_cannot_be_shown(
+    passage: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(output, encoding="ascii"))
+    assert demo_main([*SMALL.split(), "--text", str(passage), "--tokens", "2", "--json"]) == 0
+    assert json.loads(output.getvalue())["passage"] == PASSAGE
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -221,7 +218,11 @@ def test_permutation_test_finds_what_is_there() -> None:
 
 
 def test_utilisation_command(
-    checkpoint: str, data: list[str], tmp_path: Path, project: Path, capsys: pytest.CaptureFixture[str]
+    checkpoint: str,
+    data: list[str],
+    tmp_path: Path,
+    program: Callable[..., Any],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     output = tmp_path / "out"
     argv = ["--task", "utilisation", "--checkpoint", checkpoint, "--data", *data, "--batch_size", "2"]
@@ -251,16 +252,8 @@ def test_utilisation_command(
     assert (output / "utilisation.png").read_bytes().startswith(PNG)
     assert "| regeneration | passages | token | 0 | 4 |" in (output / "table.md").read_text()
 
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/cpu.yaml"]
-    done = subprocess.run(
-        [*launch, "--main_process_port", "0", "evaluate.py", *argv, str(tmp_path / "two")],
-        cwd=project,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr
+    status, _, errors = program("evaluate.py", *argv, tmp_path / "two", processes=2)
+    assert status == 0, errors
     two = _metrics(tmp_path / "two")
     assert two["processes"] == 2
     assert all(two[name] == metrics[name] for name in ("rows", "notes"))

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import struct
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -96,14 +94,13 @@ def test_a_training_run_tells_all_it_is_made_from_and_what_comes_back(
 
 
 def test_an_evaluation_is_a_summary(
-    offline: Path, make_tiny_compressor: Callable[..., Any], tmp_path: Path, project: Path
+    offline: Path, make_tiny_compressor: Callable[..., Any], tmp_path: Path, program: Callable[..., Any]
 ) -> None:
     """In a process of its own: wandb keeps what it once read of the environment."""
     make_tiny_compressor().save_pretrained(tmp_path / "made")
     options = ["--checkpoint", str(tmp_path / "made"), "--data", "arxiv-test", "--lengths", "16", "--limit", "2"]
-    command = [sys.executable, "evaluate.py", *options, "--tokens", "4", "--output", str(tmp_path / "out"), "--wandb"]
-    done = subprocess.run(command, cwd=project, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    status, _, errors = program("evaluate.py", *options, "--tokens", "4", "--output", tmp_path / "out", "--wandb")
+    assert status == 0, errors
     (row,) = json.loads((tmp_path / "out" / "metrics.json").read_text())["rows"]
     run = Run(offline)
     assert run.summary["kv/arxiv-test/4/16/rouge_l"] == row["rouge_l"]
