@@ -17,11 +17,22 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-_LIBRARIES = (
-    "numpy pyarrow.parquet torch.distributed transformers.models.llama.modeling_llama peft accelerate datasets sacrebleu "
-    "compressor.api compressor.commands.cli compressor.commands.train compressor.commands.evaluate "
-    "compressor.training.loop compressor.training.answer compressor.evaluation.runner"
-).split()
+_LIBRARIES = [
+    "pyarrow.parquet",
+    "torch.distributed",
+    "transformers.models.llama.modeling_llama",
+    "peft",
+    "accelerate",
+    "datasets",
+    "sacrebleu",
+    "compressor.api",
+    "compressor.commands.cli",
+    "compressor.commands.train",
+    "compressor.commands.evaluate",
+    "compressor.training.loop",
+    "compressor.training.answer",
+    "compressor.evaluation.runner",
+]
 _FORKS = sys.platform == "linux"
 _server = multiprocessing.get_context("forkserver" if _FORKS else "spawn")
 if _FORKS:
