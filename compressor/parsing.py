@@ -10,6 +10,7 @@ import json
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -182,6 +183,19 @@ def join_lists(config: type, argv: list[str]) -> list[str]:
     return joined
 
 
+@cache
+def _parser(config: type, description: str, flags: tuple[tuple[str, str], ...]) -> ArgumentParser:
+    # The texts under the fields of a configuration are what --help says about them.
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(description=description, exit_on_error=False)
+    parser.add_argument("--config", action="config", help="YAML file with settings")
+    for name, text in flags:
+        short = [key for key, value in SHORT.items() if value == name]
+        parser.add_argument(*short, f"--{name}", action="store_true", help=text)
+    parser.add_class_arguments(config)
+    return parser
+
+
 def parse_config(
     config: type,
     argv: list[str] | None,
@@ -209,14 +223,7 @@ def parse_config(
     if plain:
         argv = name_plain(config, argv, plain, [*(flags or {}), *FLAGS])
     argv = join_lists(config, _plain_names(config, argv))
-    # The texts under the fields of a configuration are what --help says about them.
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(description=description, exit_on_error=False)
-    parser.add_argument("--config", action="config", help="YAML file with settings")
-    for name, text in ((flags or {}) | FLAGS).items():
-        short = [key for key, value in SHORT.items() if value == name]
-        parser.add_argument(*short, f"--{name}", action="store_true", help=text)
-    parser.add_class_arguments(config)
+    parser = _parser(config, description, tuple(((flags or {}) | FLAGS).items()))
     known = set(known_keys(config)) | set(flags or {}) | set(FLAGS) | {"config", "help", "print_config"}
     for position, argument in enumerate(argv):
         name = argument[2:].split("=", 1)[0].rstrip("+") if argument.startswith("--") else ""

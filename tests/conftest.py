@@ -379,19 +379,23 @@ def training_options(tiny_base_folder: Path, corpus: tuple[str, str]) -> list[st
     return [f"--{key}={value}" for key, value in options.items()]
 
 
-# `train.py`, whose processes kill themselves when they are asked for this micro-batch or a later one.
-_DYING = """
+# `train.py` with something changed.
+_CHANGED = """
 import os, signal, sys
 sys.path.insert(0, {project!r})
-from compressor.training.regenerate import CompressionStage
 from compressor.commands.train import train_main
+{change}
+sys.exit(train_main())
+"""
+# Processes kill themselves when they are asked for this micro-batch or a later one.
+_DYING = """
+from compressor.training.regenerate import CompressionStage
 honest = CompressionStage.micro_batch
 def micro_batch(self, index):
     if index >= {index}:
         os.kill(os.getpid(), signal.SIGKILL)
     return honest(self, index)
 CompressionStage.micro_batch = micro_batch
-sys.exit(train_main())
 """
 
 
@@ -403,16 +407,24 @@ class TrainingCommand:
         self.started: list[Program | subprocess.Popen[str]] = []
 
     def start(
-        self, argv: list[str], processes: int = 1, dies_at: int | None = None, launch: str | None = None
+        self,
+        argv: list[str],
+        processes: int = 1,
+        dies_at: int | None = None,
+        launch: str | None = None,
+        change: str = "",
     ) -> Program | subprocess.Popen[str]:
         """Start it; with `dies_at`, its processes get SIGKILL at that micro-batch, however fast they are.
 
         `launch`: a file of configs/accelerate; without one the processes are told of each other as launchers do it.
+        `change`: Python that runs before.
         """
         script = PROJECT / "train.py"
         if dies_at is not None:
-            script = self.folder / f"dies_at_{dies_at}.py"
-            script.write_text(_DYING.format(project=str(PROJECT), index=dies_at))
+            change += _DYING.format(index=dies_at)
+        if change:
+            script = self.folder / f"changed-{len(self.started)}.py"
+            script.write_text(_CHANGED.format(project=str(PROJECT), change=change))
         environment = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONWARNINGS": "ignore"}
         process: Program | subprocess.Popen[str]
         if launch is None:

@@ -174,6 +174,7 @@ def test_questions_about_one_memory_are_answered_together(tiny_compressor: Compr
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # torch's own import of its compiler
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated")  # its compiler does, to trace our backward pass
 def test_compiled_steps_equal_plain_ones(decoder: tuple[Base, list[Memory]]) -> None:
     base, memories = decoder
     plain, compiled = (
