@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -30,6 +31,7 @@ def changed(since: str | None) -> list[str]:
     return [*git("diff", "--name-only", *start), *git("ls-files", "--others", "--exclude-standard")]
 
 
+@cache
 def imported(path: Path) -> set[str]:
     """Dotted names that a file imports, or may: `from a import b` counts as a and as a.b."""
     names = set()

@@ -5,6 +5,7 @@ Nothing here uses the network or the caches of the person who runs the tests.
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
 import os
@@ -265,25 +266,31 @@ def tiny_gguf(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) 
     return folder / "tiny.Q8_0.gguf"
 
 
-@pytest.fixture
-def tiny_base(tiny_base_folder: Path) -> Any:
-    """The tiny base, freshly loaded: a compressor puts its adapters into it."""
+@pytest.fixture(scope="session")
+def make_tiny_base(tiny_base_folder: Path) -> Callable[[], Any]:
+    """Copies the tiny base, which is loaded once: a compressor puts its adapters into it."""
     from compressor.model.config import BaseConfig
     from compressor.model.load import load_base
 
-    return load_base(BaseConfig(path=str(tiny_base_folder)))
+    loaded = load_base(BaseConfig(path=str(tiny_base_folder)))
+    return lambda: copy.deepcopy(loaded)
+
+
+@pytest.fixture
+def tiny_base(make_tiny_base: Callable[[], Any]) -> Any:
+    """A tiny base of one's own."""
+    return make_tiny_base()
 
 
 @pytest.fixture(scope="session")
-def make_tiny_compressor(tiny_base_folder: Path) -> Callable[..., Any]:
+def make_tiny_compressor(make_tiny_base: Callable[[], Any]) -> Callable[..., Any]:
     """Builds a compressor on a fresh tiny base: 8 memory tokens and LoRA rank 4, other settings by keyword.
 
     `stirred` gives the adapters' B matrices random values, so that switching them matters (LoRA starts at zero).
     """
     import torch
 
-    from compressor.model.config import BaseConfig, CompressorConfig
-    from compressor.model.load import load_base
+    from compressor.model.config import CompressorConfig
     from compressor.training.objectives import Trainee
 
     def make(stirred: bool = True, base: Any = None, seed: int = 0, **settings: Any) -> Trainee:
@@ -294,7 +301,7 @@ def make_tiny_compressor(tiny_base_folder: Path) -> Callable[..., Any]:
             "lora_alpha": 8.0,
             "max_passage_tokens": 64,
         } | settings
-        base = load_base(BaseConfig(path=str(tiny_base_folder))) if base is None else base
+        base = make_tiny_base() if base is None else base
         model = Trainee(base, CompressorConfig(**settings), seed)
         if stirred:
             generator = torch.Generator().manual_seed(1)
@@ -434,6 +441,8 @@ class TrainingCommand:
         else:
             launcher = f"-m accelerate.commands.accelerate_cli launch --config_file configs/accelerate/{launch} "
             launcher += f"--num_processes {processes} --num_cpu_threads_per_process 1 --main_process_port 0"
+            if launch == "cpu.yaml":
+                del environment["ACCELERATE_USE_CPU"]  # as people do it: the file says so
             process = subprocess.Popen(
                 [sys.executable, *launcher.split(), str(script), *argv],
                 cwd=PROJECT,

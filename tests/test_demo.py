@@ -49,15 +49,18 @@ def test_json_has_the_documented_keys(capsys: pytest.CaptureFixture[str]) -> Non
     assert 0 <= result["bleu"] <= 100
 
 
-def test_a_question_is_answered_from_memory_passage_and_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    asked = "Which structures are classified?"
-    result = json.loads(demo(capsys, "--json", "--question", asked, "--tokens", "4"))
+def test_a_question_is_answered_from_memory_passage_and_nothing(
+    texts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked, text = "Which structures are classified?", ["--text", str(tmp_path / "text.txt")]
+    (tmp_path / "text.txt").write_text(" ".join(texts[0].split()[:75]))
+    result = json.loads(demo(capsys, "--json", "--question", asked, "--tokens", "4", *text))
     assert {"question", "answer", "answer_recite", "answer_full", "answer_none", "logprob"} <= set(result)
     assert (result["question"], result["tokens"]) == (asked, 4)
     assert result["passage_tokens"] == result["text_tokens"] > 96  # a question is about all of the text
-    assert len({result["answer_full"], result["answer_none"]}) == 2
+    assert len({result[f"logprob{suffix}"] for suffix in ("", "_full", "_none")}) == 3
     assert result["logprob"] < 0
-    shown = demo(capsys, "--question", asked, "--length", "40")
+    shown = demo(capsys, "--question", asked, "--length", "24", *text)
     for label in (
         "from 16 memory tokens",
         "from what they regenerate",
@@ -66,8 +69,9 @@ def test_a_question_is_answered_from_memory_passage_and_nothing(capsys: pytest.C
         "log-probability",
     ):
         assert label in shown
-    parts = json.loads(demo(capsys, "--json", "--question", asked, "--tokens", "4", "--segment_tokens", "96"))
-    assert (parts["segments"], parts["tokens"]) == (4, 16)
+    sizes = ["--tokens", "4", "--segment_tokens", str(result["text_tokens"] // 2 + 1)]
+    parts = json.loads(demo(capsys, "--json", "--question", asked, *sizes, *text))
+    assert (parts["segments"], parts["tokens"]) == (2, 8)
     assert demo_main(["--question", " "]) == 2
     assert "a question is empty" in capsys.readouterr().err
 
@@ -83,7 +87,10 @@ def test_the_published_example_is_regenerated_and_asked(capsys: pytest.CaptureFi
     assert "abstract, published" in capsys.readouterr().err
 
 
-def test_own_text_is_taken_whole_and_segmented(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_own_text_is_taken_whole_and_segmented(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("compressor.commands.demonstration.regenerate", lambda *_: {})
     path = tmp_path / "long.txt"
     path.write_text("We measure the spectrum of light scattered by dust. " * 60)
     result = json.loads(demo(capsys, "--text", str(path), "--json"))

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -268,29 +265,15 @@ def test_batches_do_not_depend_on_processes_and_start_with_the_longest() -> None
 
 @pytest.mark.parametrize("task", ["regeneration", "qa"])
 def test_two_processes_give_the_same_figures(
-    task: str, checkpoint: str, data: str, tmp_path: Path, project: Path, program: Callable[..., Any]
+    task: str, checkpoint: str, data: str, tmp_path: Path, program: Callable[..., Any]
 ) -> None:
     argv = ["--checkpoint", checkpoint, "--task", task, "--tokens", "8", "1", "--batch_size", "2"]
     if task == "regeneration":
         argv += ["--data", data, "--lengths", "12", "40", "--output"]
     else:
-        argv += ["--data", "squad-dev", "arxivqa-test", "--limit", "5", "--methods", "kv", "full", "none", "--output"]
+        argv += ["--data", "squad-dev", "arxivqa-test", "--limit", "3", "--methods", "kv", "full", "none", "--output"]
     assert evaluate_main([*argv, str(tmp_path / "one")]) == 0
-    if task == "qa":
-        status, shown, errors = program("evaluate.py", *argv, tmp_path / "two", processes=2)
-    else:
-        launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/cpu.yaml"]
-        # As a person does it: nothing but the configuration file says that there are two processes on a CPU.
-        environment = {key: value for key, value in os.environ.items() if key != "ACCELERATE_USE_CPU"}
-        done = subprocess.run(
-            [*launch, "--main_process_port", "0", "evaluate.py", *argv, str(tmp_path / "two")],
-            cwd=project,
-            env=environment | {"OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=240,
-        )
-        status, shown, errors = done.returncode, done.stdout, done.stderr
+    status, shown, errors = program("evaluate.py", *argv, tmp_path / "two", processes=2)
     assert status == 0, errors
     assert shown.count("wrote ") == 1
     one, two = _metrics(tmp_path / "one"), _metrics(tmp_path / "two")

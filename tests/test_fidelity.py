@@ -54,13 +54,19 @@ def test_edits_are_the_fewest() -> None:
             assert edits(wanted, found) == _plain_edits(wanted, found)
 
 
+def _shares(model: Compressor, memories: Sequence[Memory], passages: Sequence[list[int]]) -> list[float]:
+    """Share of each passage, of one or more segments, that comes back, from what `regenerate` writes."""
+    parts = [(place, *pair) for place, one in enumerate(memories) for pair in one.split_with(passages[place])]
+    wrong, total = [0] * len(memories), [0] * len(memories)
+    backs = regenerate_ids(model.base, [part for _, part, _ in parts])
+    for (place, _, segment), back in zip(parts, backs, strict=True):
+        wrong[place] += _plain_edits(segment, back)
+        total[place] += max(len(segment), len(back))
+    return [1 - one / all_ for one, all_ in zip(wrong, total, strict=True)]
+
+
 def _share(model: Compressor, memory: Memory, ids: list[int]) -> float:
-    """Share of a passage of one or more segments that comes back, from what `regenerate` writes."""
-    wrong = total = 0
-    for part, segment in memory.split_with(ids):
-        back = regenerate_ids(model.base, [part])[0]
-        wrong, total = wrong + _plain_edits(segment, back), total + max(len(segment), len(back))
-    return 1 - wrong / total
+    return _shares(model, [memory], [ids])[0]
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +75,7 @@ def measured(bundled: Compressor, texts: list[str]) -> tuple[list[list[int]], li
     passages = [_ids(bundled, texts[1])[:130], _ids(bundled, texts[5])[:20], _ids(bundled, " ".join(texts[6:8]))[:150]]
     memories = bundled.compress_ids(passages, 16, segment_tokens=140)
     assert [len(memory.segments) for memory in memories] == [1, 1, 2]
-    return passages, memories, [_share(bundled, memory, ids) for memory, ids in zip(memories, passages, strict=True)]
+    return passages, memories, _shares(bundled, memories, passages)
 
 
 def test_fidelity_is_the_share_that_comes_back_in_regeneration(bundled: Compressor, measured: Any) -> None:
@@ -145,10 +151,8 @@ def test_a_fidelity_that_is_asked_for_is_kept_or_refused_with_a_warning(
     monkeypatch.setattr(compressor.model.fidelity, "sizes_to_try", lambda *_: [8, 16])
     with pytest.warns(UserWarning, match="16 memory tokens reach a fidelity") as caught:
         memories = bundled.compress(list(KINDS.values()), target_fidelity=0.85)
-    shares = {
-        kind: _share(bundled, memory, _ids(bundled, text))
-        for (kind, text), memory in zip(KINDS.items(), memories, strict=True)
-    }
+    written = _shares(bundled, memories, [_ids(bundled, text) for text in KINDS.values()])
+    shares = dict(zip(KINDS, written, strict=True))
     assert [memory.fidelity for memory in memories] == pytest.approx(list(shares.values()), abs=0.001)
     short = [kind for kind, share in shares.items() if share < 0.85]
     assert f"for {len(short)} of {len(KINDS)} passages" in str(caught[0].message)

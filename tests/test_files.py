@@ -45,8 +45,8 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def writers(material: Path, tiny_compressor: Any, tiny_base_folder: Path) -> dict[str, Write]:
+@pytest.fixture(scope="module")
+def writers(material: Path, make_tiny_compressor: Callable[..., Any], tiny_base_folder: Path) -> dict[str, Write]:
     """Writers by name; each replaces what it may, and raises a `CompressorError`, or exits with 1 or 2."""
 
     def run(command: Callable[[list[str]], int], *arguments: str) -> None:
@@ -57,7 +57,7 @@ def writers(material: Path, tiny_compressor: Any, tiny_base_folder: Path) -> dic
         run(lambda argv: pack(argv, unpack=False), "-f", "-o", path, "--base", tiny_base_folder, material / "a.txt")
 
     def compressed(path: Path) -> None:
-        model = ["--checkpoint", checkpoint, "--base", tiny_base_folder, "--tokens", "2"]
+        model = ["--checkpoint", checkpoint, "--base", tiny_base_folder, "--tokens", "2", "--no-measure"]
         run(cli, "compress", material / "a.txt", "-o", path, "--overwrite", *model)
 
     def evaluated(path: Path) -> None:
@@ -72,10 +72,9 @@ def writers(material: Path, tiny_compressor: Any, tiny_base_folder: Path) -> dic
         config = ArxivQAConfig(source=str(material / "corpus.jsonl"), output=str(path))
         build_questions(config, overwrite=True)
 
-    memory = tiny_compressor.compress(PASSAGE)
-    checkpoint = material / "checkpoint"
-    if not checkpoint.exists():
-        tiny_compressor.save_pretrained(checkpoint)
+    model = make_tiny_compressor()
+    memory, checkpoint = model.compress(PASSAGE), material / "checkpoint"
+    model.save_pretrained(checkpoint)
     return {
         "json": lambda path: write_json(path, {"a": 1}),
         "container": lambda path: container.write(path, b"bytes"),
@@ -83,7 +82,7 @@ def writers(material: Path, tiny_compressor: Any, tiny_base_folder: Path) -> dic
         "plot": lambda path: loss_curve([material / "log.jsonl"], ["run"], path),
         "pack": packed,
         "compress": compressed,
-        "checkpoint": tiny_compressor.save_pretrained,
+        "checkpoint": model.save_pretrained,
         "evaluation": evaluated,
         "corpus": corpus,
         "questions": questions,
