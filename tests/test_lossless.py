@@ -35,7 +35,7 @@ BUNDLED = "models/arxiv-mini/base"
 @pytest.fixture(scope="module")
 def abstracts(texts: list[str]) -> list[str]:
     """Short real texts."""
-    return sorted((text for text in texts if len(text) > 250), key=len)[:6]
+    return [text[:160] for text in texts[:6]]
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +45,8 @@ def exact(tiny_base_folder: Path, abstracts: list[str]) -> ExactBase:
     from compressor.model.load import load_base
 
     base = load_base(BaseConfig(path=str(tiny_base_folder)))
-    rows = [[base.bos, *base.tokenizer(text)["input_ids"], base.eos][:120] for text in abstracts]
-    ids = torch.tensor([row + [base.eos] * (120 - len(row)) for row in rows])
+    rows = [[base.bos, *base.tokenizer(text)["input_ids"], base.eos][:100] for text in abstracts]
+    ids = torch.tensor([row + [base.eos] * (100 - len(row)) for row in rows])
     base.model.requires_grad_(True)
     optimiser = torch.optim.Adam(base.model.parameters(), lr=1e-2)
     for _ in range(60):

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from compressor.commands.cli import main as cli
 from compressor.commands.demo import demo_main
 
 PASSAGE = "Schrödinger's equation, solved by the cat 🐈 of Łódź."
@@ -27,38 +28,54 @@ def passage(tmp_path: Path) -> Path:
 SMALL = "--checkpoint models/arxiv-mini/compressor"
 
 
-def shell(project: Path, line: str, **environment: str) -> subprocess.CompletedProcess[Any]:
+def shell(project: Path, line: str) -> subprocess.CompletedProcess[Any]:
     """Run a shell line, `$P` for Python, with its outputs as bytes."""
     return subprocess.run(
         ["bash", "-c", line],
         cwd=project,
-        env=os.environ | {"P": sys.executable, "PYTHONPATH": str(project), **environment},
+        env=os.environ | {"P": sys.executable, "PYTHONPATH": str(project)},
         capture_output=True,
         timeout=120,
     )
 
 
-def test_letters_that_an_output_cannot_show_are_replaced(project: Path, passage: Path) -> None:
-    done = shell(project, f"$P demo.py {SMALL} --text {passage} --tokens 2", PYTHONIOENCODING="ascii")
-    assert done.returncode == 0, done.stderr
-    assert b"Traceback" not in done.stderr
-    assert b"Schr?dinger's equation, solved by the cat ? of ??d?." in done.stdout
-
-
-def test_what_programs_read_is_whole_where_letters_cannot_be_shown(
-    passage: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("more", [[], ["--json"]])
+def test_letters_that_an_output_cannot_show_are_replaced(
+    passage: Path, monkeypatch: pytest.MonkeyPatch, more: list[str]
 ) -> None:
+    """What people read has question marks, what programs read is whole."""
     output = io.BytesIO()
-    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(output, encoding="ascii"))
-    assert demo_main([*SMALL.split(), "--text", str(passage), "--tokens", "2", "--json"]) == 0
-    assert json.loads(output.getvalue())["passage"] == PASSAGE
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(output, encoding="ascii"))  # as Python itself opens it
+    assert demo_main([*SMALL.split(), "--text", str(passage), "--tokens", "2", *more]) == 0
+    sys.stdout.flush()
+    if more:
+        assert json.loads(output.getvalue())["passage"] == PASSAGE
+    else:
+        assert b"Schr?dinger's equation, solved by the cat ? of ??d?." in output.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["-c"], "standard output could not be written (No space left"),
+        (["-k", "-f", "-o", "/dev/full"], "/dev/full could not be written (No space left"),
+    ],
+)
+def test_a_device_that_is_full_is_named(
+    passage: Path, options: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with open("/dev/full", "w", encoding="utf-8") as full:
+        monkeypatch.setattr("sys.stdout", full)
+        assert cli(["pack", *options, "--base", "models/arxiv-mini/base", str(passage)]) == 1
+    printed = capsys.readouterr().err
+    assert said in printed
+    assert printed.count("\n") == 1, printed
+    assert str(passage) not in printed
 
 
 @pytest.mark.parametrize(
     ("line", "status", "said"),
     [
-        ("$P -m compressor pack -c {text} > /dev/full", 1, "standard output could not be written (No space left"),
-        ("$P -m compressor pack -k -f -o /dev/full {text}", 1, "/dev/full could not be written (No space left"),
         ("$P -m compressor --help > /dev/full", 2, "standard output could not be written (No space left"),
         ("$P -m compressor pack -c {text} >&-", 1, "standard output could not be written (it is closed)"),
         ("$P -m compressor pack <&- | cat; exit ${{PIPESTATUS[0]}}", 1, "standard input is closed: name a file"),

@@ -23,7 +23,8 @@ from compressor.unfinished import Unfinished
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tiny_base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+def checkpoint(tiny_base_folder: Path, texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tiny checkpoint; beside it are data of a few records, which are read in no time."""
     from compressor.api import Compressor
     from compressor.model.config import BaseConfig, CompressorConfig
     from compressor.model.load import load_base
@@ -31,21 +32,29 @@ def checkpoint(tiny_base_folder: Path, tmp_path_factory: pytest.TempPathFactory)
     folder = tmp_path_factory.mktemp("unfinished") / "checkpoint"
     settings = CompressorConfig(memory_tokens=8, lora_rank=4, lora_alpha=8.0, max_passage_tokens=64)
     Compressor(load_base(BaseConfig(path=str(tiny_base_folder))), settings).save_pretrained(folder)
+    asked = {"question": "What?", "answers": ["heat"]}
+    for name, fields in (("passages", {}), ("one", asked), ("other", asked)):
+        rows = [{"id": f"{name}-{i}", "context" if fields else "text": text[:200]} for i, text in enumerate(texts[:6])]
+        (folder.parent / f"{name}.jsonl").write_text("".join(json.dumps(row | fields) + "\n" for row in rows))
     return str(folder)
 
 
 TASKS = {
-    "regeneration": ["--data", "arxiv-test", "--lengths", "12", "24", "--methods", "kv", "full"],
-    "qa": ["--data", "squad-dev", "arxivqa-test", "--question_tokens", "48", "--methods", "kv", "none", "full"],
+    "regeneration": (["passages"], ["--lengths", "12", "24", "--methods", "kv", "full"]),
+    "qa": (["one", "other"], ["--question_tokens", "48", "--methods", "kv", "none", "full"]),
+    "utilisation": (["passages", "one"], ["--lengths", "12", "--question_tokens", "24"]),
 }
 
 
 def arguments(task: str, checkpoint: str, output: Path) -> list[str]:
-    common = ["--checkpoint", checkpoint, "--task", task, "--tokens", "8", "2", "--batch_size", "2", "--limit", "4"]
-    return [*common, "--resamples", "20", *TASKS[task], "--output", str(output)]
+    data, own = TASKS[task]
+    named = [str(Path(checkpoint).parent / f"{name}.jsonl") for name in data]
+    sizes = [] if task == "utilisation" else ["--tokens", "8", "2"]
+    common = ["--checkpoint", checkpoint, "--task", task, "--batch_size", "2", "--limit", "4", "--resamples", "20"]
+    return [*common, *sizes, *own, "--data", *named, "--output", str(output)]
 
 
-@pytest.fixture(scope="module", params=list(TASKS))
+@pytest.fixture(scope="module", params=["regeneration", "qa"])
 def whole(
     request: pytest.FixtureRequest, checkpoint: str, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[str, Path]:
@@ -185,8 +194,7 @@ def test_other_weights_or_data_do_not_go_on(
 
 def test_a_study_goes_on(checkpoint: str, tmp_path: Path, batches: list[Any]) -> None:
     """Its parts hold tensors."""
-    argv = ["--checkpoint", checkpoint, "--task", "utilisation", "--data", "arxiv-test", "squad-dev", "--limit", "4"]
-    argv += ["--batch_size", "2", "--lengths", "12", "--question_tokens", "24", "--resamples", "20", "--output"]
+    argv = arguments("utilisation", checkpoint, tmp_path)[:-1]
     assert evaluate_main([*argv, str(tmp_path / "whole")]) == 0
     ENDS[:] = [len(batches) + 3, signal.SIGTERM]
     assert evaluate_main([*argv, str(tmp_path / "out")]) == 143
