@@ -6,6 +6,7 @@ Nothing here uses the network or the caches of the person who runs the tests.
 from __future__ import annotations
 
 import copy
+import gc
 import importlib.util
 import json
 import os
@@ -157,6 +158,12 @@ def make_family_base(tiny_base_folder: Path) -> Callable[..., Any]:
         return Base(family_model(family, **settings), tokenizer, family)
 
     return make
+
+
+def pytest_collection_finish() -> None:
+    """The libraries stay: collecting garbage, as commands do between methods, need not go through them."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_unconfigure() -> None:

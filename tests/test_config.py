@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -292,9 +293,9 @@ def test_every_leaf_can_be_named_on_the_command_line() -> None:
 # -- as a command --------------------------------------------------------------------------------------------------
 
 
-def command(*argv: str) -> subprocess.CompletedProcess[str]:
+def command(*argv: str, program: Sequence[str] = ("train.py",)) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-X", "importtime", "train.py", *argv],
+        [sys.executable, "-X", "importtime", *program, *argv],
         cwd=PROJECT,
         capture_output=True,
         text=True,
@@ -316,9 +317,13 @@ def test_a_mistake_ends_with_status_2_and_one_line(mistyped: subprocess.Complete
 
 
 def test_a_mistake_is_told_before_anything_heavy_is_imported(mistyped: subprocess.CompletedProcess[str]) -> None:
-    imported = {line.split("|")[-1].strip() for line in mistyped.stderr.splitlines() if line.startswith("import time:")}
-    assert "yaml" in imported
-    assert not imported & {"torch", "transformers", "accelerate", "datasets", "peft", "numpy"}
+    asked = command("--help", program=("-m", "compressor"))
+    assert "regenerate" in asked.stdout
+    for done in (mistyped, asked):
+        lines = [line for line in done.stderr.splitlines() if line.startswith("import time:")]
+        imported = {line.split("|")[-1].strip() for line in lines}
+        assert "yaml" in imported
+        assert not imported & {"torch", "transformers", "accelerate", "datasets", "peft", "numpy"}
 
 
 def test_print_config_shows_the_resolved_settings_as_yaml() -> None:

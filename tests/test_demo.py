@@ -53,7 +53,7 @@ def test_a_question_is_answered_from_memory_passage_and_nothing(
     texts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked, text = "Which structures are classified?", ["--text", str(tmp_path / "text.txt")]
-    (tmp_path / "text.txt").write_text(" ".join(texts[0].split()[:75]))
+    (tmp_path / "text.txt").write_text(" ".join(" ".join(texts[:2]).split()[:90]))
     result = json.loads(demo(capsys, "--json", "--question", asked, "--tokens", "4", *text))
     assert {"question", "answer", "answer_recite", "answer_full", "answer_none", "logprob"} <= set(result)
     assert (result["question"], result["tokens"]) == (asked, 4)

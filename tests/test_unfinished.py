@@ -34,7 +34,8 @@ def checkpoint(tiny_base_folder: Path, texts: list[str], tmp_path_factory: pytes
     Compressor(load_base(BaseConfig(path=str(tiny_base_folder))), settings).save_pretrained(folder)
     asked = {"question": "What?", "answers": ["heat"]}
     for name, fields in (("passages", {}), ("one", asked), ("other", asked)):
-        rows = [{"id": f"{name}-{i}", "context" if fields else "text": text[:200]} for i, text in enumerate(texts[:6])]
+        kind, most = ("context", 40) if fields else ("text", 200)
+        rows = [{"id": f"{name}-{i}", kind: text[:most]} for i, text in enumerate(texts[:6])]
         (folder.parent / f"{name}.jsonl").write_text("".join(json.dumps(row | fields) + "\n" for row in rows))
     return str(folder)
 

@@ -21,7 +21,7 @@ from compressor.errors import CompressorError, WriteError
 from compressor.files import atomic_file, check_file, is_special
 from compressor.packing.table import TEXT_CODECS
 from compressor.progress import Progress, set_level
-from compressor.streams import check_output, input_stream, write_output
+from compressor.streams import abandon_if_full, check_output, input_stream, write_output
 
 SUFFIX = ".cz"
 TEXT_MAGIC = b"\xcd"
@@ -100,6 +100,7 @@ def main(argv: Sequence[str], unpack: bool) -> int:
         except BrokenPipeError:
             raise
         except WriteError as error:  # names what could not be written, which is not the input
+            abandon_if_full()
             status = _complain(error)
         except (CompressorError, OSError) as error:
             what = error.strerror or error if isinstance(error, OSError) else error

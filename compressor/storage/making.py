@@ -5,14 +5,15 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from compressor.errors import require
-from compressor.model.fidelity import compress_to_fidelity, fidelities
-from compressor.model.memory import Memory
-from compressor.model.network import Network
-from compressor.storage.codec import Codec
-from compressor.storage.memory_file import as_stored
+
+# Options of commands are read before torch, which takes seconds, is imported.
+if TYPE_CHECKING:
+    from compressor.model.memory import Memory
+    from compressor.model.network import Network
+    from compressor.storage.codec import Codec
 
 
 @dataclass
@@ -49,6 +50,8 @@ class Making:
 
     def chosen_codec(self) -> Codec:
         """The `Codec` that the options describe."""
+        from compressor.storage.codec import Codec
+
         name = self.codec or {"bfloat16": "bf16"}.get(self.dtype, self.dtype)
         return Codec.parse(name, self.calibration)
 
@@ -67,6 +70,9 @@ class Making:
         Returns:
             The memories, and the numbers of the texts that the tokenizer does not spell as they are.
         """
+        from compressor.model.fidelity import compress_to_fidelity, fidelities
+        from compressor.storage.memory_file import as_stored
+
         tokenizer = model.base.tokenizer
         sizes: dict[str, Any] = {
             name: getattr(self, name) for name in ("tokens", "batch_size", "segment_tokens", "refine_steps")
