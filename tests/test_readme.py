@@ -78,6 +78,7 @@ def test_the_readme_is_short() -> None:
     assert len(README.splitlines()) <= 160
 
 
+@pytest.mark.slow
 @FLAGSHIP_HERE
 def test_the_snippet_prints_what_the_readme_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code = re.search(r"```python\n(.*?)```", README, re.S)
@@ -161,8 +162,8 @@ def test_commands_run_in_their_order(
 
 
 SMALL = {
-    "regeneration": ["--lengths", "96", "--limit", "2"],
-    "qa": ["--limit", "2", "--tokens", "4"],
+    "regeneration": ["--lengths", "24", "--limit", "2", "--resamples", "50"],
+    "qa": ["--limit", "2", "--tokens", "4", "--resamples", "50"],
     "utilisation": ["--limit", "2", "--data", "arxiv-test", "--lengths", "32", "--resamples", "50"],
     "efficiency": ["--tokens", "4", "--lengths", "64", "--new_tokens", "4", "8", "--repeats", "1"],
 }

@@ -35,7 +35,7 @@ def shell(project: Path, line: str) -> subprocess.CompletedProcess[Any]:
         cwd=project,
         env=os.environ | {"P": sys.executable, "PYTHONPATH": str(project)},
         capture_output=True,
-        timeout=120,
+        timeout=240,
     )
 
 
@@ -77,7 +77,11 @@ def test_a_device_that_is_full_is_named(
     ("line", "status", "said"),
     [
         ("$P -m compressor --help > /dev/full", 2, "standard output could not be written (No space left"),
-        ("$P -m compressor pack -c {text} >&-", 1, "standard output could not be written (it is closed)"),
+        (
+            "$P -m compressor pack -c --base models/arxiv-mini/base {text} >&-",
+            1,
+            "standard output could not be written (it is closed)",
+        ),
         ("$P -m compressor pack <&- | cat; exit ${{PIPESTATUS[0]}}", 1, "standard input is closed: name a file"),
     ],
 )
