@@ -50,8 +50,8 @@ TASKS = {
 def arguments(task: str, checkpoint: str, output: Path) -> list[str]:
     data, own = TASKS[task]
     named = [str(Path(checkpoint).parent / f"{name}.jsonl") for name in data]
-    sizes = [] if task == "utilisation" else ["--tokens", "8", "2"]
-    common = ["--checkpoint", checkpoint, "--task", task, "--batch_size", "2", "--limit", "4", "--resamples", "20"]
+    sizes = ["--limit", "4"] if task == "utilisation" else ["--tokens", "8", "2", "--limit", "2"]
+    common = ["--checkpoint", checkpoint, "--task", task, "--batch_size", "2", "--resamples", "20"]
     return [*common, *sizes, *own, "--data", *named, "--output", str(output)]
 
 
