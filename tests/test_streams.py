@@ -66,7 +66,7 @@ def test_a_device_that_is_full_is_named(
 ) -> None:
     with open("/dev/full", "w", encoding="utf-8") as full:
         monkeypatch.setattr("sys.stdout", full)
-        assert cli(["pack", *options, "--base", "models/arxiv-mini/base", str(passage)]) == 1
+        assert cli(["pack", "--quiet", *options, "--base", "models/arxiv-mini/base", str(passage)]) == 1
     printed = capsys.readouterr().err
     assert said in printed
     assert printed.count("\n") == 1, printed
