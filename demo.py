@@ -10,7 +10,7 @@ cat notes.txt | python demo.py --text - --json  one JSON object
 
 import sys
 
-from compressor.commands.demo import demo_main
+from compressor.commands.cli import demo_main
 
 if __name__ == "__main__":
     sys.exit(demo_main())

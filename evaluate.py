@@ -6,7 +6,7 @@
 
 Any JSONL, Parquet, CSV or text file with a `text` or `abstract` field works as data. A table is printed;
 `metrics.json`, `predictions.jsonl`, `config.yaml`, `table.md` and `regeneration.png` are written to the output folder,
-which is never replaced without `--overwrite`. `--split_date 2020-01-01` reports records before and from that day apart.
+which is never replaced without `--overwrite`. `--split-date 2020-01-01` reports records before and from that day apart.
 Figures do not depend on the number of processes. What is done when an evaluation is stopped is in `unfinished/` of the
 output folder: the same command with `--resume` goes on with it, to the same table.
 
@@ -15,7 +15,7 @@ output folder: the same command with `--resume` goes on with it, to the same tab
 
 import sys
 
-from compressor.commands.evaluate import evaluate_main
+from compressor.commands.cli import evaluate_main
 
 if __name__ == "__main__":
     sys.exit(evaluate_main())

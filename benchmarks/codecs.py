@@ -18,7 +18,6 @@ import numpy as np
 import torch
 
 from compressor.api import Compressor
-from compressor.commands.memory import Progress
 from compressor.data.records import load_texts
 from compressor.errors import CompressorError
 from compressor.evaluation.metrics import bootstrap, ratio, rouge_l
@@ -27,6 +26,7 @@ from compressor.model.generation import regenerate
 from compressor.model.likelihood import score
 from compressor.model.memory import Memory, memory_prefix
 from compressor.parsing import parse_config
+from compressor.progress import Progress
 from compressor.provenance import run_record
 from compressor.storage.calibration import Calibration
 from compressor.storage.codec import Codec

@@ -1,16 +1,16 @@
 """Reading a configuration dataclass from YAML and the command line.
 
-Precedence: defaults < YAML file (`--config`) < command line (`--training.learning_rate 2e-4`). Unknown keys are errors
+Precedence: defaults < YAML file (`--config`) < command line (`--training.learning-rate 2e-4`). Unknown keys are errors
 that name the nearest known one.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import fields, is_dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -29,16 +29,15 @@ RENAMED = {
 """Keys of before 0.2.0 by what they are called now."""
 
 
-def known_keys(config: type, prefix: str = "") -> list[str]:
-    """All dotted keys of a configuration dataclass."""
-    keys = []
+def settings_of(config: type, prefix: str = "") -> dict[str, Any]:
+    """All settings of a configuration dataclass: dotted key to type."""
+    found: dict[str, Any] = {}
     hints = get_type_hints(config)
     for item in fields(config):
-        name = prefix + item.name
-        keys.append(name)
-        if is_dataclass(hints[item.name]):
-            keys += known_keys(hints[item.name], name + ".")
-    return keys
+        found[prefix + item.name] = hint = hints[item.name]
+        if is_dataclass(hint):
+            found |= settings_of(hint, f"{prefix}{item.name}.")  # type: ignore[arg-type]
+    return found
 
 
 def _reject_unknown(mapping: dict[str, Any], config: type, source: str, prefix: str = "") -> None:
@@ -59,7 +58,7 @@ def _reject_unknown(mapping: dict[str, Any], config: type, source: str, prefix: 
 
 def unknown_key(key: str, config: type, source: str, prefix: str = "") -> str:
     """Message for a key that does not exist, naming the nearest one that does."""
-    candidates = [prefix + item.name for item in fields(config)] if prefix else known_keys(config)
+    candidates = [prefix + item.name for item in fields(config)] if prefix else list(settings_of(config))
     if key in RENAMED:
         return f"{source}: {key} is called {RENAMED[key]} now"
     near = nearest(key, candidates)
@@ -88,27 +87,24 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return content
 
 
-def list_types(config: type, prefix: str = "") -> dict[str, Any]:
+def list_types(config: type) -> dict[str, Any]:
     """Dotted keys of the settings that are lists of plain values, with the type of their elements."""
-    found: dict[str, Any] = {}
-    hints = get_type_hints(config)
-    for item in fields(config):
-        hint = hints[item.name]
-        if is_dataclass(hint):
-            found |= list_types(hint, f"{prefix}{item.name}.")  # type: ignore[arg-type]
-        for kind in (hint, *get_args(hint)):
-            if get_origin(kind) is list and not is_dataclass(get_args(kind)[0]):
-                found[prefix + item.name] = get_args(kind)[0]
-    return found
+    return {
+        key: get_args(kind)[0]
+        for key, hint in settings_of(config).items()
+        for kind in (hint, *get_args(hint))
+        if get_origin(kind) is list and not is_dataclass(get_args(kind)[0])
+    }
 
 
-def _plain_names(config: type, argv: list[str]) -> list[str]:
+def _plain_names(config: type, argv: list[str], flags: Iterable[str]) -> list[str]:
     """Underscores for the dashes of option names, and `--exact true` for `--exact`."""
-    known, kinds = set(known_keys(config)), get_type_hints(config)
+    kinds, switches = settings_of(config), {*flags, "print_config"}
     found = []
     for place, argument in enumerate(argv):
         name, given, value = argument.partition("=")
-        if name.startswith("--") and (key := name[2:].replace("-", "_")) in known:
+        key = name[2:].replace("-", "_")
+        if name.startswith("--") and (key in kinds or key in switches):
             name = f"--{key}"
             if kinds.get(key) is bool and not given and (argv[place + 1 : place + 2] or ["--"])[0].startswith("--"):
                 given, value = "=", "true"
@@ -124,7 +120,8 @@ def name_plain(config: type, argv: list[str], names: Sequence[str], flags: Itera
     Raises:
         CompressorError: more plain arguments than names, or one for an option that is given by name too.
     """
-    kinds, lists, known = get_type_hints(config), list_types(config), {*known_keys(config), "config"} - set(flags)
+    kinds, lists = settings_of(config), list_types(config)
+    known = {*kinds, "config"} - set(flags)
     plain: list[str] = []
     found: list[str] = []
     rest = ["--output" if one == "-o" and "output" in kinds else one for one in argv]
@@ -183,17 +180,11 @@ def join_lists(config: type, argv: list[str]) -> list[str]:
     return joined
 
 
-@cache
-def _parser(config: type, description: str, flags: tuple[tuple[str, str], ...]) -> ArgumentParser:
-    # The texts under the fields of a configuration are what --help says about them.
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(description=description, exit_on_error=False)
-    parser.add_argument("--config", action="config", help="YAML file with settings")
-    for name, text in flags:
-        short = [key for key, value in SHORT.items() if value == name]
-        parser.add_argument(*short, f"--{name}", action="store_true", help=text)
-    parser.add_class_arguments(config)
-    return parser
+class _Parser(ArgumentParser):
+    """Its --help names options as people write them, with dashes."""
+
+    def format_help(self) -> str:
+        return re.sub(r"--[a-z][\w.]*", lambda found: found[0].replace("_", "-"), super().format_help())
 
 
 def parse_config(
@@ -220,11 +211,19 @@ def parse_config(
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     argv = [f"--{SHORT[argument]}" if argument in SHORT else argument for argument in argv]
+    switches = (flags or {}) | FLAGS
     if plain:
-        argv = name_plain(config, argv, plain, [*(flags or {}), *FLAGS])
-    argv = join_lists(config, _plain_names(config, argv))
-    parser = _parser(config, description, tuple(((flags or {}) | FLAGS).items()))
-    known = set(known_keys(config)) | set(flags or {}) | set(FLAGS) | {"config", "help", "print_config"}
+        argv = name_plain(config, argv, plain, switches)
+    argv = join_lists(config, _plain_names(config, argv, switches))
+    # The texts under the fields of a configuration are what --help says about them.
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = _Parser(description=description, exit_on_error=False)
+    parser.add_argument("--config", action="config", help="YAML file with settings")
+    for name, text in switches.items():
+        short = [key for key, value in SHORT.items() if value == name]
+        parser.add_argument(*short, f"--{name}", action="store_true", help=text)
+    parser.add_class_arguments(config)
+    known = {*settings_of(config), *switches, "config", "help", "print_config"}
     for position, argument in enumerate(argv):
         name = argument[2:].split("=", 1)[0].rstrip("+") if argument.startswith("--") else ""
         if name and name not in known:

@@ -104,7 +104,8 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=Path("docs"))
     parser.add_argument("--browser", default=CHROMIUM)
     options = parser.parse_args()
-    from compressor.commands.demonstration import load_model, read_passage
+    from compressor.commands.demonstration import read_passage
+    from compressor.commands.loading import load_model
     from compressor.commands.options import DemoConfig
     from compressor.commands.web import beginning, look, page, reach_this_machine
 

@@ -397,7 +397,7 @@ def training_options(tiny_base_folder: Path, corpus: tuple[str, str]) -> list[st
 _CHANGED = """
 import os, signal, sys
 sys.path.insert(0, {project!r})
-from compressor.commands.train import train_main
+from compressor.commands.cli import train_main
 {change}
 sys.exit(train_main())
 """

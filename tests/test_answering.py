@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from compressor.api import Compressor
-from compressor.commands.train import train_main
+from compressor.commands.cli import train_main
 from compressor.data.asked import Draw
 from compressor.data.batches import IGNORED, answer_pair
 from compressor.errors import CompressorError

@@ -11,9 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from compressor.commands.cli import evaluate_main, train_main
 from compressor.commands.cli import main as cli
-from compressor.commands.evaluate import evaluate_main
-from compressor.commands.train import train_main
 from compressor.data.left_out import LeftOut
 from compressor.data.questions import load_questions
 from compressor.data.records import load_texts

@@ -18,9 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-from compressor.commands.cli import main
-from compressor.commands.demo import demo_main
-from compressor.commands.evaluate import evaluate_main
+from compressor.commands.cli import demo_main, evaluate_main, main
 from compressor.data.prompts import question_ids
 from compressor.errors import CompressorError
 from compressor.files import sha256

@@ -17,7 +17,7 @@ from compressor.data.builders.choice import CorpusConfig
 from compressor.data.config import LengthRange
 from compressor.errors import CompressorError
 from compressor.model.config import CompressorConfig
-from compressor.parsing import RENAMED, known_keys, parse_config
+from compressor.parsing import RENAMED, parse_config, settings_of
 from compressor.training.config import RunConfig, TokensShare
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -253,7 +253,7 @@ def test_a_wrong_command_line_says_what_is_wrong(argv: list[str], message: str) 
     ],
 )
 def test_a_plain_argument_may_stand_anywhere(argv: str, wanted: dict[str, Any] | str) -> None:
-    from compressor.commands.memory import CompressOptions
+    from compressor.commands.options import CompressOptions
 
     def parse() -> Any:
         return parse_config(CompressOptions, argv.split(), "test", {"overwrite": "replace"}, ["text"])[0]
@@ -285,7 +285,7 @@ def test_any_number_of_tokens_will_do_without_nesting() -> None:
 
 
 def test_every_leaf_can_be_named_on_the_command_line() -> None:
-    keys = known_keys(RunConfig)
+    keys = list(settings_of(RunConfig))
     assert "training.learning_rate" in keys
     assert len(keys) == len(set(keys)) > 50
 

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from compressor.api import Compressor
+from compressor.commands.cli import demo_main
 from compressor.commands.cli import main as cli
-from compressor.commands.demo import demo_main
 from compressor.commands.shown import mark_differences
 from compressor.model.base import Base
 

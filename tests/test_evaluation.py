@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 
-from compressor.commands.evaluate import evaluate_main
+from compressor.commands.cli import evaluate_main
 from compressor.errors import CompressorError
 from compressor.evaluation.report import (
     load_published,

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from compressor.commands.evaluate import evaluate_main
+from compressor.commands.cli import evaluate_main
 from compressor.evaluation.settings import RegenerationSettings
 from compressor.evaluation.table import TASKS, Entry
 from compressor.model.memory import Memory

@@ -213,7 +213,7 @@ def test_the_command_says_how_much_comes_back(
         assert [loaded.fidelity] == pytest.approx(expected, abs=1e-4)
         assert cli(["inspect", str(memory)]) == 0
         assert f"{loaded.fidelity:.1%} of the text" in capsys.readouterr().out
-        monkeypatch.setattr("compressor.model.load.load_base", lambda *_: bundled.base)
+        monkeypatch.setattr("compressor.commands.loading.load_base", lambda *_: bundled.base)
         assert cli(["ask", "--memory", str(memory), "--question", "What?"]) == 0
         assert ("of the text comes back from this memory" in capsys.readouterr().err) == (loaded.fidelity < 0.9)
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from compressor.commands.train import train_main
+from compressor.commands.cli import train_main
 from compressor.model.config import BaseConfig
 from compressor.model.load import load_base
 

@@ -12,7 +12,7 @@ import torch
 from accelerate.state import AcceleratorState
 
 from compressor.api import Compressor
-from compressor.commands.train import train_main
+from compressor.commands.cli import train_main
 from compressor.model.config import BaseConfig
 from compressor.model.fidelity import passage_scores
 from compressor.model.generation import generate

@@ -529,10 +529,10 @@ class Terminal(io.BytesIO):
 @pytest.fixture
 def run(exact: ExactBase, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., tuple[int, bytes]]:
     """Runs `compressor ARGUMENTS` in an empty folder; returns its status and what it wrote to standard output."""
-    from compressor.commands import pack as pack_command
+    from compressor.commands import packer
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(pack_command, "_loader", lambda options: lambda: exact)
+    monkeypatch.setattr(packer, "exact_base", lambda *_: exact)
 
     def call(*arguments: str, stdin: bytes = b"", tty: bool = False) -> tuple[int, bytes]:
         out = Terminal(tty=tty)

@@ -15,9 +15,8 @@ from typing import Any
 
 import pytest
 
+from compressor.commands.cli import evaluate_main, train_main
 from compressor.commands.cli import main as cli
-from compressor.commands.evaluate import evaluate_main
-from compressor.commands.train import train_main
 from compressor.errors import CompressorError
 from compressor.files import owned
 

@@ -13,7 +13,7 @@ import torch
 import yaml
 from rouge_score.rouge_scorer import RougeScorer
 
-from compressor.commands.evaluate import evaluate_main
+from compressor.commands.cli import evaluate_main
 from compressor.data import questions as questions_module
 from compressor.data.instructions import PRESETS, Prompt, load_prompt, preset_names
 from compressor.data.prompts import label_ids

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from compressor.commands.evaluate import evaluate_main
+from compressor.commands.cli import evaluate_main
 from compressor.data.prompts import question_ids
 from compressor.errors import CompressorError
 from compressor.evaluation.metrics import (

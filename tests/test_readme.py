@@ -15,10 +15,9 @@ from typing import Any
 import pytest
 import yaml
 
+from compressor.commands.cli import demo_main
 from compressor.commands.cli import main as cli
-from compressor.commands.demo import demo_main
-from compressor.commands.evaluate import evaluate_main
-from compressor.commands.train import train_main
+from compressor.commands.cli import evaluate_main, train_main
 from compressor.model.bases import FLAGSHIP, FLAGSHIP_BASE, NAMED, default_checkpoint
 from compressor.model.gguf_cache import cached
 
@@ -157,7 +156,7 @@ def test_commands_run_in_their_order(
         elif line.startswith("python demo.py"):
             assert demo_main(arguments[1:]) == 0, (line, capsys.readouterr().err)
     assert len(served) == sum("--web" in line for line in blocks(PAGES[page]))
-    if "regenerate --memory notes.memory --exact" in PAGES[page]:
+    if "regenerate notes.memory --exact" in PAGES[page]:
         assert text in capsys.readouterr().out
 
 

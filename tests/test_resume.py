@@ -15,7 +15,7 @@ import pytest
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
 
-from compressor.commands.train import train_main
+from compressor.commands.cli import train_main
 
 STEPS = 12
 SCHEDULE = [
@@ -80,7 +80,7 @@ def test_a_run_is_not_started_over(whole: Path, training_options: list[str], com
     process = command.start([*training_options, *SCHEDULE, f"--output={whole}"])
     printed = process.communicate(timeout=240)[0]
     assert process.returncode == 2
-    assert "--training.resume true" in printed
+    assert "--training.resume" in printed
     assert "Traceback" not in printed
     assert (whole / "log.jsonl").read_bytes() == before
 
@@ -107,7 +107,7 @@ def stopped(
 def test_a_signal_saves_and_exits_cleanly(stopped: list[tuple[int, str, int, list[str]]], which: int) -> None:
     status, printed, step, names = stopped[which]
     assert status == 0
-    assert f"stopped by a signal after step {step}; go on with --training.resume true" in printed
+    assert f"stopped by a signal after step {step}; go on with --training.resume" in printed
     assert "Traceback" not in printed
     assert names[-1] == f"step-{step:07d}"
     assert not any(name.startswith(".") for name in names)

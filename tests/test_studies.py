@@ -14,7 +14,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from compressor.api import Compressor
-from compressor.commands.evaluate import evaluate_main
+from compressor.commands.cli import evaluate_main
 from compressor.errors import CompressorError
 from compressor.evaluation.flops import Setting, causal_pairs
 from compressor.evaluation.settings import EfficiencySettings

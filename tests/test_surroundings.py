@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from compressor.api import Compressor
-from compressor.commands.train import train_main
+from compressor.commands.cli import train_main
 from compressor.errors import CompressorError
 from compressor.model.memory import Memory
 from compressor.model.refinement import refine

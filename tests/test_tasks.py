@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from compressor.commands.evaluate import evaluate_main
+from compressor.commands.cli import evaluate_main
 from compressor.data.questions import Question
 from compressor.errors import CompressorError
 from compressor.evaluation.figures import FIGURES

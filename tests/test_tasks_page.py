@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
+from compressor.commands.cli import evaluate_main
 from compressor.commands.cli import main as cli
-from compressor.commands.evaluate import evaluate_main
 from compressor.data import speech
 from compressor.data.instructions import preset_names
 from compressor.methods import summary

@@ -16,12 +16,10 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 import compressor.packing.text_codecs
 from compressor.api import Compressor
 from compressor.commands.cli import main
-from compressor.commands.pack import TEXT_MAGIC
 from compressor.errors import CompressorError
 from compressor.model.generation import Sampling
 from compressor.packing.table import TEXT_CODECS
 from compressor.packing.text_codecs import (
-    MAGIC,
     Embedding,
     Options,
     Words,
@@ -71,7 +69,6 @@ def load(tiny_base_folder: Path, checkpoint: str) -> Load:
 
 
 def test_names_are_those_of_the_command() -> None:
-    assert bytes([MAGIC]) == TEXT_MAGIC
     assert len({one.number for one in TEXT_CODECS.values()}) == len(TEXT_CODECS)
 
 

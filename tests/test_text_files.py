@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
+from compressor.commands.compress import is_corpus
 from compressor.commands.demonstration import read_passage
-from compressor.commands.memory import is_corpus
 from compressor.commands.options import DemoConfig
 from compressor.data.records import load_texts
 from compressor.data.sources import read_rows

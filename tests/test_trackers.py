@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from compressor.commands.train import train_main
+from compressor.commands.cli import train_main
 from compressor.parsing import read_yaml
 
 wandb = pytest.importorskip("wandb")

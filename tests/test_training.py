@@ -24,7 +24,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import compressor.training.objectives
 from compressor.api import Compressor
-from compressor.commands.train import train_main
+from compressor.commands.cli import train_main
 from compressor.data.batches import padded_width
 from compressor.errors import CompressorError
 from compressor.files import FolderKind, atomic_folder
@@ -453,7 +453,7 @@ def test_a_signal_ends_the_step_and_saves(tmp_path: Path, number: int, capsys: p
     state = run(Scripted(at={4: raise_signal(number)}), settings(tmp_path, checkpoint_every=100))
     assert state.step == 5
     assert kept(tmp_path) == [5]
-    assert "stopped by a signal after step 5; go on with --training.resume true" in capsys.readouterr().out
+    assert "stopped by a signal after step 5; go on with --training.resume" in capsys.readouterr().out
     assert signal.getsignal(number) is before
 
 

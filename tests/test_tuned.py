@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from compressor.commands.evaluate import evaluate_main
-from compressor.commands.train import train_main
+from compressor.commands.cli import evaluate_main, train_main
 from compressor.errors import CompressorError
 from compressor.methods.table import memory_method
 from compressor.methods.tuned import START

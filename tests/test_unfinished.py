@@ -15,7 +15,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from compressor.commands.evaluate import evaluate_main
+from compressor.commands.cli import evaluate_main
 from compressor.errors import CompressorError
 from compressor.evaluation import batches as batching
 from compressor.evaluation import notes, runner

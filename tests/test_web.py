@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from compressor.api import Compressor
-from compressor.commands.demo import demo_main
+from compressor.commands.cli import demo_main
 from compressor.commands.shown import differences
 from compressor.commands.web import Followed, Page, Session, card, page, sides
 from compressor.errors import CompressorError

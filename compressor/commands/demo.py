@@ -1,33 +1,30 @@
-"""What `demo.py` does: compress a passage, regenerate it or answer a question about it, and print both."""
+"""`demo.py`: compress a passage, regenerate it or answer a question about it, and print both; or serve a page."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
+from typing import Any
 
+from compressor.commands.demonstration import run_demo
 from compressor.commands.options import DemoConfig
 from compressor.commands.shown import show
-from compressor.parsing import parse_config
-from compressor.streams import check_output, exits_cleanly, shows_example, shows_unicode, write_output
+from compressor.errors import lacking
+from compressor.streams import check_output, shows_unicode, write_output
 
 
-@exits_cleanly
-@shows_example("python demo.py --text notes.txt --question 'What is proposed?'")
-def demo_main(argv: list[str] | None = None) -> int:
-    """Entry point of `demo.py`; returns the exit status."""
-    flags = {"json": "print one JSON object instead of text", "web": "open a page in the browser (extra web)"}
-    config, options = parse_config(
-        DemoConfig, argv, "Compress a passage and regenerate it from its memory.", flags, ["text"]
-    )
-    if options.web:
-        from compressor.commands.web import serve  # needs an extra
+def run(config: DemoConfig, switches: Any) -> None:
+    """Print what comes back, or serve the page."""
+    if switches.web:
+        if importlib.util.find_spec("gradio") is None:
+            raise lacking("the page", "gradio", "web")
+        from compressor.commands.web import serve  # optional: gradio
 
         serve(config)
-        return 0
-    from compressor.commands.demonstration import run_demo  # torch comes with it
-
+        return
     check_output()
-    result = run_demo(config)
-    shown = json.dumps(result, ensure_ascii=not shows_unicode()) if options.json else show(result, sys.stdout.isatty())
-    write_output(shown)
-    return 0
+    found = run_demo(config)
+    write_output(
+        json.dumps(found, ensure_ascii=not shows_unicode()) if switches.json else show(found, sys.stdout.isatty())
+    )

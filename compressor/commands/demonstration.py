@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from compressor.api import Compressor
+from compressor.commands.loading import load_model
 from compressor.commands.options import DemoConfig
 from compressor.data.examples import Example, example
 from compressor.data.text_files import read_text
@@ -30,13 +31,6 @@ def read_passage(config: DemoConfig) -> Example:
         return example(config.example)
     source = "standard input" if config.text == "-" else config.text
     return Example(read_text(config.text), source)
-
-
-def load_model(config: DemoConfig) -> Compressor:
-    """The compressor that the options name."""
-    return Compressor.from_pretrained(
-        config.checkpoint, base=config.base, device=config.device, base_mismatch=config.base_mismatch
-    )
 
 
 def run_demo(config: DemoConfig) -> dict[str, Any]:

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shutil
 import stat
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,8 @@ from compressor.progress import Progress, set_level
 from compressor.streams import abandon_if_full, check_output, input_stream, write_output
 
 SUFFIX = ".cz"
-TEXT_MAGIC = b"\xcd"
-"""How a file of a text codec begins."""
 _ERROR, _LEFT_ALONE = 1, 2
+_LONG = re.compile(r"--[a-z]+_[a-z]+")
 
 
 class _LeftAlone(Exception):
@@ -74,11 +74,16 @@ def _parser(unpack: bool) -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: Sequence[str], unpack: bool) -> int:
+def unpack(argv: Sequence[str]) -> int:
+    """`compressor unpack`, which is `compressor pack -d`."""
+    return run(argv, unpack=True)
+
+
+def run(argv: Sequence[str], unpack: bool = False) -> int:
     """Run the command; returns the exit status."""
     parser = _parser(unpack)
     try:
-        options = parser.parse_args(list(argv))
+        options = parser.parse_args([one.replace("_", "-") if _LONG.fullmatch(one) else one for one in argv])
     except SystemExit as stop:
         return _ERROR if stop.code else 0
     options.decompress |= options.test
@@ -88,11 +93,10 @@ def main(argv: Sequence[str], unpack: bool) -> int:
     if min(options.batch, options.threads or 1) < 1:
         return _complain("--batch and --threads must be at least 1")
     set_level(options.quiet, options.verbose)
-    load = _loader(options)
     status = 0
     for name in files:
         try:
-            _one(name, options, load)
+            _one(name, options)
         except _LeftAlone as reason:
             if not options.quiet:
                 print(f"compressor: {reason}", file=sys.stderr)
@@ -113,30 +117,7 @@ def _complain(reason: Any) -> int:
     return _ERROR
 
 
-def _loader(options: argparse.Namespace) -> Callable[[], Any]:
-    """Loads the base when it is first needed."""
-    loaded: list[Any] = []
-
-    def load() -> Any:
-        if not loaded:
-            import torch
-            from transformers.utils import logging
-
-            from compressor.model.bases import SMALL_BASE
-            from compressor.model.config import BaseConfig
-            from compressor.model.load import load_base
-            from compressor.packing.float64 import ExactBase
-
-            logging.disable_progress_bar()
-            if options.threads:
-                torch.set_num_threads(options.threads)
-            loaded.append(ExactBase(load_base(BaseConfig(path=options.base or SMALL_BASE), options.device)))
-        return loaded[0]
-
-    return load
-
-
-def _one(name: str, options: argparse.Namespace, load: Callable[[], Any]) -> None:
+def _one(name: str, options: argparse.Namespace) -> None:
     """Pack or unpack one input."""
     source = None if name == "-" else Path(name)
     target = _target(source, options)
@@ -150,7 +131,7 @@ def _one(name: str, options: argparse.Namespace, load: Callable[[], Any]) -> Non
     elif not options.test:
         check_output()
     data = input_stream().read() if source is None else source.read_bytes()
-    from compressor.packing.lossless import pack_bytes, unpack_bytes
+    from compressor.commands.packer import convert  # start-up: torch
 
     if options.hex and options.decompress:
         try:
@@ -158,12 +139,7 @@ def _one(name: str, options: argparse.Namespace, load: Callable[[], Any]) -> Non
         except ValueError:
             raise CompressorError("not hexadecimal digits: leave --hex out, or get it again") from None
     with _Stages(name) as progress:
-        if options.codec != "lossless" or (options.decompress and data[:1] == TEXT_MAGIC):
-            result = _text(data, options)
-        elif options.decompress:
-            result = unpack_bytes(data, load, options.batch, progress=progress)
-        else:
-            result = pack_bytes(data, load(), options.lane_tokens, options.batch, progress)
+        result = convert(data, options, progress)
     if options.hex and not options.decompress:
         result = result.hex().encode() + b"\n"
     if target is not None:
@@ -180,33 +156,6 @@ def _one(name: str, options: argparse.Namespace, load: Callable[[], Any]) -> Non
         large, small = (len(result), len(data)) if options.decompress else (len(data), len(result))
         bits = f", {8 * small / large:.3f} bits a byte" if large else ""
         print(f"{name}: {len(data):,} -> {len(result):,} bytes{bits}", file=sys.stderr)
-
-
-def _text(data: bytes, options: argparse.Namespace) -> bytes:
-    """Pack or unpack a text by a text codec."""
-    from dataclasses import replace
-
-    from compressor.model.bases import default_writer
-    from compressor.packing.text_codecs import Options, pack_text, text_codec, unpack_text
-
-    def checkpoint() -> Any:
-        from compressor.api import Compressor
-
-        return Compressor.from_pretrained(options.checkpoint, device=options.device)
-
-    def load(name: str) -> Any:
-        chosen = (options.tokens, options.bits, options.summariser)
-        return text_codec(name, Options(options.base or default_writer(), checkpoint, options.device, *chosen))
-
-    if options.decompress:
-        return unpack_text(data, load).encode()
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError:
-        raise CompressorError(f"not UTF-8 text, which the codec {options.codec} takes: leave --codec out") from None
-    codec = load(options.codec)
-    given = {name: getattr(options, name) for name in ("temperature", "top_p") if getattr(options, name) is not None}
-    return pack_text(text, options.codec, codec, replace(codec.sampling, seed=options.seed, **given))[0]
 
 
 def _target(source: Path | None, options: argparse.Namespace) -> Path | None:

@@ -8,50 +8,19 @@ import os
 import shlex
 import sys
 import tempfile
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+import torch
+from transformers import AutoConfig, AutoTokenizer
+
+from compressor.commands.options import ServeOptions
 from compressor.data.prompts import chat_arguments
-from compressor.errors import CompressorError, lacking, require
-from compressor.model.bases import default_checkpoint, locate
+from compressor.errors import CompressorError, lacking
+from compressor.model.base import refuse_unsupported, start_token, window_of
+from compressor.model.bases import locate
+from compressor.model.checkpoint import base_of, fetch_checkpoint, read_settings
 from compressor.serving import CONNECTOR
-
-
-@dataclass
-class ServeOptions:
-    """What `compressor serve` takes; what follows `--` goes to vLLM as it is."""
-
-    checkpoint: str = ""
-    """Compressor checkpoint: folder or hub id; by default the bundled one of smollm2-135m where this base is at hand
-    (`compressor fetch smollm2-135m`), else that of arxiv-mini."""
-    base: str | None = None
-    """Frozen base; by default the one the checkpoint names."""
-    memories: str = "outputs/memories"
-    """Folder of the files ID.memory, to which POST /v1/memories adds."""
-    files: list[str] = field(default_factory=list)
-    """Memory files elsewhere, whose ids are their names."""
-    store: str | None = None
-    """Store of `compressor index`, whose memories are found by their ids, too, and by `retrieve` in requests."""
-    host: str = "127.0.0.1"
-    port: int = 8000
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Type that vLLM and the compressor run in."""
-    device: str = "cpu"
-    """Device of the compressor; vLLM's is its own choice."""
-    codec: str | None = None
-    """How memories are stored (`compressor compress --codec`); by default in the type they are held in."""
-    template: str | None = None
-    """Prompt of a chat's question with {question} in it, or chat for the base's own; by default the compressor's."""
-    cache_mb: int = 1024
-    """Megabytes of decoded memories on the shelf, from which vLLM's workers read them."""
-    show: bool = False
-    """Print vLLM's command line and end."""
-
-    def __post_init__(self) -> None:
-        self.checkpoint = self.checkpoint or default_checkpoint()
-        require(1 <= self.port < 1 << 16, "port", self.port, "1 to 65535")
-        require(self.cache_mb >= 1, "cache_mb", self.cache_mb, "at least 1")
 
 
 def chat_template(own: str | None, template: str, placeholder: str, start: str) -> str:
@@ -91,11 +60,6 @@ def arguments(options: ServeOptions) -> list[str]:
     Raises:
         CompressorError: no such checkpoint or base, or no place for the question in the template.
     """
-    from transformers import AutoConfig, AutoTokenizer
-
-    from compressor.model.base import refuse_unsupported, start_token, window_of
-    from compressor.model.checkpoint import base_of, fetch_checkpoint, read_settings
-
     folder = fetch_checkpoint(options.checkpoint)
     settings = read_settings(folder)
     named = options.base or base_of(folder, settings["base"]["path"])
@@ -140,24 +104,22 @@ def arguments(options: ServeOptions) -> list[str]:
     return found
 
 
-def serve(options: ServeOptions, rest: list[str]) -> None:
+def run(options: ServeOptions, switches: Any) -> None:
     """Replace this process by vLLM's API server.
 
     Args:
-        rest: arguments for vLLM, which come last and so win.
+        switches: `rest` are arguments for vLLM, which come last and so win.
 
     Raises:
         CompressorError: vLLM is not installed; and see `arguments`.
     """
-    import torch
-
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *arguments(options)]
     if not torch.cuda.is_available():
         command += ["--enforce-eager", "--block-size", "32"]
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
         # Else the first request for log-probabilities waits for a C++ compiler, if there is one.
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-    command += rest
+    command += switches.rest
     if options.show:
         print(shlex.join(command))
         return

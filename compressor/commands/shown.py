@@ -67,7 +67,7 @@ def _shown_regeneration(result: dict[str, Any], colour: bool) -> list[str]:
     lines = [
         "Regenerated from the memory alone, [-missing-] {+added+}:",
         *_shown_text(result, colour),
-        *(["More comes back after gradient steps on the memory: --refine_steps 20", ""] if wanting else []),
+        *(["More comes back after gradient steps on the memory: --refine-steps 20", ""] if wanting else []),
     ]
     if refined:
         took = f"{refined['timings']['compress']:.1f} s"

@@ -1,20 +1,26 @@
-"""What `train.py` does: parse, check, build the stage, train."""
+"""`train.py`: build the stage, train it, and keep a record of each start."""
 
 from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import yaml
+from accelerate import Accelerator
+from accelerate.utils import set_seed
 
 from compressor.files import atomic_file, make_folder, owned, read_json, write_json
-from compressor.parsing import RENAMED, flat, parse_config, read_yaml
+from compressor.parsing import RENAMED, flat, read_yaml
 from compressor.progress import note
 from compressor.provenance import run_record
-from compressor.streams import exits_cleanly, shows_example
+from compressor.training.answer import AnswerStage
+from compressor.training.checkpoints import Checkpoints
 from compressor.training.config import RunConfig
+from compressor.training.footprint import step_bytes
+from compressor.training.loop import start_run, train
+from compressor.training.regenerate import CompressionStage
 
 FREE_TO_CHANGE = {
     "training.resume",
@@ -26,36 +32,17 @@ FREE_TO_CHANGE = {
 }
 """Settings that a resumed run may change without a word: the loss does not depend on them."""
 
-if TYPE_CHECKING:
-    from accelerate import Accelerator
 
-    from compressor.training.regenerate import CompressionStage
-
-
-@exits_cleanly
-@shows_example("accelerate launch train.py --config configs/smollm2-135m/regenerate.yaml --data.train my.jsonl")
-def train_main(argv: list[str] | None = None) -> int:
-    """Entry point of `train.py`; returns the exit status: 0 when finished or stopped by a signal after saving."""
-    config, flags = parse_config(
-        RunConfig,
-        argv,
-        "Train a compressor: stage regenerate, then answer.",
-        {"dry_run": "show settings, batch arithmetic, parameter counts and memory, then stop"},
-    )
-    # Imported after the settings are known to be good: torch and transformers take seconds.
-    from accelerate.utils import set_seed
-
-    from compressor.training.checkpoints import Checkpoints
-    from compressor.training.loop import start_run, train
-
+def run(config: RunConfig, switches: Any) -> None:
+    """Train on all processes, or with --dry-run say what would be done."""
     accelerator = start_run(config)
     set_seed(config.seed)
-    if flags.dry_run:
+    if switches.dry_run:
         stage = make_stage(config, accelerator)
         described = describe(stage, config, accelerator)
         if accelerator.is_main_process:
             print(yaml.safe_dump(asdict(config), sort_keys=False) + "\n" + described)
-        return 0
+        return
     with owned(config.output) if accelerator.is_main_process else nullcontext():
         checkpoints = Checkpoints(Path(config.output), config.training.keep_last, accelerator)
         # Before minutes of tokenising, and before anything of the earlier run is touched.
@@ -68,7 +55,6 @@ def train_main(argv: list[str] | None = None) -> int:
             print(described, flush=True)
         processes = accelerator.num_processes
         train(stage, config, accelerator, on_start=lambda step: record_start(config, step, processes, stage))
-    return 0
 
 
 def record_start(config: RunConfig, step: int, processes: int, stage: CompressionStage) -> None:
@@ -91,18 +77,12 @@ def record_start(config: RunConfig, step: int, processes: int, stage: Compressio
 def make_stage(config: RunConfig, accelerator: Accelerator) -> CompressionStage:
     """The stage that `config.stage` names."""
     if config.stage == "answer":
-        from compressor.training.answer import AnswerStage
-
         return AnswerStage(config, accelerator)
-    from compressor.training.regenerate import CompressionStage
-
     return CompressionStage(config, accelerator)
 
 
 def describe(stage: CompressionStage, config: RunConfig, accelerator: Accelerator) -> str:
     """Batch arithmetic, parameter counts and an estimate of memory, as lines of text."""
-    from compressor.training.footprint import step_bytes
-
     settings, devices = config.training, accelerator.num_processes
     batch = stage.micro_batch(0)
     trainable = sum(p.numel() for p in stage.module.parameters() if p.requires_grad)

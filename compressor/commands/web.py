@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from compressor.api import Compressor
-from compressor.commands.demonstration import EXAMPLE_TOKENS, load_model, read_passage
+from compressor.commands.demonstration import EXAMPLE_TOKENS, read_passage
+from compressor.commands.loading import load_model
 from compressor.commands.options import DemoConfig
 from compressor.commands.shown import tokens_named
 from compressor.data.examples import example

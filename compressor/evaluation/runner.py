@@ -129,7 +129,7 @@ def run_task(
     if len(left_out_of(results)) == len(items):
         raise CompressorError(
             f"{' '.join(beyond_notes(items, results, methods))} Nothing is left to measure: ask for windows "
-            "(--question_tokens) or lengths that fit, or leave out the methods that read whole passages"
+            "(--question-tokens) or lengths that fit, or leave out the methods that read whole passages"
         )
 
     order = [name for name, _ in methods.specs]

@@ -38,6 +38,7 @@ from compressor.storage.codec import Codec
 from compressor.storage.container import check_format
 from compressor.storage.making import Making
 from compressor.storage.manifest import TABLE, compare, is_remote, is_store, owned_store, text_hash
+from compressor.storage.memorise import chosen_codec, memories_of
 from compressor.storage.memory_file import BESIDE, FORMAT, encode, restore, settings_of
 
 Reading = Literal["memories", "recite", "texts"]
@@ -142,7 +143,7 @@ class Store:
         """Make the table, or check that the one there was made in the same way."""
         import pyarrow as pa
 
-        self._codec = codec = self.making.chosen_codec()
+        self._codec = codec = chosen_codec(self.making)
         example = model.compress_ids(model.base.tokenise(["An example."]), self.making.tokens)[0]
         example = signed(example, model.base, compressor_name(model, name))
         example = codec.prepare(replace(example, made=example.made | self.making.numbers(model)))
@@ -221,7 +222,7 @@ class Store:
             memories: list[Memory] = []
             end, step = min(start + rows, len(names)), self.making.batch_size
             for first in range(start, end, step):
-                found, odd = self.making.memories(model, texts[first : min(first + step, end)], self._codec)
+                found, odd = memories_of(self.making, model, texts[first : min(first + step, end)], self._codec)
                 memories += found
                 respelled += [names[first + number] for number in odd]
                 done(len(found))

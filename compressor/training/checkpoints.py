@@ -52,8 +52,7 @@ class Checkpoints:
         if run and not resume:
             where = f"at step {newest}" if newest else "that was stopped before its first checkpoint"
             raise CompressorError(
-                f"{self.output} already holds a run {where}: go on with --training.resume true, or choose another "
-                "--output"
+                f"{self.output} already holds a run {where}: go on with --training.resume, or choose another --output"
             )
         foreign = [name for name in ("config.yaml", "log.jsonl", "final") if (self.output / name).exists()]
         if foreign and not run:
@@ -180,7 +179,7 @@ class Checkpoints:
         newest = self.newest()
         kept = f"the checkpoint of step {newest} is whole" if newest else "there was no checkpoint yet"
         space = MORE_SPACE if error.errno in FULL else f"check {self.output} and its permissions"
-        resume = "go on with --training.resume true" if newest else "start again"
+        resume = "go on with --training.resume" if newest else "start again"
         return WriteError(error.target, error.reason, error.errno, f"{kept}: {space}, then {resume}")
 
     def export(self, stage: Stage) -> None:

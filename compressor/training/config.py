@@ -1,6 +1,6 @@
 """Run configuration: dataclasses read from YAML and overridden on the command line.
 
-Precedence: defaults < YAML file (`--config`) < command line (`--training.learning_rate 2e-4`).
+Precedence: defaults < YAML file (`--config`) < command line (`--training.learning-rate 2e-4`).
 Everything is validated before any model or data is loaded.
 """
 

@@ -107,7 +107,7 @@ def _refuse_non_finite(value: float, what: str, step: int, batches: Sequence[Bat
     shown = ", ".join(map(str, ids[:40])) + (f" and {len(ids) - 40} more" if len(ids) > 40 else "")
     raise CompressorError(
         f"the {what} is {value} at step {step + 1}; records of the batch: {shown}. The last checkpoint is intact: "
-        "lower training.learning_rate or look at these records, then go on with --training.resume true"
+        "lower training.learning_rate or look at these records, then go on with --training.resume"
     )
 
 
@@ -253,7 +253,7 @@ def train(
                 state.seconds = round(log.seconds, 2)
                 checkpoints.save(stage, optimizer, names, state)
         if state.step < settings.steps:
-            log.line(f"stopped by a signal after step {state.step}; go on with --training.resume true")
+            log.line(f"stopped by a signal after step {state.step}; go on with --training.resume")
         else:
             checkpoints.export(stage)
             tracked.finish(state, figures, Path(config.output) / "final" if settings.log_model else None)

@@ -1,0 +1,64 @@
+"""`compressor ask`: an answer from a memory, or from records of a store that are like the question."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from compressor.commands.loading import memory_and_base
+from compressor.commands.options import AskOptions
+from compressor.data.instructions import Prompt, load_prompt
+from compressor.data.prompts import QUESTION, label_ids, question_ids
+from compressor.data.speech import is_speech, transcribe
+from compressor.errors import CompressorError
+from compressor.methods.recite import recited_prefix
+from compressor.model.config import BaseConfig
+from compressor.model.generation import Sampling, after, answer
+from compressor.model.likelihood import label_scores
+from compressor.model.load import load_base
+from compressor.model.memory import memory_prefix
+from compressor.storage.store import Hit, Reading, Store
+from compressor.streams import check_output, write_output
+
+
+def run(options: AskOptions, switches: Any) -> None:
+    """Write the answer to standard output; of a store, the records that it is from behind it."""
+    prompt = Prompt() if options.prompt is None else load_prompt(options.prompt)
+    asked = what_is_asked(options, prompt)
+    check_output()
+    template, hits = prompt.template or options.template, list[Hit]()
+    if options.store is not None:
+        store = Store.open(options.store, base_mismatch=options.base_mismatch)
+        path = options.base or store.manifest["base"]["name"]
+        store.base = base = load_base(BaseConfig(path=path), options.device)
+        hits = store.search(asked, options.top)
+        read: Reading = "texts" if options.texts else "recite" if options.recite else "memories"
+        prefix = store.together(hits, read, options.tokens)
+        template = store.manifest["template"] if template == QUESTION else template
+    else:
+        memory, base = memory_and_base(options)
+        prefix = (recited_prefix if options.recite else memory_prefix)(base, [memory])
+    if prompt.answer == "label":
+        prompts = after(base, prefix, question_ids(base.tokenizer, [asked], template))
+        (found,) = label_scores(base, prefix, prompts, [[label_ids(base.tokenizer, one) for one in prompt.labels]])
+        written = prompt.labels[found.index(max(found))]
+    else:
+        limit = options.new_tokens if options.prompt is None else prompt.new_tokens
+        sampling = Sampling(temperature=options.temperature, seed=options.seed)
+        written = answer(base, prefix, [asked], template, limit, sampling)[0].text
+    write_output(written)
+    for hit in hits:
+        share = "" if hit.fidelity is None else f", {hit.fidelity:.0%} comes back"
+        write_output(f"{hit.score:8.3f}  {hit.id}{share}")
+
+
+def what_is_asked(options: AskOptions, prompt: Prompt) -> str:
+    """The question, transcribed if it is spoken, or the instruction of a preset."""
+    asked = options.question
+    if is_speech(asked):
+        asked = transcribe(asked, options.speech, options.device)
+    asked = prompt.asks(dict.fromkeys([*prompt.places, "question"], asked))
+    if not asked.strip() or not prompt.places <= ({"labels"} if not options.question else prompt.places):
+        raise CompressorError("give a question: --question 'Which data is used?'")
+    if prompt.answer == "label" and not prompt.labels:
+        raise CompressorError(f"the labels of {options.prompt} are those of its data: give a prompt that names them")
+    return asked

@@ -1,0 +1,50 @@
+"""What commands work with: the compressor, or the memory, that their options name."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from compressor.api import Compressor
+from compressor.commands.options import CheckpointOptions, MemoryOptions
+from compressor.errors import CompressorError
+from compressor.model.base import Base
+from compressor.model.bases import made_with
+from compressor.model.config import BaseConfig
+from compressor.model.fidelity import LITTLE
+from compressor.model.load import load_base
+from compressor.model.memory import Memory, check_base, on_base
+from compressor.packing.lossless import pack_passage
+from compressor.progress import note
+from compressor.storage.store import Store, is_store
+
+
+def load_model(options: CheckpointOptions, device: str | torch.device | None = None) -> Compressor:
+    """The compressor, on another device than the options' where one is given."""
+    return Compressor.from_pretrained(
+        options.checkpoint, base=options.base, device=device or options.device, base_mismatch=options.base_mismatch
+    )
+
+
+def memory_and_base(options: MemoryOptions) -> tuple[Memory, Base]:
+    """The memory that the options name, and its base."""
+    if is_store(options.memory):
+        if options.id is None:
+            raise CompressorError(f"{options.memory} is a store: say which memory with --id, or ask it with --store")
+        store = Store.open(options.memory)
+        (memory,) = store.load([options.id])
+        if store.manifest["keep_text"]:
+            memory = replace(memory, text=pack_passage(store.texts([options.id])[0]))
+    else:
+        memory = Memory.load(options.memory, options.calibration)
+    if memory.fidelity is not None and memory.fidelity < LITTLE and not getattr(options, "exact", False):
+        kept = "its text is kept: regenerate --exact" if memory.text is not None else "its text is not kept"
+        note(f"note: {memory.fidelity:.1%} of the text comes back from this memory; {kept}")
+    if options.tokens is not None:
+        memory = memory.truncate(options.tokens)
+    base = load_base(BaseConfig(path=options.base or made_with(memory.base)), options.device)
+    if options.base_mismatch == "allow":
+        return on_base(memory, base), base
+    check_base(memory, base)
+    return memory, base
