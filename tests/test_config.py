@@ -244,6 +244,7 @@ def test_a_wrong_command_line_says_what_is_wrong(argv: list[str], message: str) 
         ("-o m --keep-text true notes.txt", {"text": "notes.txt", "keep_text": True}),
         ("-o m --keep-text false -", {"text": "-", "keep_text": False}),
         ("-o m --refine-steps 3 notes.txt", {"text": "notes.txt", "refine_steps": 3}),
+        ("-o m a.txt --keep-text --tokens=4", {"text": "a.txt", "keep_text": True, "tokens": 4}),
         ("-o m --text notes.txt", {"text": "notes.txt", "output": "m"}),
         ("-o m a.txt b.txt", "'b.txt' is one too many: without its name only text is given"),
         ("-o m a.txt --text b.txt", "'a.txt' stands for --text, which is given too"),
@@ -282,6 +283,14 @@ def test_settings_are_checked_outside_the_command_line_too(settings: dict[str, A
 
 def test_any_number_of_tokens_will_do_without_nesting() -> None:
     assert CompressorConfig(memory_tokens=12, layout="after").memory_tokens == 12
+
+
+def test_names_have_dashes_or_underscores_and_booleans_are_switches() -> None:
+    wanted = parse("--training.learning_rate=1e-3", "--training.resume", "true", "--data.train", '["a", "b"]')
+    assert parse("--training.learning-rate", "1e-3", "--training.resume", "--data.train", "a", "b") == wanted
+    assert wanted.training.resume
+    for name in ("--dry-run", "--dry_run"):
+        assert parse_config(RunConfig, [name, "--seed", "3"], "test", {"dry_run": "stop"})[1].dry_run
 
 
 def test_every_leaf_can_be_named_on_the_command_line() -> None:

@@ -52,6 +52,7 @@ def test_imports_go_down_and_in_no_circle(project: Path) -> None:
         and row.get(other, -1) <= row[one] < len(ROWS) - 1
     ]
     assert not up
+    assert sum(map(house.local_imports, trees.values())) < 60
 
 
 def test_circles_and_counts(project: Path, tmp_path: Path) -> None:

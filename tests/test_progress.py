@@ -117,6 +117,7 @@ def test_every_command_takes_both_switches(name: str, capsys: pytest.CaptureFixt
     said = capsys.readouterr().out
     assert "-q, --quiet" in said
     assert "-v, --verbose" in said
+    assert not re.findall(r"--[a-z]+_", said)
     example = said.rpartition("example:\n  ")[2]
     assert re.match(rf"(compressor {name}|(python|accelerate launch) {name}\.py) ", example)
 

@@ -115,7 +115,7 @@ def test_training_commands_are_valid(line: str, monkeypatch: pytest.MonkeyPatch)
     arguments = shlex.split(line.split("train.py", 1)[1])
     monkeypatch.chdir(ROOT)
     with pytest.raises(SystemExit) as ended:
-        train_main([*arguments, "--print_config"])
+        train_main([*arguments, "--print-config"])
     assert ended.value.code == 0
     launch = re.search(r"--config_file (\S+)", line.split("train.py", 1)[0])
     assert launch is None or (ROOT / launch.group(1)).exists()
@@ -125,8 +125,25 @@ def test_training_commands_are_valid(line: str, monkeypatch: pytest.MonkeyPatch)
 def test_data_commands_are_valid(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     with pytest.raises(SystemExit) as ended:
-        cli([*shlex.split(line)[1:], "--print_config"])
+        cli([*shlex.split(line)[1:], "--print-config"])
     assert ended.value.code == 0
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        pytest.param(line.split("  #")[0], marks=[FLAGSHIP_HERE] if "smollm2" in line else [])
+        for line in re.findall(r"^compressor serve .*", PAGES["docs/serving.md"], re.M)
+    ],
+)
+def test_serving_commands_are_valid(
+    line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    own, _, rest = line.partition(" -- ")
+    assert cli([*shlex.split(own)[1:], "--dry-run", "--", *shlex.split(rest)]) == 0
+    assert " -m vllm.entrypoints.openai.api_server " in (printed := capsys.readouterr().out)
+    assert printed.strip().endswith(rest.strip())
 
 
 ELSEWHERE = ("docs/training.md", "docs/tasks.md")

@@ -212,7 +212,7 @@ def test_the_chat_template_asks_as_the_compressor_was_trained_to() -> None:
 
 def test_without_vllm_the_command_says_how_to_get_it(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     argv = ["serve", "--checkpoint", "models/arxiv-mini/compressor", "--memories", str(tmp_path)]
-    assert main([*argv, "--show", "--", "--max-model-len", "512"]) == 0
+    assert main([*argv, "--dry-run", "--", "--max-model-len", "512"]) == 0
     shown = capsys.readouterr().out
     assert "vllm.entrypoints.openai.api_server" in shown
     assert shown.strip().endswith("--max-model-len 512")

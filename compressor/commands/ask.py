@@ -6,9 +6,9 @@ from typing import Any
 
 from compressor.commands.loading import memory_and_base
 from compressor.commands.options import AskOptions
+from compressor.data import speech
 from compressor.data.instructions import Prompt, load_prompt
 from compressor.data.prompts import QUESTION, label_ids, question_ids
-from compressor.data.speech import is_speech, transcribe
 from compressor.errors import CompressorError
 from compressor.methods.recite import recited_prefix
 from compressor.model.config import BaseConfig
@@ -54,8 +54,8 @@ def run(options: AskOptions, switches: Any) -> None:
 def what_is_asked(options: AskOptions, prompt: Prompt) -> str:
     """The question, transcribed if it is spoken, or the instruction of a preset."""
     asked = options.question
-    if is_speech(asked):
-        asked = transcribe(asked, options.speech, options.device)
+    if speech.is_speech(asked):
+        asked = speech.transcribe(asked, options.speech, options.device)
     asked = prompt.asks(dict.fromkeys([*prompt.places, "question"], asked))
     if not asked.strip() or not prompt.places <= ({"labels"} if not options.question else prompt.places):
         raise CompressorError("give a question: --question 'Which data is used?'")

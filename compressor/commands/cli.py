@@ -104,6 +104,7 @@ COMMANDS = {
         "serve memories to any OpenAI client, by vLLM (what follows -- goes to vLLM as it is)",
         "compressor serve --memories outputs/memories --port 8000",
         "options:ServeOptions",
+        flags={"dry_run": "print vLLM's command line, then stop"},
         passes_on=True,
     ),
     "calibrate": Command(

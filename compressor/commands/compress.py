@@ -10,8 +10,8 @@ from typing import Any
 from compressor.commands.loading import load_model
 from compressor.commands.options import CompressOptions, MakeOptions
 from compressor.commands.shown import tokens_named
+from compressor.data import speech
 from compressor.data.sources import kind_of, shipped_names
-from compressor.data.speech import is_speech, transcribe
 from compressor.data.text_files import read_text
 from compressor.errors import CompressorError
 from compressor.model.checkpoint import compressor_name
@@ -32,8 +32,8 @@ def run(options: CompressOptions, switches: Any) -> None:
             f"{options.text} holds many texts: `compressor index {options.text} --output STORE` makes a store of them"
         )
     codec = chosen_codec(options)
-    if is_speech(options.text):
-        passage = transcribe(options.text, options.speech, options.device)
+    if speech.is_speech(options.text):
+        passage = speech.transcribe(options.text, options.speech, options.device)
     else:
         passage = read_text(options.text, as_written=options.keep_text)
     model = load_model(options)

@@ -277,8 +277,6 @@ class ServeOptions(CheckpointOptions):
     """Prompt of a chat's question with {question} in it, or chat for the base's own; by default the compressor's."""
     cache_mb: int = 1024
     """Megabytes of decoded memories on the shelf, from which vLLM's workers read them."""
-    show: bool = False
-    """Print vLLM's command line and end."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

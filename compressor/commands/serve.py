@@ -120,7 +120,7 @@ def run(options: ServeOptions, switches: Any) -> None:
         # Else the first request for log-probabilities waits for a C++ compiler, if there is one.
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     command += switches.rest
-    if options.show:
+    if switches.dry_run:
         print(shlex.join(command))
         return
     if importlib.util.find_spec("vllm") is None:
