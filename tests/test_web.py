@@ -13,8 +13,10 @@ import pytest
 
 from compressor.api import Compressor
 from compressor.commands.cli import demo_main
+from compressor.commands.fragments import card, sides
+from compressor.commands.page import Followed, Page, Session
 from compressor.commands.shown import differences
-from compressor.commands.web import Followed, Page, Session, card, page, sides
+from compressor.commands.web import look, page, reach_this_machine
 from compressor.errors import CompressorError
 from compressor.model.memory import Memory
 from compressor.model.refinement import refine
@@ -153,8 +155,6 @@ def test_work_that_is_followed_gives_its_result_and_its_error() -> None:
 @pytest.fixture
 def served(make_tiny_compressor: Make, texts: list[str], tmp_path: Path) -> Iterator[str]:
     """Address of a page with a tiny compressor."""
-    from compressor.commands.web import look, reach_this_machine
-
     made = page(make_tiny_compressor(), tmp_path, texts[0][:100])
     reach_this_machine()
     _, url, _ = made.launch(server_name="127.0.0.1", prevent_thread_lock=True, quiet=True, inbrowser=False, **look())
@@ -230,8 +230,9 @@ def test_without_the_extra_the_page_says_what_to_install(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "gradio", None)
+    monkeypatch.delitem(sys.modules, "compressor.commands.web")
     assert demo_main(["--web"]) == 2
-    assert "pip install -e '.[web]'" in capsys.readouterr().err
+    assert "pip install 'kv-compressor[web]'" in capsys.readouterr().err
     assert demo_main(["--web", "--port", "0"]) == 2
     assert "port = 0 is out of range" in capsys.readouterr().err
 

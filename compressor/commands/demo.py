@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from typing import Any
@@ -17,10 +16,10 @@ from compressor.streams import check_output, shows_unicode, write_output
 def run(config: DemoConfig, switches: Any) -> None:
     """Print what comes back, or serve the page."""
     if switches.web:
-        if importlib.util.find_spec("gradio") is None:
-            raise lacking("the page", "gradio", "web")
-        from compressor.commands.web import serve  # optional: gradio
-
+        try:
+            from compressor.commands.web import serve  # optional: gradio
+        except ModuleNotFoundError as error:
+            raise lacking("the page", error.name or "gradio", "web") from None
         serve(config)
         return
     check_output()
