@@ -40,15 +40,12 @@ def bundled(path: str) -> str:
 
 
 class FolderKind(NamedTuple):
-    """What a folder that a command writes holds, so that it can be told from other people's folders.
-
-    Args:
-        what: for messages, with its article.
-        files: patterns of paths in the folder; the first is a file that is in every such folder.
-    """
+    """What a folder that a command writes holds, so that it can be told from other people's folders."""
 
     what: str
+    """For messages, with its article."""
     files: tuple[str, ...]
+    """Patterns of paths in the folder; the first is a file that is in every such folder."""
 
 
 @contextmanager
@@ -68,7 +65,9 @@ def atomic_file(target: str | os.PathLike[str]) -> Iterator[Path]:
         with tempfile.TemporaryDirectory() as folder:
             temporary = Path(folder, target.name)
             yield temporary
-            with write_errors(target), open(temporary, "rb") as data, open(_appending(target), "wb") as sink:
+            # Appending keeps what a shell's `>>` found in the file behind /dev/stdout.
+            append = os.O_WRONLY | os.O_APPEND
+            with write_errors(target), open(temporary, "rb") as data, open(os.open(target, append), "wb") as sink:
                 shutil.copyfileobj(data, sink)
         return
     with _beside(target) as (temporary, final):
@@ -77,11 +76,6 @@ def atomic_file(target: str | os.PathLike[str]) -> Iterator[Path]:
             shutil.copymode(final, temporary)
         yield temporary
         os.replace(temporary, final)
-
-
-def _appending(target: Path) -> int:
-    # Appending keeps what a shell's `>>` found in the file behind /dev/stdout.
-    return os.open(target, os.O_WRONLY | os.O_APPEND)
 
 
 @contextmanager
@@ -195,8 +189,7 @@ def check_file(
     if not target.exists():
         return
     mode = target.stat().st_mode
-    if stat.S_ISSOCK(mode) or stat.S_ISBLK(mode):
-        what = "socket" if stat.S_ISSOCK(mode) else "disk"
+    if what := "socket" if stat.S_ISSOCK(mode) else "disk" if stat.S_ISBLK(mode) else "":
         raise CompressorError(f"{target} is a {what}, which is not written to: give another path")
     if is_special(target):
         return
@@ -289,9 +282,8 @@ def owned(output: str | os.PathLike[str]) -> Iterator[None]:
             ) from None
     try:
         with suppress(WriteError):  # a full disk is told of where the output is written
-            write_json(
-                owner, {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M")}
-            )
+            since = time.strftime("%Y-%m-%d %H:%M")
+            write_json(owner, {"pid": os.getpid(), "host": socket.gethostname(), "since": since})
         yield
     finally:
         # Deleted while it is held: who has opened it finds it gone, and is refused once more. Windows keeps the file.
@@ -303,8 +295,7 @@ def owned(output: str | os.PathLike[str]) -> Iterator[None]:
 
 def _holder(owner: Path) -> str:
     try:
-        found = read_json(owner)
-        return f"process {found['pid']} on {found['host']} since {found['since']}"
+        return "process {pid} on {host} since {since}".format(**read_json(owner))
     except (CompressorError, OSError, KeyError, TypeError):  # it is just starting or ending
         return "another process"
 
@@ -328,7 +319,7 @@ def remove_folder(folder: Path, kind: FolderKind) -> None:
 def write_json(target: str | os.PathLike[str], value: Any) -> None:
     """Write `value` as indented JSON, atomically."""
     with atomic_file(target) as path:
-        path.write_text(json.dumps(value, indent=2, ensure_ascii=False, sort_keys=False) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def unreadable(path: str | os.PathLike[str], error: OSError) -> CompressorError:
@@ -353,8 +344,5 @@ def read_json(path: str | os.PathLike[str]) -> Any:
 
 def sha256(path: str | os.PathLike[str]) -> str:
     """SHA-256 of a file as lower-case hex."""
-    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -155,23 +155,6 @@ def shows_unicode() -> bool:
     return (getattr(sys.stdout, "encoding", None) or "").lower().replace("-", "").replace("_", "") == "utf8"
 
 
-def shows_example(example: str) -> Callable[[Callable[[list[str]], int]], Callable[..., int]]:
-    """Decorator of a command, whose `--help` then ends with this example."""
-
-    def decorate(command: Callable[..., int]) -> Callable[..., int]:
-        @wraps(command)
-        def run(argv: list[str] | None = None) -> int:
-            try:
-                return command(argv)
-            finally:
-                if example and {"-h", "--help"} & set(sys.argv[1:] if argv is None else argv):
-                    print(f"\nexample:\n  {example}")
-
-        return run
-
-    return decorate
-
-
 def exits_cleanly(command: Callable[P, int | None]) -> Callable[P, int]:
     """Wrap a command's `main` so that expected failures print one message and return a status.
 

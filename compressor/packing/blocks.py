@@ -133,6 +133,29 @@ def read_varint(data: bytes, place: int) -> tuple[int, int]:
     raise Damaged("a length in it is cut off or absurd")
 
 
+class Reader:
+    """Reads numbers and bytes one after the other; a `Damaged` error where they end."""
+
+    def __init__(self, data: bytes):
+        self.data, self.place = data, 0
+
+    def number(self, low: int, high: int) -> int:
+        value, self.place = read_varint(self.data, self.place)
+        if not low <= value <= high:
+            raise Damaged(f"a number in it is {value:,}, not {low:,} to {high:,}")
+        return value
+
+    def bytes(self, size: int) -> bytes:
+        if self.place + size > len(self.data):
+            raise Damaged("it ends early")
+        self.place += size
+        return self.data[self.place - size : self.place]
+
+    def end(self) -> None:
+        if self.place != len(self.data):
+            raise Damaged("something follows its end")
+
+
 def serialise(blocks: Sequence[tuple[Block, bytes]], identity: bytes) -> bytes:
     """The file that holds these blocks, each given with what it stands for."""
     with_text = any(block.kind == TEXT for block, _ in blocks)

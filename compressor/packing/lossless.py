@@ -18,9 +18,9 @@ from compressor.packing.blocks import (
     TEXT,
     Block,
     Damaged,
+    Reader,
     pack_plain,
     parse,
-    read_varint,
     serialise,
     unpack_plain,
     varint,
@@ -300,22 +300,11 @@ def _pack_documents(
 
 def _unpack_text(block: Block, exact: ExactBase, batch: int, progress: Callable[[int], None]) -> bytes:
     """What a text block stands for, if nothing is wrong with it."""
-    body, lanes = block.body, []
-    place = 0
+    reader, lanes = Reader(block.body), list[bytes]()
     if not block.one_lane:
-        count, place = read_varint(body, 0)
-        if not 2 <= count <= _LANES:
-            raise Damaged(f"it claims {count:,} lanes")
-        lengths = []
-        for _ in range(count - 1):
-            length, place = read_varint(body, place)
-            lengths.append(length)
-        if place + sum(lengths) > len(body):
-            raise Damaged("its lanes are longer than the block")
-        for length in lengths:
-            lanes.append(body[place : place + length])
-            place += length
-    lanes.append(body[place:])
+        lengths = [reader.number(0, len(block.body)) for _ in range(reader.number(2, _LANES) - 1)]
+        lanes = [reader.bytes(length) for length in lengths]
+    lanes.append(block.body[reader.place :])
     separator = SEPARATORS[block.separator]
     documents: list[Document] = []
     try:

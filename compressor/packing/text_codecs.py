@@ -35,7 +35,7 @@ from compressor.model.generation import Sampling
 from compressor.model.network import Network
 from compressor.model.support import start_token
 from compressor.model.table import load
-from compressor.packing.blocks import Damaged, read_varint, varint
+from compressor.packing.blocks import Damaged, Reader, read_varint, varint
 from compressor.packing.float64 import IDENTITY_BYTES, double_precision, identity_of
 from compressor.packing.table import TEXT_CODECS
 from compressor.processes import check_device
@@ -329,26 +329,3 @@ def unpack_text(blob: bytes, load: Callable[[str], Words | Embedding]) -> str:
             "or transformers, or another kind of processor, rounds otherwise; unpack it where it was packed"
         )
     return text
-
-
-class Reader:
-    """Reads numbers and bytes one after the other; a `Damaged` error where they end."""
-
-    def __init__(self, data: bytes):
-        self.data, self.place = data, 0
-
-    def number(self, low: int, high: int) -> int:
-        value, self.place = read_varint(self.data, self.place)
-        if not low <= value <= high:
-            raise Damaged(f"a number in it is {value:,}, not {low:,} to {high:,}")
-        return value
-
-    def bytes(self, size: int) -> bytes:
-        if self.place + size > len(self.data):
-            raise Damaged("it ends early")
-        self.place += size
-        return self.data[self.place - size : self.place]
-
-    def end(self) -> None:
-        if self.place != len(self.data):
-            raise Damaged("something follows its end")

@@ -39,13 +39,7 @@ class ObjectiveConfig:
     """What the compressor is trained for (stages `regenerate` and `answer`)."""
 
     tokens: list[TokensShare] = field(
-        default_factory=lambda: [
-            TokensShare(16, 3),
-            TokensShare(8),
-            TokensShare(4),
-            TokensShare(2),
-            TokensShare(1),
-        ]
+        default_factory=lambda: [TokensShare(16, 3), *(TokensShare(tokens) for tokens in (8, 4, 2, 1))]
     )
     """Numbers of memory tokens, sampled by weight for each passage among the shares for its length (for each batch with
     a layout that cannot be truncated), so that one checkpoint serves all."""
@@ -134,18 +128,9 @@ class TrainingConfig:
             require(getattr(self, name) >= 1, f"training.{name}", getattr(self, name), "at least 1")
         require(0 < self.learning_rate <= 1, "training.learning_rate", self.learning_rate, "in (0, 1]")
         require(self.warmup_steps >= 0, "training.warmup_steps", self.warmup_steps, "at least 0")
-        require(
-            0 <= self.decay_steps <= self.steps,
-            "training.decay_steps",
-            self.decay_steps,
-            "0 to training.steps",
-        )
-        require(
-            0 <= self.final_learning_rate <= 1,
-            "training.final_learning_rate",
-            self.final_learning_rate,
-            "0 to 1",
-        )
+        require(0 <= self.decay_steps <= self.steps, "training.decay_steps", self.decay_steps, "0 to training.steps")
+        final = self.final_learning_rate
+        require(0 <= final <= 1, "training.final_learning_rate", final, "0 to 1")
         for name in ("beta1", "beta2"):
             require(0 <= getattr(self, name) < 1, f"training.{name}", getattr(self, name), "in [0, 1)")
         require(self.weight_decay >= 0, "training.weight_decay", self.weight_decay, "at least 0")
@@ -179,48 +164,26 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         require(0 <= self.seed < 1 << 32, "seed", self.seed, "0 to 4294967295")
-        require(
-            self.base.dtype in ("auto", "float32") or self.training.mixed_precision in ("auto", "no"),
-            "training.mixed_precision",
-            self.training.mixed_precision,
-            f"auto or no with base.dtype = {self.base.dtype}, whose weights are computed with as they are held",
-        )
-        require(
-            not self.training.activation_checkpointing or self.training.compile == "no",
-            "training.activation_checkpointing",
-            True,
-            "false with training.compile, which cannot trace it",
-        )
-        for share in self.objective.tokens:
-            require(
-                share.tokens <= self.compressor.memory_tokens,
-                "objective.tokens",
-                share.tokens,
-                f"at most compressor.memory_tokens = {self.compressor.memory_tokens}",
-            )
-        require(
-            self.stage != "answer" or bool(self.data.questions or self.data.instructions),
-            "data.questions",
-            self.data.questions,
-            "a non-empty list of sources in stage answer",
-        )
-        require(
-            self.stage != "answer" or self.objective.answer + self.objective.distillation > 0,
-            "objective.answer",
-            self.objective.answer,
-            "positive, or objective.distillation, in stage answer",
-        )
-        longest = max(share.high for share in self.data.lengths)
-        for share in self.objective.tokens:
-            require(
-                share.shortest <= longest,
-                "objective.tokens.shortest",
-                share.shortest,
-                f"at most {longest}, the longest of data.lengths: no passage would be of this share",
-            )
-        require(
-            self.init is not None or longest <= self.compressor.max_passage_tokens,
-            "data.lengths",
-            longest,
-            f"at most compressor.max_passage_tokens = {self.compressor.max_passage_tokens}",
-        )
+        data, objective, training = self.data, self.objective, self.training
+        precision = training.mixed_precision
+        allowed = f"auto or no with base.dtype = {self.base.dtype}, whose weights are computed with as they are held"
+        held = self.base.dtype not in ("auto", "float32")
+        require(not held or precision in ("auto", "no"), "training.mixed_precision", precision, allowed)
+        allowed = "false with training.compile, which cannot trace it"
+        both = training.activation_checkpointing and training.compile != "no"
+        require(not both, "training.activation_checkpointing", True, allowed)
+        most, longest = self.compressor.memory_tokens, max(share.high for share in data.lengths)
+        for share in objective.tokens:
+            allowed = f"at most compressor.memory_tokens = {most}"
+            require(share.tokens <= most, "objective.tokens", share.tokens, allowed)
+        if self.stage == "answer":
+            asked = bool(data.questions or data.instructions)
+            require(asked, "data.questions", data.questions, "a non-empty list of sources in stage answer")
+            allowed = "positive, or objective.distillation, in stage answer"
+            require(objective.answer + objective.distillation > 0, "objective.answer", objective.answer, allowed)
+        for share in objective.tokens:
+            allowed = f"at most {longest}, the longest of data.lengths: no passage would be of this share"
+            require(share.shortest <= longest, "objective.tokens.shortest", share.shortest, allowed)
+        fits = self.init is not None or longest <= self.compressor.max_passage_tokens
+        allowed = f"at most compressor.max_passage_tokens = {self.compressor.max_passage_tokens}"
+        require(fits, "data.lengths", longest, allowed)
