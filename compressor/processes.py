@@ -123,8 +123,8 @@ def fast_bfloat16(device: torch.device) -> bool:
 @contextmanager
 def bars_on_terminals() -> Iterator[None]:
     """Keep the progress bars of the loading layer and of transformers out of log files."""
-    import datasets
-    from transformers.utils import logging as transformers_logging
+    import datasets  # start-up
+    from transformers.utils import logging as transformers_logging  # start-up
 
     if sys.stderr.isatty() and not is_quiet():
         yield

@@ -75,7 +75,7 @@ class Progress:
         if self.shows:
             _shown = self
             if sys.stderr.isatty() and _level == NORMAL:
-                from tqdm import tqdm
+                from tqdm import tqdm  # start-up
 
                 scaled = {"unit": "B", "unit_scale": True} if unit == "bytes" else {"unit": f" {unit}"}
                 self.bar = tqdm(total=total, desc=what, delay=1, leave=False, dynamic_ncols=True, **scaled)

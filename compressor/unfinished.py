@@ -94,7 +94,7 @@ class Unfinished:
 
     def tensors(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The tensors of a part of that name, read or made and written; for parts that are too large for JSON."""
-        from safetensors.torch import load_file, save_file
+        from safetensors.torch import load_file, save_file  # start-up
 
         path = self.folder / f"{name}.safetensors"
         if path.exists():
@@ -189,7 +189,7 @@ def _encoded(value: Any) -> Any:
 
 def _decoded(value: dict[str, Any]) -> Any:
     if value.keys() == {"tensor", "dtype"}:
-        import torch
+        import torch  # start-up
 
         return torch.tensor(value["tensor"], dtype=getattr(torch, value["dtype"]))
     return value

@@ -64,8 +64,8 @@ def transcribe(path: str | Path, speech: str | None, device: str = "cpu") -> str
     """
     if not speech:
         raise CompressorError(f"{path}: {WITHOUT}")
-    from transformers import pipeline
-    from transformers.utils import logging
+    from transformers import pipeline  # start-up
+    from transformers.utils import logging  # start-up
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()  # its own Whisper code says what is deprecated in it

@@ -66,7 +66,7 @@ def load_llmlingua(model: str, device: str) -> Any:
         CompressorError: the package is not installed, or model or its data cannot be loaded.
     """
     try:
-        from llmlingua import PromptCompressor
+        from llmlingua import PromptCompressor  # optional
     except ImportError:
         raise lacking("the method llmlingua2", "llmlingua", "llmlingua") from None
     try:

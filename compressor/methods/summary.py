@@ -95,7 +95,7 @@ def load_summariser(name: str, device: torch.device) -> tuple[Any, Any]:
     Raises:
         CompressorError: neither has it.
     """
-    from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+    from transformers import AutoModelForSeq2SeqLM, AutoTokenizer  # start-up
 
     try:
         model = AutoModelForSeq2SeqLM.from_pretrained(name).eval().requires_grad_(False)

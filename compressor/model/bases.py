@@ -141,7 +141,7 @@ def _installed(known: NamedBase) -> Path | None:
 
 
 def _from_hub(repository: str, file: str, revision: str | None) -> Path:
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import hf_hub_download  # start-up
 
     try:
         return Path(hf_hub_download(repository, file, revision=revision))
@@ -206,7 +206,7 @@ def downloaded(known: NamedBase, folder: Path) -> Path:
 
 
 def _snapshot(repository: str, revision: str | None) -> str:
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import snapshot_download  # start-up
 
     try:
         return snapshot_download(repository, revision=revision, allow_patterns=list(_OF_MODELS))

@@ -45,7 +45,7 @@ def evaluated(folder: str | Path, method: str) -> list[dict[str, Any]]:
 
 def model_card(settings: Mapping[str, Any]) -> str:
     """README.md of a checkpoint from its `compressor.json`, whose `about` holds licence, data and figures."""
-    from huggingface_hub import EvalResult, ModelCardData
+    from huggingface_hub import EvalResult, ModelCardData  # start-up
 
     config, base, about = settings["config"], settings["base"], settings.get("about", {})
     trained, frozen = settings["parameters"]["trained"], settings["parameters"]["base"]
@@ -125,7 +125,7 @@ def push(folder: str | Path, repo_id: str | None = None, **options: Any) -> str:
             f"save_pretrained knows no {', '.join(sorted(unknown))}: of the hub it takes repo_id, private, token, "
             "revision and commit_message"
         )
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi  # start-up
 
     repo_id = repo_id or Path(folder).resolve().name
     api = HfApi(token=options.pop("token", None))

@@ -263,7 +263,7 @@ def fetch_checkpoint(path: str, revision: str | None = None) -> Path:
     """The folder of a checkpoint, downloaded if `path` is a hub id."""
     if Path(bundled(path)).is_dir():
         return Path(bundled(path))
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import snapshot_download  # start-up
 
     try:
         return Path(snapshot_download(path, revision=revision))

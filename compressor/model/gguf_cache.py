@@ -141,7 +141,7 @@ def converted(name: str, digest: str, origin: str, source: Callable[[Path], Path
 
 
 def _require_gguf() -> None:
-    from transformers.utils import is_gguf_available
+    from transformers.utils import is_gguf_available  # start-up
 
     if not is_gguf_available():
         raise lacking("a base in a GGUF file", "gguf", "gguf")
@@ -149,12 +149,12 @@ def _require_gguf() -> None:
 
 def _convert(path: Path, target: Path, record: dict[str, Any]) -> None:
     """Write the model in a GGUF file to the folder `target`, with a record of it."""
-    import gguf
-    import torch
-    import transformers
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    import gguf  # optional
+    import torch  # start-up
+    import transformers  # start-up
+    from transformers import AutoModelForCausalLM, AutoTokenizer  # start-up
 
-    from compressor.model.fingerprints import fingerprint
+    from compressor.model.fingerprints import fingerprint  # start-up
 
     try:
         with _quiet():
@@ -196,7 +196,7 @@ def _convert(path: Path, target: Path, record: dict[str, Any]) -> None:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keep progress bars out of log files; the one of dequantising asks no library whether it may be shown."""
-    from compressor.processes import bars_on_terminals
+    from compressor.processes import bars_on_terminals  # start-up
 
     shown = sys.stderr.isatty()
     with (

@@ -119,7 +119,7 @@ class Memory:
         Args:
             calibration: what the codec was fitted with, or its file; by default `calibration.safetensors` beside it.
         """
-        from compressor.storage.memory_file import load_memory
+        from compressor.storage.memory_file import load_memory  # as above
 
         return load_memory(path, calibration)
 

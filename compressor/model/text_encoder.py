@@ -80,7 +80,7 @@ def load_text_encoder(name: str) -> tuple[Any, Any]:
     Raises:
         CompressorError: none has it.
     """
-    from transformers import AutoModel, AutoTokenizer
+    from transformers import AutoModel, AutoTokenizer  # start-up
 
     place: Any = (encoder_folder(name) or ENCODERS[name].hub) if name in ENCODERS else name
     try:
@@ -153,7 +153,7 @@ class TextEncoder:
         self.fingerprint = fingerprint(self._model)
 
     def _setting(self, file: str, default: Any) -> Any:
-        from transformers.utils import cached_file
+        from transformers.utils import cached_file  # start-up
 
         found = cached_file(self._model.name_or_path, file, _raise_exceptions_for_missing_entries=False)
         return default if found is None else json.loads(Path(found).read_text(encoding="utf-8"))

@@ -57,7 +57,7 @@ class Damaged(CompressorError):
 def zstandard() -> Any:
     """The library, or a `CompressorError` that says how to install it."""
     try:
-        import zstandard
+        import zstandard  # optional
     except ImportError:
         raise lacking("packing", "zstandard", "codecs") from None
     return zstandard

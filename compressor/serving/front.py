@@ -33,6 +33,7 @@ from compressor.serving.shelf import Placed, Shelf
 from compressor.storage.catalogue import Catalogue, Missing
 from compressor.storage.codec import Codec
 from compressor.storage.memory_file import as_stored
+from compressor.storage.store import Store
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 # Routes that answer, too, and settings that read a prompt as text, cut it, or replace the template: not with memories.
@@ -195,8 +196,6 @@ class Front:
         model = await asyncio.to_thread(Compressor.from_pretrained, checkpoint, base, device, dtype)
         store = None
         if extra["store"]:
-            from compressor.storage.store import Store
-
             store = Store.open(extra["store"], base=model.base)
         catalogue = Catalogue(extra["memories"], extra["files"], extra["codec"], store)
         shelf = Shelf(extra["shelf"], extra["shelf_bytes"])

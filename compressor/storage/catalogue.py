@@ -5,13 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from compressor.errors import CompressorError
 from compressor.files import make_folder
-
-if TYPE_CHECKING:
-    from compressor.model.memory import Memory
+from compressor.model.memory import Memory
+from compressor.storage.memory_file import load_memory
 
 _ID = re.compile(r"[A-Za-z0-9_][\w.-]{0,199}", re.ASCII)
 
@@ -54,8 +53,6 @@ class Catalogue:
 
     def load(self, name: str) -> Memory:
         """Read and decode; `Missing`, or another `CompressorError` if it is damaged."""
-        from compressor.storage.memory_file import load_memory
-
         self.state(name)
         if (path := self.path(name)) is None:
             return self.store.load([name])[0]

@@ -32,7 +32,7 @@ Alphabet = tuple[int, int] | None
 
 def _constriction() -> ModuleType:
     try:
-        import constriction
+        import constriction  # optional
     except ImportError:
         without = "take a codec without a coder (bf16, int8, int4, int3, int2)"
         raise lacking("entropy coding", "constriction", "codecs", without) from None

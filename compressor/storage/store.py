@@ -81,7 +81,7 @@ class Store:
 
     def __init__(self, path: str | Path):
         try:
-            import lancedb
+            import lancedb  # optional
         except ImportError:
             raise lacking("a store", "lancedb", "store") from None
         self.path = str(path)
@@ -141,7 +141,7 @@ class Store:
 
     def _begin(self, model: Network, name: str, encoder: str | None, keep_text: bool) -> None:
         """Make the table, or check that the one there was made in the same way."""
-        import pyarrow as pa
+        import pyarrow as pa  # start-up
 
         self._codec = codec = chosen_codec(self.making)
         example = model.compress_ids(model.base.tokenise(["An example."]), self.making.tokens)[0]
@@ -231,7 +231,7 @@ class Store:
 
     def write(self, names: Sequence[str], texts: Sequence[str], memories: Sequence[Memory]) -> None:
         """Commit memories, all or none; when this returns they are on the disk."""
-        import pyarrow as pa
+        import pyarrow as pa  # start-up
 
         rows, schema = [], self._table.schema
         vectors = [None] * len(texts) if self.encoder is None else self.encoder.embed(texts).numpy()
@@ -251,7 +251,7 @@ class Store:
 
     def finish(self) -> None:
         """Index what was added, and put small files together; by one process, when all have written."""
-        from lancedb.index import FTS, IvfPq
+        from lancedb.index import FTS, IvfPq  # optional
 
         with self._errors(), warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)

@@ -50,7 +50,7 @@ class Wandb:
         """Add sample lines (`kind: text`) of a validation to the table `samples`: step, kind, text."""
         if self.run is None:
             return
-        import wandb
+        import wandb  # optional
 
         for sample in samples:
             kind, told, text = sample.strip().partition(": ")

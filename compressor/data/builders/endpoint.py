@@ -144,7 +144,7 @@ def replies(config: EndpointConfig, abstracts: Sequence[str], count: int) -> Ite
             it keeps failing.
     """
     try:
-        import openai
+        import openai  # optional
     except ImportError:
         raise lacking("generator = endpoint", "openai", "endpoint") from None
     require(bool(config.model), "endpoint.model", config.model, "the name the server knows the model by")

@@ -111,7 +111,7 @@ def _texts(config: EntitiesConfig) -> Iterator[tuple[str, str]]:
 def read_spacy(config: EntitiesConfig) -> Iterator[Found]:
     """Texts with a pipeline's entities."""
     try:
-        import spacy
+        import spacy  # optional
 
         pipeline = spacy.load(config.model, exclude=["lemmatizer", "attribute_ruler"])
     except ImportError:
