@@ -125,13 +125,6 @@ class ExactBase:
         return logits if self.noise is None else self.noise(logits)
 
 
-class _Slots:
-    """One layer's keys and values of all rows, written at each row's own place."""
-
-    def __init__(self, keys: Tensor, values: Tensor):
-        self.keys, self.values = keys, values
-
-
 class Lockstep(DynamicCache):
     """Contexts of several rows that grow by a token a step and start again at times of their own.
 
@@ -144,21 +137,20 @@ class Lockstep(DynamicCache):
         super().__init__()
         self.exact, self.prefix = exact, prefix
         self.lengths = np.zeros(len(prefix.mask), dtype=np.int64)
-        self.slots = [_Slots(k, v) for k, v in zip(prefix.keys, prefix.values, strict=True)]
+        self.slots = [[k, v] for k, v in zip(prefix.keys, prefix.values, strict=True)]
+        """Keys and values of each layer, those of all rows, written at each row's own place."""
         self._place = self._all = torch.zeros(0, dtype=torch.int64)
         self._used = 0
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         """Write the step's keys and values at each row's place; returns those of all rows, up to the longest."""
         slots = self.slots[layer_idx]
-        if slots.keys.shape[2] < self._used:
-            for name in ("keys", "values"):
-                old = getattr(slots, name)
+        for kind, states in enumerate((key_states, value_states)):
+            if (old := slots[kind]).shape[2] < self._used:
                 room = old.new_zeros(*old.shape[:2], self._CHUNK, old.shape[3])
-                setattr(slots, name, torch.cat([old, room], dim=2))
-        slots.keys[self._all, :, self._place] = key_states[:, :, 0]
-        slots.values[self._all, :, self._place] = value_states[:, :, 0]
-        return slots.keys[:, :, : self._used], slots.values[:, :, : self._used]
+                slots[kind] = torch.cat([old, room], dim=2)
+            slots[kind][self._all, :, self._place] = states[:, :, 0]
+        return slots[0][:, :, : self._used], slots[1][:, :, : self._used]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Slots in use, as transformers asks for them."""
@@ -194,7 +186,7 @@ class Lockstep(DynamicCache):
         index = torch.tensor(rows, device=self.exact.base.device)
         self.prefix = self.prefix.select(index)
         self.lengths = self.lengths[list(rows)]
-        self.slots = [_Slots(slots.keys[index], slots.values[index]) for slots in self.slots]
+        self.slots = [[kind[index] for kind in slots] for slots in self.slots]
 
 
 @torch.no_grad()
