@@ -86,3 +86,25 @@ def test_a_change_names_the_tests_that_import_it(project: Path) -> None:
     found = affected(["compressor/model/layouts.py"])
     assert "tests/test_layouts.py" in found
     assert len(found) < len(affected(["tests/conftest.py"])) / 2
+
+
+def test_the_first_difference_of_two_commits_is_named(project: Path, tmp_path: Path) -> None:
+    """`benchmarks/same_losses.py`, on files as it finds them."""
+    script = runpy.run_path(str(project / "benchmarks" / "same_losses.py"))
+    compare, (old, new) = script["compare"], (tmp_path / "old", tmp_path / "new")
+    for folder in (old, new):
+        folder.mkdir()
+    assert compare(old / "a.json", new / "a.json") == "is not made any more"
+    for name, before, now, said in (
+        ("a.json", '{"loss": 1.5, "commit": "a"}', '{"loss": 1.5, "commit": "b"}', None),
+        ("a.jsonl", '{"step": 1}\n{"loss": [1.5]}', '{"step": 1}\n{"loss": [1.25]}', "1.loss.0: 1.5 is now 1.25"),
+        ("b.json", '{"loss": 1.5}', '{"nats": 1.5}', "loss: 1.5 is now None"),
+        ("a.memory", "same", "same", None),
+        ("b.memory", "some", "same", "byte 1 of 4 (now 4)"),
+        ("c.memory", "some", "so", "byte 2 of 4 (now 2)"),
+    ):
+        (old / name).write_text(before)
+        (new / name).write_text(now)
+        assert compare(old / name, new / name) == said, name
+    placed = [part for command in script["COMMANDS"] for part in command if "{}" in part]
+    assert all(part.count("{}") == 1 for part in placed)
