@@ -344,5 +344,8 @@ def read_json(path: str | os.PathLike[str]) -> Any:
 
 def sha256(path: str | os.PathLike[str]) -> str:
     """SHA-256 of a file as lower-case hex."""
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
