@@ -17,7 +17,8 @@ from compressor.model.load import load_base
 from compressor.model.memory import Memory, check_base, on_base
 from compressor.packing.lossless import pack_passage
 from compressor.progress import note
-from compressor.storage.store import Store, is_store
+from compressor.storage.manifest import is_store
+from compressor.storage.store import Store
 
 
 def load_model(options: CheckpointOptions, device: str | torch.device | None = None) -> Compressor:
