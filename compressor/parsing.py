@@ -183,8 +183,8 @@ def join_lists(config: type, argv: list[str]) -> list[str]:
 class _Parser(ArgumentParser):
     """Its --help names options as people write them, with dashes."""
 
-    def format_help(self) -> str:
-        return re.sub(r"--[a-z][\w.]*", lambda found: found[0].replace("_", "-"), super().format_help())
+    def format_help(self, *given: Any, **named: Any) -> str:
+        return re.sub(r"--[a-z][\w.]*", lambda found: found[0].replace("_", "-"), super().format_help(*given, **named))
 
 
 def parse_config(
