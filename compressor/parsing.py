@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -187,6 +188,19 @@ class _Parser(ArgumentParser):
         return re.sub(r"--[a-z][\w.]*", lambda found: found[0].replace("_", "-"), super().format_help(*given, **named))
 
 
+@cache
+def _parser(config: type, description: str, flags: tuple[tuple[str, str], ...]) -> _Parser:
+    # The texts under the fields of a configuration are what --help says about them.
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = _Parser(description=description, exit_on_error=False)
+    parser.add_argument("--config", action="config", help="YAML file with settings")
+    for name, text in flags:
+        short = [key for key, value in SHORT.items() if value == name]
+        parser.add_argument(*short, f"--{name}", action="store_true", help=text)
+    parser.add_class_arguments(config)
+    return parser
+
+
 def parse_config(
     config: type,
     argv: list[str] | None,
@@ -215,14 +229,7 @@ def parse_config(
     if plain:
         argv = name_plain(config, argv, plain, switches)
     argv = join_lists(config, _plain_names(config, argv, switches))
-    # The texts under the fields of a configuration are what --help says about them.
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = _Parser(description=description, exit_on_error=False)
-    parser.add_argument("--config", action="config", help="YAML file with settings")
-    for name, text in switches.items():
-        short = [key for key, value in SHORT.items() if value == name]
-        parser.add_argument(*short, f"--{name}", action="store_true", help=text)
-    parser.add_class_arguments(config)
+    parser = _parser(config, description, tuple(switches.items()))
     known = {*settings_of(config), *switches, "config", "help", "print_config"}
     for position, argument in enumerate(argv):
         name = argument[2:].split("=", 1)[0].rstrip("+") if argument.startswith("--") else ""

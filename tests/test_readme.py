@@ -15,9 +15,8 @@ from typing import Any
 import pytest
 import yaml
 
-from compressor.commands.cli import demo_main
+from compressor.commands.cli import demo_main, evaluate_main, train_main
 from compressor.commands.cli import main as cli
-from compressor.commands.cli import evaluate_main, train_main
 from compressor.model.bases import FLAGSHIP, FLAGSHIP_BASE, NAMED, default_checkpoint
 from compressor.model.gguf_cache import cached
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
+from compressor.commands.cli import demo_main
 from compressor.commands.cli import main as cli
-from compressor.commands.demo import demo_main
 
 PASSAGE = "Schrödinger's equation, solved by the cat 🐈 of Łódź."
 
