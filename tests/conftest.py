@@ -401,15 +401,19 @@ from compressor.commands.cli import train_main
 {change}
 sys.exit(train_main())
 """
-# Processes kill themselves when they are asked for this micro-batch or a later one.
+# Processes kill themselves when they train on this micro-batch or a later one.
 _DYING = """
+from compressor.training import loop
 from compressor.training.regenerate import CompressionStage
-honest = CompressionStage.micro_batch
+honest, honest_step, begun = CompressionStage.micro_batch, loop.run_step, []
+def run_step(*given):
+    begun.append(1)
+    return honest_step(*given)
 def micro_batch(self, index):
-    if index >= {index}:
+    if begun and index >= {index}:
         os.kill(os.getpid(), signal.SIGKILL)
     return honest(self, index)
-CompressionStage.micro_batch = micro_batch
+CompressionStage.micro_batch, loop.run_step = micro_batch, run_step
 """
 
 

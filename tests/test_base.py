@@ -132,7 +132,7 @@ def test_an_error_without_a_message_is_told_by_its_kind(monkeypatch: pytest.Monk
     def fail(*_args: object, **_kwargs: object) -> None:
         raise RuntimeError("")
 
-    monkeypatch.setattr("compressor.model.base.AutoConfig.from_pretrained", fail)
+    monkeypatch.setattr("compressor.model.load.AutoConfig.from_pretrained", fail)
     with pytest.raises(CompressorError, match=r"cannot load the base 'some/base' \(RuntimeError"):
         load_base(BaseConfig(path="some/base"))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from compressor.api import Compressor
+from compressor.commands import demonstration
 from compressor.commands.cli import demo_main
 from compressor.commands.cli import main as cli
 from compressor.commands.shown import mark_differences
@@ -50,8 +52,9 @@ def test_json_has_the_documented_keys(capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_a_question_is_answered_from_memory_passage_and_nothing(
-    texts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    texts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr(demonstration, "answer", partial(demonstration.answer, limit=8))
     asked, text = "Which structures are classified?", ["--text", str(tmp_path / "text.txt")]
     (tmp_path / "text.txt").write_text(" ".join(" ".join(texts[:2]).split()[:90]))
     result = json.loads(demo(capsys, "--json", "--question", asked, "--tokens", "4", *text))
@@ -90,7 +93,7 @@ def test_the_published_example_is_regenerated_and_asked(capsys: pytest.CaptureFi
 def test_own_text_is_taken_whole_and_segmented(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("compressor.commands.demonstration.regenerate", lambda *_: {})
+    monkeypatch.setattr(demonstration, "regenerate", lambda *_: {})
     path = tmp_path / "long.txt"
     path.write_text("We measure the spectrum of light scattered by dust. " * 60)
     result = json.loads(demo(capsys, "--text", str(path), "--json"))
