@@ -222,14 +222,16 @@ def together(asked: Asked, options: Options, result: dict[str, Any], keep: Any) 
     # Texts are asked in the way that suits them better with one passage: the comparison is not to favour memories.
     ways, texts = [(asked.template, ""), ("chat", BRIEFLY)], asked.from_texts(asked.ids)
     tried = [asked.rows(alone, texts, *way) for way in ways]
-    way = ways[max(range(len(ways)), key=lambda i: tried[i]["f1"])]
+    best = max(range(len(ways)), key=lambda i: tried[i]["f1"])
+    way = ways[best]
     result["asking_texts"] = [{"template": t, "suffix": s, **row} for (t, s), row in zip(ways, tried, strict=True)]
     nothing = asked.rows(alone, lambda groups: empty_prefix(base, len(groups)), asked.template)
     rows = result["together"] = [{"read": "nothing", "count": 0, "others": "none", **nothing}]
+    rows.append({"read": "texts", "count": 1, "others": "none", **tried[best]})
 
     def measure(read: str, prefixes: Any, asking: tuple[str, str], counts: Iterable[int], kinds: Sequence[str]) -> None:
         for count, kind in itertools.product(counts, kinds):
-            if count == 1 and kind != kinds[0]:
+            if count == 1 and kind != kinds[0]:  # there are no others
                 continue
             groups = [asked.group(number, kind, count) for number in range(len(asked.questions))]
             row = asked.rows(groups, prefixes, *asking)
@@ -239,7 +241,7 @@ def together(asked: Asked, options: Options, result: dict[str, Any], keep: Any) 
 
     measure("memories", asked.from_memories(), (asked.template, ""), TOP, ("random", "similar"))
     result["first_token"] = [first_token(asked, count) for count in TOP]
-    measure("texts", texts, way, TOP, ("random",))
+    measure("texts", texts, way, TOP[1:], ("random",))
     groups = [asked.group(number, "random", max(options.recited)) for number in range(len(asked.questions))]
     needed = list(dict.fromkeys(text for group in groups for text in group))
     began = time.process_time()
