@@ -31,6 +31,7 @@ from compressor.data.sources import read_rows
 from compressor.data.sources import resolve as resolve_data
 from compressor.errors import CompressorError
 from compressor.files import bundled, write_json
+from compressor.model.bases import NAMED, fetch
 from compressor.model.config import BaseConfig
 from compressor.model.load import load_base
 from compressor.packing.float64 import ExactBase
@@ -115,7 +116,9 @@ def data_sets(options: argparse.Namespace) -> dict[str, list[bytes]]:
         f"abstracts since {options.since}, one file": [("\n".join(chosen) + "\n").encode()],
         f"abstracts since {options.since}, each apart": single,
     }
-    sets |= {Path(path).name: [Path(path).read_bytes()] for path in options.texts}
+    for path in options.texts:
+        data = Path(path).read_bytes()[: options.text_bytes]
+        sets[Path(path).name] = [data.decode("utf-8", "ignore").encode() if options.text_bytes else data]
     sources = sorted((PROJECT / "compressor").rglob("*.py"))
     sets["this project's Python code"] = [b"".join(path.read_bytes() for path in sources)[: options.code_bytes]]
     sets["random bytes"] = [random.Random(0).randbytes(100_000)]
@@ -167,6 +170,7 @@ def main() -> int:
     parser.add_argument("--singles", type=int, default=100, help="abstracts packed apart")
     parser.add_argument("--code-bytes", type=int, default=100_000, help="of this project's code")
     parser.add_argument("--texts", nargs="*", default=[], help="further files, such as the Canterbury corpus's")
+    parser.add_argument("--text-bytes", type=int, help="of each of these files, to a whole character; by default all")
     parser.add_argument("--lane-tokens", type=int, default=1024)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--threads", type=int, default=1)
@@ -174,7 +178,8 @@ def main() -> int:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     exact = ExactBase(load_base(BaseConfig(path=options.base)))
-    weights = sum(path.stat().st_size for path in Path(bundled(options.base)).glob("*") if path.is_file())
+    folder = Path(fetch(options.base) if options.base in NAMED else bundled(options.base))
+    weights = sum(path.stat().st_size for path in folder.glob("*") if path.is_file())
     report: dict[str, Any] = {
         "command": " ".join(["python", "benchmarks/lossless.py", *sys.argv[1:]]),
         "version": VERSION,

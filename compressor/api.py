@@ -23,7 +23,7 @@ from compressor.model.fidelity import compress_to_fidelity, noted
 from compressor.model.memory import Memory, memory_prefix
 from compressor.model.network import Network
 from compressor.model.prefix import shared
-from compressor.progress import note
+from compressor.progress import note, note_once
 
 
 class CompressOptions(TypedDict, total=False):
@@ -138,6 +138,10 @@ class Compressor(Network):
             raise CompressorError(f"got {len(chosen)} memories and {len(asked)} questions: give one question for each")
         if not chosen:
             return []
+        if not recite and any(memory.made.get("refine_keep") == 0 for memory in chosen):
+            note_once(
+                "warning: refined for regeneration alone, this memory answers worse than before: recite=True helps"
+            )
         options = {"template": self.config.question_template} | options
         prefix = shared(chosen, partial(recited_prefix if recite else memory_prefix, self.base))
         answers = generation.answer(self.base, prefix, asked, **options)

@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -409,9 +410,58 @@ def compared() -> str:
     )
 
 
-def lossless() -> str:
+def flagship_compared() -> str:
+    """Methods on the flagship's base after the same short training."""
+    written, answered = (results(f"{FLAGSHIP}/methods{end}.json")["rows"] for end in ("-regeneration", ""))
+    body = []
+    for row, asked in zip(written, (one for one in answered if one["tokens"] is not None), strict=True):
+        method = row["method"]
+        assert (method, row["tokens"]) == (asked["method"], asked["tokens"])
+        end = [one for one in log_rows(f"{FLAGSHIP}/methods/{method}.jsonl") if "passages" in one][-1]
+        cells = [str(row["tokens"]), f"{end['passages']:,}", f"{end['seconds'] / 60:.0f}", _interval(row, "rouge_l", 3)]
+        cells += [f"{row['nll_per_token']:.2f}", _interval(asked, "f1", 1), f"{asked['answer_nats']:.2f}"]
+        body.append([LABELS.get(method, method), *cells])
+    header = ["method", "k", "passages", "minutes", "ROUGE-L 48", "nats/token 48", "SQuAD dev F1", "nats/answer"]
+    return table(header, body) + (
+        f"\n\n{written[0]['n']} unseen abstracts cut to 48 tokens, {answered[0]['n']} questions about windows of 72; "
+        "95% bootstrap intervals."
+    )
+
+
+def refined_answers() -> str:
+    """What gradient steps do to answers, without and with what keeps them."""
+    data = results(f"{FLAGSHIP}/refined-answers.json")
+    body = []
+    for row in data["rows"]:
+        how = "one pass" if not row["steps"] else f"{row['steps']} steps" + (", answers kept" if row["keep"] else "")
+        cells = [_interval(row, name, d) for name, d in (("f1", 1), ("answer_nats", 2), ("rouge_l", 3))]
+        cells += [f"{row['nats_per_token']:.2f}", f"{row['seconds_a_passage']:.1f}"]
+        body.append([how, str(row["tokens"]), *cells])
+    header = ["memory", "k", "F1", "nats/answer token", "ROUGE-L", "nats/token", "seconds"]
+    first = data["rows"][0]
+    return table(header, body) + (
+        f"\n\nSmolLM2-135M-Instruct's compressor, {first['questions']} questions about {first['passages']} windows of "
+        f"{data['length']} tokens; 95% bootstrap intervals;\nprocessor seconds a window."
+    )
+
+
+def interference() -> str:
+    """What a memory does to questions that have nothing to do with it."""
+    rows = results(f"{FLAGSHIP}/interference.json")["rows"]
+    names = (("answer_nats", 2), ("nats_added", 2), ("f1", 1), ("agreement", 1))
+    body = [
+        [LABELS[row["method"]], "-" if row["tokens"] is None else str(row["tokens"])]
+        + [_interval(row, name, decimals) for name, decimals in names]
+        for row in rows
+    ]
+    return table(["in the context", "k", "nats/answer", "+ nats", "F1", "agreement"], body) + (
+        f"\n\n{rows[0]['n']} questions of SQuAD dev after memories of other contexts; 95% bootstrap intervals."
+    )
+
+
+def lossless(name: str = "lossless.json") -> str:
     """Lossless packing against general-purpose tools."""
-    data = results("lossless.json")
+    data = results(name)
     header = ["text", "n", "bytes", "pack (bits/byte)", "zstd -19", "best other", "smaller than the best other"]
     header += ["zpaq -m5", "pack, unpack (kB/s)"]
     body = []
@@ -675,6 +725,10 @@ PARTS: dict[str, Callable[[], str]] = {
     "methods": compared,
     "studies": studies,
     "lossless": lossless,
+    "lossless-flagship": partial(lossless, f"{FLAGSHIP}/lossless.json"),
+    "methods-flagship": flagship_compared,
+    "refined-answers": refined_answers,
+    "interference": interference,
     "codecs": codecs,
     "tasks": tasks,
     "prompted": prompted,

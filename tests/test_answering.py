@@ -227,6 +227,32 @@ def test_answer_and_distillation_losses_are_likelihood_and_divergence(make_stage
     assert divergence > 0
 
 
+def test_unrelated_questions_are_taught_by_the_base_without_a_memory(make_stage: Callable[..., AnswerStage]) -> None:
+    stage = make_stage("--objective.unrelated_share=0.5", "--objective.answer=2")
+    model, base = stage.module, stage.module.base
+    batches = ((index, stage.micro_batch(index)) for index in range(60))
+    asking = ((index, one, one["answer_unrelated"]) for index, one in batches if "answer_unrelated" in one)
+    index, batch, apart = next(found for found in asking if 0 < int(found[2].sum()) < len(found[2]))
+    plain = make_stage("--objective.answer=2").micro_batch(index)
+    assert torch.equal(apart, batch["answer_owners"] != plain["answer_owners"])
+    with torch.no_grad():
+        keys, values = model.encode(batch["input_ids"], batch["lengths"], int(batch["memory_tokens"].max()))
+        prefix = model.prefix(keys, values, batch["lengths"], batch["memory_tokens"])
+        wanted = 0.0
+        for row, owner in enumerate(batch["answer_owners"].tolist()):
+            chosen, inputs = batch["answer_labels"][row] != IGNORED, batch["answer_inputs"][row : row + 1]
+            student = decode(base, prefix.select(torch.tensor([owner])), inputs)[0, chosen].log_softmax(-1)
+            if apart[row]:
+                begun = torch.tensor([[base.bos, *inputs[0].tolist()]])
+                teacher = base.model(input_ids=begun).logits[0, 1:][chosen].log_softmax(-1)
+                wanted += float((teacher.exp() * (teacher - student)).sum())
+            else:
+                wanted -= 2 * float(student.gather(1, batch["answer_labels"][row, chosen][:, None]).sum())
+        assert float(answer_loss(model, prefix, batch)) == pytest.approx(wanted, rel=1e-4)
+        none = batch | {"answer_unrelated": torch.ones_like(apart), "distillation_weight": 1.0}
+        assert float(answer_loss(model, prefix, none)) > 0
+
+
 def test_gradient_reaches_every_parameter_and_not_the_base(make_stage: Callable[..., AnswerStage]) -> None:
     stage = make_stage("--objective.distillation=1")
     batch = _question_batch(stage)

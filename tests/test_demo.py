@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -38,6 +39,8 @@ def test_the_demo_runs_offline_without_arguments(tmp_path: Path, program: Callab
     assert "models/arxiv-mini/compressor is used" in errors
     assert "compressor fetch smollm2-135m" in errors
     assert "After 10 gradient steps" in shown
+    answers = re.findall(r"^  from (.*?): ", shown.partition("Question: ")[2], re.MULTILINE)
+    assert answers == ["16 memory tokens", "the whole passage", "no passage"]
     assert "96 tokens -> 16 memory tokens (6x)" in shown
     assert "ROUGE-L" in shown
     assert "Traceback" not in errors
@@ -85,7 +88,7 @@ def test_the_published_example_is_regenerated_and_asked(capsys: pytest.CaptureFi
     assert result["passage"].startswith("We show that every reciprocity sheaf gives rise to a cycle (pre)module")
     assert result["passage"].endswith("similar to Rost's cycle complexes.")
     assert "Kato complexes" in result["question"]
-    assert {"regeneration", "answer", "answer_recite", "refined"} <= set(result)
+    assert {"regeneration", "answer", "answer_full", "answer_none", "refined"} <= set(result)
     assert demo_main(["--example", "other"]) == 2
     assert "abstract, published" in capsys.readouterr().err
 

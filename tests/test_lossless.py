@@ -184,8 +184,8 @@ def test_parallel_and_lockstep_logits_agree_far_within_the_guard(exact: ExactBas
     cache = Lockstep(exact, empty_prefix(exact.base, 3))
     worst = 0.0
     for place in range(min(map(len, rows))):
-        logits = cache.step([row[place] for row in rows])
-        assert logits.dtype == torch.float64
+        logits = cache.step([[row[place]] for row in rows], [0] * 3)
+        assert logits[0].dtype == torch.float64
         worst = max(
             worst, *(float((one - all_[place]).abs().max()) for one, all_ in zip(logits, parallel, strict=True))
         )
@@ -226,6 +226,27 @@ def test_lanes_of_unequal_length_come_back_in_any_batch(exact: ExactBase, abstra
     coded = [encode_lane(exact, lane, True) for lane in lanes]
     assert decode_lanes(exact, coded, True) == lanes
     assert [decode_lanes(exact, [one], True)[0] for one in coded] == lanes
+
+
+def test_what_is_told_is_checked_against_the_bytes(
+    exact: ExactBase, abstracts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """True or false, for none or too many lanes, documents and tokens, and over the edge of a window."""
+    monkeypatch.setattr(exact, "window", 80)
+    ids = [exact.base.tokenizer(text)["input_ids"] for text in abstracts[:4]]
+    lanes = [[ids[0][:90]], [ids[1][:50], [], ids[2][:85]], [[]], [ids[3][:35], ids[0][:3]]]
+    coded, steps = [encode_lane(exact, lane, True) for lane in lanes], []
+    fed = Lockstep.step
+    monkeypatch.setattr(Lockstep, "step", lambda *given: steps.append(1) or fed(*given))
+    wrong = [[[*document[:10], 7, *document[11:]] for document in lane] for lane in lanes]
+    taken = {}
+    told = {"nothing": None, "true": lanes, "wrong": wrong, "others": lanes[::-1], "less": [[], [[]], [], []]}
+    for name, one in told.items():
+        steps.clear()
+        assert decode_lanes(exact, coded, True, told=one) == lanes, name
+        taken[name] = len(steps)
+    assert taken["true"] < taken["nothing"] / 5, taken
+    assert taken["true"] < taken["wrong"] <= taken["nothing"], taken
 
 
 def test_what_cannot_be_coded_is_refused(exact: ExactBase, noise: Callable[[float], None]) -> None:

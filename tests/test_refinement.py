@@ -10,12 +10,15 @@ import pytest
 import torch
 
 from compressor.api import Compressor
+from compressor.data.prompts import question_ids
+from compressor.data.records import load_texts
 from compressor.errors import CompressorError
 from compressor.model.base import Base
 from compressor.model.config import CompressorConfig
 from compressor.model.fidelity import fidelities, passage_scores
+from compressor.model.likelihood import decode
 from compressor.model.memory import Memory, memory_prefix
-from compressor.model.refinement import random_start, refine
+from compressor.model.refinement import KEEP, random_start, refine
 
 Make = Callable[..., Compressor]
 
@@ -58,6 +61,42 @@ def test_a_step_too_large_does_not_lose_what_is_held(project: Path) -> None:
     refined = model.compress_ids(passages, 4, refine_steps=2)
     before, after = nats(model, plain, passages), nats(model, refined, passages)
     assert all(late <= early + 1e-3 for early, late in zip(before, after, strict=True)), (before, after)
+
+
+def test_what_is_answered_from_a_memory_is_kept(project: Path) -> None:
+    """Of questions that it is not held to; regeneration gains all the same."""
+    model = Compressor.from_pretrained(project / "models" / "arxiv-mini" / "compressor")
+    passages = model.base.tokenise(load_texts("arxiv-test")["text"][3:6])
+    passages = [ids[:64] for ids in passages]
+    prompts = question_ids(model.base.tokenizer, ["Which method is used?", "What is shown?", "Where is it found?"])
+
+    def distributions(memories: Sequence[Memory]) -> torch.Tensor:
+        """Log-probabilities `[questions, memories, vocabulary]` of an answer's first token."""
+        prefix, found = memory_prefix(model.base, memories), []
+        for prompt in prompts:
+            ids = torch.tensor([prompt] * len(memories))
+            found.append(decode(model.base, prefix, ids)[:, -1].log_softmax(-1))
+        return torch.stack(found).detach()
+
+    plain = model.compress_ids(passages, 4)
+    before, wanted = nats(model, plain, passages), distributions(plain)
+    far = {}
+    for keep in (0.0, KEEP):
+        refined = refine(model.base, plain, passages, 10, keep=keep)
+        after = nats(model, refined, passages)
+        assert all(late < 0.8 * early for early, late in zip(before, after, strict=True)), (keep, before, after)
+        found = distributions(refined)
+        far[keep] = float((wanted.exp() * (wanted - found)).sum(-1).mean())
+    assert far[KEEP] < 0.6 * far[0.0], far
+
+
+def test_asking_a_memory_that_was_refined_for_regeneration_alone_warns(
+    tiny_compressor: Compressor, passages: list[list[int]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, plain = tiny_compressor, tiny_compressor.compress_ids(passages, 4)
+    for keep in (KEEP, 0.0):
+        model.answer(refine(model.base, plain, passages, 1, keep=keep)[0], "What?", limit=2)
+        assert ("answers worse than before" in capsys.readouterr().err) == (not keep)
 
 
 def test_a_memory_does_not_depend_on_its_batch(tiny_compressor: Compressor, passages: list[list[int]]) -> None:

@@ -17,11 +17,17 @@ from compressor.data.questions import Question
 from compressor.errors import CompressorError
 from compressor.evaluation.figures import FIGURES
 from compressor.evaluation.report import text_table
-from compressor.evaluation.settings import ContinuationSettings, EvaluationConfig, RetrieveSettings
+from compressor.evaluation.settings import (
+    ContinuationSettings,
+    EvaluationConfig,
+    QuestionAnsweringSettings,
+    RetrieveSettings,
+)
 from compressor.evaluation.table import entry
 from compressor.evaluation.tasks import retrieve
 from compressor.evaluation.tasks.continuation import Continuation
 from compressor.evaluation.tasks.interface import Item, Result, Task
+from compressor.evaluation.tasks.interference import Interference
 from compressor.evaluation.tasks.retrieve import Retrieve, reciprocal_rank
 from compressor.methods.bounds import Full, Nothing
 from compressor.methods.interface import MemoryMethod, Method
@@ -165,6 +171,24 @@ def test_continuation_scores_what_follows(tiny_base: Base, data: dict[str, str])
         tiny_base.tokenizer,
         ContinuationSettings(lengths=[5000]),
     )
+
+
+def test_interference_is_of_passages_about_something_else(tiny_base: Base, tmp_path: Path) -> None:
+    rows = [
+        {"id": str(i), "context": _text(i // 2, 20), "question": _text(9 + i, 4), "answers": [_text(20 + i, 2)]}
+        for i in range(5)
+    ]
+    source, config = _write(tmp_path / "asked.jsonl", rows), QuestionAnsweringSettings(task="interference")
+    items, results = _run(Interference(), Full(tiny_base), config, source)
+    for item, row in zip(items, rows, strict=True):
+        assert tiny_base.tokenizer.decode(item.passage) in {one["context"] for one in rows} - {row["context"]}
+    _, alone = _run(Interference(), Nothing(tiny_base), config, source)
+    for one, other in zip(alone, results, strict=True):
+        assert one["agreement"] == 1  # the same answer: nothing was read
+        assert one["alone"] == other["alone"] == one["prediction"]
+    assert any(one["answer_nats"] != other["answer_nats"] for one, other in zip(alone, results, strict=True))
+    with pytest.raises(CompressorError, match="about one context"):
+        _run(Interference(), Nothing(tiny_base), config, _write(tmp_path / "one.jsonl", rows[:2]))
 
 
 def test_retrieval_ranks_by_the_querys_likelihood(tiny_base: Base, data: dict[str, str]) -> None:

@@ -19,8 +19,6 @@ from compressor.model.generation import answer
 from compressor.model.likelihood import token_prefix
 from compressor.model.memory import Memory, memory_prefix
 
-EXAMPLE_TOKENS = 96
-"""A shipped abstract is cut to this length, the shortest of the published evaluation."""
 SHOWN_STEPS = 10
 """Gradient steps after which the shipped example is shown too."""
 
@@ -37,16 +35,16 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
     """Load the compressor, and compress and regenerate the passage or answer the question.
 
     Returns:
-        What `demonstrate` returns, `source`, and `seconds` (in all); of an example also `refined`, what comes
-        back after `SHOWN_STEPS` gradient steps, where that is not asked for and one pass does not bring all.
+        What `demonstrate` returns, `source`, and `seconds` (in all). Of an example its question is answered beside, and
+        `refined` is what comes back after `SHOWN_STEPS` gradient steps, where that is not asked for and one pass does
+        not bring all.
     """
-    text, source, asked = read_passage(config)
+    text, source, asked, most = read_passage(config)
     started = time.perf_counter()
     model = load_model(config)
     load = round(time.perf_counter() - started, 3)
     shipped = config.text is None and config.question is None
-    length = config.length or (EXAMPLE_TOKENS if shipped and not asked else None)
-    sizes = config.tokens, length, config.segment_tokens
+    sizes = config.tokens, config.length or (most if shipped else None), config.segment_tokens
     question = config.question or (asked if shipped else None)
     made = demonstrate(model, text, *sizes, question, config.refine_steps or 0, both=shipped)
     made["timings"] = {"load": load, **made["timings"]}
@@ -70,7 +68,7 @@ def demonstrate(
     Args:
         tokens, segment_tokens, refine_steps: see `Compressor.compress`.
         length: use the first so many tokens of the text; by default all.
-        both: regenerate it also where there is a question.
+        both: regenerate it also where there is a question, and leave out the answer from what is regenerated.
 
     Returns:
         `passage`, `tokens`, `segments`, `refine_steps`, `passage_tokens`, `text_tokens` (before cutting), `timings`
@@ -88,7 +86,7 @@ def demonstrate(
     for work in ("regenerate", "answer"):
         started = time.perf_counter()
         if work == "answer" and question is not None:
-            made |= answer_question(model, memory, cut, question)
+            made |= answer_question(model, memory, cut, question, recited=not both)
         elif work == "regenerate" and (question is None or both):
             made |= regenerate(model, memory, passage)
         else:
@@ -120,17 +118,19 @@ def regenerate(model: Compressor, memory: Memory, passage: str) -> dict[str, Any
     }
 
 
-def answer_question(model: Compressor, memory: Memory, passage: list[int], question: str) -> dict[str, Any]:
+def answer_question(
+    model: Compressor, memory: Memory, passage: list[int], question: str, recited: bool = True
+) -> dict[str, Any]:
     """The question and its answers from what stands for the passage, each with its natural log-probability.
 
     Returns:
         `question`; `answer` and `logprob` from the memory; and with a suffix those from the text that the memory
-        regenerates (`_recite`), from the whole passage (`_full`) and from no passage (`_none`).
+        regenerates (`_recite`, if `recited`), from the whole passage (`_full`) and from no passage (`_none`).
     """
     base, template = model.base, model.config.question_template
     prefixes = {
         "": memory_prefix(base, [memory]),
-        "_recite": recited_prefix(base, [memory]),
+        **({"_recite": recited_prefix(base, [memory])} if recited else {}),
         "_full": token_prefix(base, [passage]),
         "_none": token_prefix(base, [[]]),
     }

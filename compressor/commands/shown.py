@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import difflib
 import re
+import textwrap
 from typing import Any
+
+SHOWN_ANSWER = 120
+"""Most characters of an answer on the terminal: a base that chats goes on."""
 
 
 def differences(passage: str, regeneration: str) -> list[tuple[str, str | None]]:
@@ -94,7 +98,7 @@ def _shown_answers(result: dict[str, Any]) -> list[str]:
         f"Question: {result['question']}",
         "",
         *(
-            f"  from {label + ':':24} {answer}   (log-probability {logprob:.1f})"
+            f"  from {label + ':':24} {textwrap.shorten(answer, SHOWN_ANSWER)}   (log-probability {logprob:.1f})"
             for label, answer, logprob in answers_of(result)
         ),
         "",
@@ -114,4 +118,8 @@ def answers_of(result: dict[str, Any]) -> list[tuple[str, str, float]]:
         "_full": "the whole passage",
         "_none": "no passage",
     }
-    return [(label, result[f"answer{suffix}"], result[f"logprob{suffix}"]) for suffix, label in read.items()]
+    return [
+        (label, result[f"answer{suffix}"], result[f"logprob{suffix}"])
+        for suffix, label in read.items()
+        if f"answer{suffix}" in result
+    ]

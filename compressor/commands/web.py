@@ -13,12 +13,12 @@ from typing import Any
 import gradio as gr
 
 from compressor.api import Compressor
-from compressor.commands.demonstration import EXAMPLE_TOKENS, read_passage
+from compressor.commands.demonstration import read_passage
 from compressor.commands.fragments import said
 from compressor.commands.loading import load_model
 from compressor.commands.options import DemoConfig
 from compressor.commands.page import Page, Session, Steps
-from compressor.data.examples import example
+from compressor.data.examples import EXAMPLE_TOKENS, example
 from compressor.errors import CompressorError
 
 PARTS = ("status", "texts", "costs", "answers", "file")
@@ -31,10 +31,10 @@ def serve(config: DemoConfig) -> None:
     Raises:
         CompressorError: the port is taken, or there is no such checkpoint or text.
     """
-    text, _, asked = read_passage(config)
+    text, _, asked, most = read_passage(config)
     model = load_model(config)
-    if config.text is None and not asked:
-        text = beginning(model, text, config.length)
+    if length := config.length or most:
+        text = beginning(model, text, length)
     with tempfile.TemporaryDirectory(prefix="kv-compressor-page-") as folder:
         made = page(model, Path(folder), text, config.question or asked or "")
         reach_this_machine()
@@ -44,10 +44,10 @@ def serve(config: DemoConfig) -> None:
             raise CompressorError(f"cannot serve the page: {error}. Give another --port") from None
 
 
-def beginning(model: Compressor, text: str, tokens: int | None = None) -> str:
+def beginning(model: Compressor, text: str, tokens: int) -> str:
     """The first tokens of a text."""
     (ids,) = model.base.tokenise([text])
-    return model.base.tokenizer.decode(ids[: tokens or EXAMPLE_TOKENS], skip_special_tokens=True).strip()
+    return model.base.tokenizer.decode(ids[:tokens], skip_special_tokens=True).strip()
 
 
 def reach_this_machine() -> None:
@@ -62,7 +62,8 @@ def examples(model: Compressor) -> list[tuple[str, str, str]]:
     named = {"Unseen abstract": "abstract", "Another one": "2", "Published": "published"}
     shipped = [(label, example(name)) for label, name in named.items()]
     chosen = [
-        (label, one.text if one.question else beginning(model, one.text), one.question or "") for label, one in shipped
+        (label, beginning(model, one.text, one.length) if one.length else one.text, one.question or "")
+        for label, one in shipped
     ]
     asked = (
         "Marie Curie was born in Warsaw in 1867. She shared the Nobel Prize in Physics in 1903, and received the one "

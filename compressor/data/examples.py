@@ -7,13 +7,17 @@ from typing import NamedTuple
 from compressor.data.records import load_texts
 from compressor.errors import CompressorError
 
+EXAMPLE_TOKENS = 96
+"""A shipped abstract is cut to this length, the shortest of the published evaluation."""
+
 
 class Example(NamedTuple):
-    """A text, where it is from, and a question about it."""
+    """A text, where it is from, a question about it, and the tokens of it that are taken where not all are."""
 
     text: str
     source: str
     question: str | None = None
+    length: int | None = None
 
 
 PUBLISHED_ID = "2403.01735"
@@ -26,6 +30,9 @@ PUBLISHED = Example(
     f"arXiv {PUBLISHED_ID}, the example of arXiv 2408.03094, unseen in training",
     "Over what type of field do we show that Kato complexes satisfy functoriality properties?",
 )
+
+QUESTION = "Who classified the structures?"
+"""About the abstract that is shown where none is named."""
 
 
 def example(name: str) -> Example:
@@ -46,4 +53,5 @@ def example(name: str) -> Example:
     if number >= len(shipped):
         raise CompressorError(f"example = {number} is out of range: there are {len(shipped)} test abstracts")
     record = shipped[number]
-    return Example(record["text"], f"arXiv {record['id']} ({record['date']}), unseen in training")
+    source = f"arXiv {record['id']} ({record['date']}), unseen in training"
+    return Example(record["text"], source, QUESTION if name == "abstract" else None, EXAMPLE_TOKENS)

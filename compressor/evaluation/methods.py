@@ -131,7 +131,12 @@ class Methods:
             self._fingerprints[name] = compressor_fingerprint(model, settings=True)
             self._note_base(model.base)
             method = memory_method(name)(
-                model, config.batch_size, config.segment_tokens, config.refine_steps, config.refine_from
+                model,
+                config.batch_size,
+                config.segment_tokens,
+                config.refine_steps,
+                config.refine_from,
+                config.refine_keep,
             )
             del model
             yield method

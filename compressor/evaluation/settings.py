@@ -32,9 +32,10 @@ class EvaluationConfig:
     base_mismatch: BaseMismatch = "refuse"
     """allow: take a base with other weights than the checkpoint was trained on, with a warning."""
     task: str = "regeneration"
-    """What is measured: regeneration, qa, continuation (of what follows a passage), retrieve (a passage from a query),
-    prompt (any instruction, --prompt) or the name of a preset in configs/tasks (summarise, entities, ...); or a study:
-    utilisation (what each memory token and layer is used for), efficiency (what a memory saves)."""
+    """What is measured: regeneration, qa, interference (of a memory with unrelated questions), continuation (of what
+    follows a passage), retrieve (a passage from a query), prompt (any instruction, --prompt) or the name of a preset in
+    configs/tasks (summarise, entities, ...); or a study: utilisation (what each memory token and layer is used for),
+    efficiency (what a memory saves)."""
     tokens: list[int] = field(default_factory=list)
     """Numbers of memory tokens, for instance 16 4 1; by default all the checkpoint has."""
     output: str = "outputs/evaluation"
@@ -100,6 +101,8 @@ class TaskSettings(ItemSettings):
     methods/NAME beside the checkpoint), recite, full, none, truncate, keywords, summary, llmlingua2."""
     refine_from: Literal["encoder", "random"] = "encoder"
     """What refine_steps start from: the memory that the encoder makes, or random vectors, to see what that is worth."""
+    refine_keep: float = 1.0
+    """Weight of what a memory answered before its gradient steps: 0 refines for regeneration alone."""
     summariser: str | None = None
     """Seq2seq summariser (folder or hub id) of the method summary; by default sentences are extracted."""
     llmlingua: str = "microsoft/llmlingua-2-bert-base-multilingual-cased-meetingbank"
@@ -147,7 +150,7 @@ class RegenerationSettings(ContinuationSettings):
 
 @dataclass
 class QuestionAnsweringSettings(QuestionSettings, TaskSettings):
-    """Settings of the task qa."""
+    """Settings of the tasks qa and interference."""
 
 
 @dataclass

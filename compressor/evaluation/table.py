@@ -34,6 +34,7 @@ class Entry:
 TASKS: dict[str, Entry] = {
     "regeneration": Entry("regeneration:Regeneration", settings.RegenerationSettings),
     "qa": Entry("qa:QuestionAnswering", settings.QuestionAnsweringSettings),
+    "interference": Entry("interference:Interference", settings.QuestionAnsweringSettings),
     "continuation": Entry("continuation:Continuation", settings.ContinuationSettings),
     "retrieve": Entry("retrieve:Retrieve", settings.RetrieveSettings),
     "prompt": Entry("prompt:Prompted", settings.PromptSettings),

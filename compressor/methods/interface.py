@@ -17,7 +17,7 @@ from compressor.model.likelihood import token_prefix
 from compressor.model.memory import Memory, memory_prefix
 from compressor.model.network import Network
 from compressor.model.prefix import Prefix
-from compressor.model.refinement import random_start, refine
+from compressor.model.refinement import KEEP, random_start, refine
 
 BF16 = 2
 """Bytes of one bfloat16 value."""
@@ -83,6 +83,7 @@ class MemoryMethod:
         segment_tokens: most tokens of a segment; by default the compressor's own.
         refine_steps: gradient steps on each memory (`compressor/model/refinement.py`).
         refine_from: `random` starts them from random vectors instead of the encoder's memory.
+        refine_keep: weight of what the memories answered before, of which random vectors have nothing.
     """
 
     sized = True
@@ -96,9 +97,11 @@ class MemoryMethod:
         segment_tokens: int | None = None,
         refine_steps: int = 0,
         refine_from: str = "encoder",
+        refine_keep: float = KEEP,
     ):
         self.compressor, self.batch_size, self.segment_tokens = compressor, batch_size, segment_tokens
         self.refine_steps, self.refine_from = refine_steps, refine_from
+        self.refine_keep = refine_keep if refine_from == "encoder" else 0.0
         self.name = self.name or compressor.config.method
         self.base = compressor.base
         self.most: int | None = compressor.config.memory_tokens
@@ -115,7 +118,8 @@ class MemoryMethod:
             sizes = [self._memories(passages, count) for count in tokens]
         if self.refine_from == "random":
             sizes = [[random_start(memory) for memory in one] for one in sizes]
-        sizes = [refine(self.base, one, passages, self.refine_steps, self.batch_size) for one in sizes]
+        options = {"steps": self.refine_steps, "batch_size": self.batch_size, "keep": self.refine_keep}
+        sizes = [refine(self.base, one, passages, **options) for one in sizes]
         return [
             [self._pieces(ids, memory) for ids, memory in zip(passages, memories, strict=True)] for memories in sizes
         ]

@@ -4,6 +4,10 @@ The encoder makes a memory in one pass; the decoder's likelihood of the passage 
 semi-amortised variational autoencoders (Kim et al., arXiv 1802.02550). What Cramming (arXiv 2502.13063) does with
 thousands of steps from a start of random vectors takes ten or twenty from here. Each step costs a forward and a
 backward pass of the decoder over the passage; the memory is as large as before, and is read as before.
+
+Regeneration alone takes a memory away from what else is read from it. So a step also holds to what the memory answered
+to a few fixed questions before the first one, by the divergence of the next-token distributions (after arXiv
+2602.21221, whose teacher reads the passage; a base that chats is none for a memory that answers shortly).
 """
 
 from __future__ import annotations
@@ -15,16 +19,26 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from compressor.data.batches import regeneration_pair, stack_pairs
+from compressor.data.batches import IGNORED, answer_pair, regeneration_pair, stack_pairs
+from compressor.data.prompts import question_ids
 from compressor.errors import CompressorError
 from compressor.model.base import Base
-from compressor.model.likelihood import label_nats
+from compressor.model.generation import generate
+from compressor.model.likelihood import label_nats, logits_at
 from compressor.model.memory import Memory, memory_prefix
+from compressor.model.prefix import Prefix
 from compressor.progress import Progress
 
 RATE = 0.4
 """First step of one memory token, as a share of the spread of a layer's keys (or values)."""
 MOMENTUM = 0.8
+CLOSE = 0.5
+"""Nats a token under which a memory holds its passage well enough for a full step to lead away from it."""
+KEEP = 1.0
+"""Weight of the answers' divergence, a token, beside the passage's nats, a token."""
+KEPT_QUESTIONS = ("What is this text about?", "Who or what is named?", "How many, and when?")
+KEPT_TOKENS = 6
+"""Most tokens of an answer that is held to."""
 
 
 def refine(
@@ -34,6 +48,7 @@ def refine(
     steps: int,
     batch_size: int = 16,
     advance: Callable[[int], object] | None = None,
+    keep: float = KEEP,
 ) -> list[Memory]:
     """Memories from which the base is more likely to write their passages.
 
@@ -48,6 +63,8 @@ def refine(
         passages: token ids that the memories were compressed from.
         steps: gradient steps; 0 returns the memories as they are.
         advance: called with the steps that a batch has just done; what it raises ends the work.
+        keep: weight of what the memories answered before (`KEEP`); 0 leaves answers to themselves, for steps that take
+            two thirds of the time.
 
     Raises:
         CompressorError: fewer than 0 steps, a memory of another base, or a passage of another length than its memory's.
@@ -72,13 +89,14 @@ def refine(
     with Progress("refining", len(groups) * steps, "steps") as progress:
         for chosen in groups:
             found = _refined(
-                [parts[i][0] for i in chosen], base, [parts[i][1] for i in chosen], steps, advance or progress.add
+                [parts[i][0] for i in chosen], base, [parts[i][1] for i in chosen], steps, advance or progress.add, keep
             )
             better.update(zip(chosen, found, strict=True))
     place, refined = iter(range(len(parts))), []
     for memory in memories:
         whole = Memory.concatenate([better[next(place)] for _ in memory.segments])
         made = {**memory.made, "refine_steps": memory.made.get("refine_steps", 0) + steps}
+        made |= {} if keep else {"refine_keep": 0.0}
         refined.append(replace(memory, keys=whole.keys, values=whole.values, made=made, fidelity=None))
     return refined
 
@@ -91,6 +109,7 @@ def _refined(
     passages: Sequence[Sequence[int]],
     steps: int,
     advance: Callable[[int], object],
+    keep: float,
 ) -> list[Memory]:
     stacked = stack_pairs([regeneration_pair(base.bos, base.eos, list(ids)) for ids in passages])
     inputs, labels = stacked["inputs"].to(base.device), stacked["labels"].to(base.device)
@@ -101,25 +120,38 @@ def _refined(
     momenta = [torch.zeros_like(start) for start in starts]
     best, least = [start.clone() for start in starts], torch.full((len(memories),), math.inf, device=base.device)
 
+    kept = _Answers(base, memory_prefix(base, memories)) if keep else None
+    counts = (labels != IGNORED).sum(1)
+
     def loss() -> Tensor:
-        """Nats of the passages after the memories as they are now, summed; the best of each is kept."""
+        """Nats of the passages after the memories as they are now, and what they answer; the best of each is kept."""
         moved = [start + scale * change for start, scale, change in zip(starts, scales, changes, strict=True)]
         pairs = zip(memories, moved[::2], moved[1::2], strict=True)
         prefix = memory_prefix(base, [replace(memory, keys=keys, values=values) for memory, keys, values in pairs])
         nats = label_nats(base, prefix, inputs, labels)
+        if kept is not None:
+            nats = nats + keep * counts * kept.divergence(prefix)
         for row in (nats.detach() < least).nonzero()[:, 0].tolist():
             least[row] = nats[row].detach()
             for place in (2 * row, 2 * row + 1):
                 best[place] = moved[place].detach()
-        return nats.sum()
+        return nats
 
     for step in range(steps):
-        gradients = torch.autograd.grad(loss(), changes)
-        for change, momentum, gradient in zip(changes, momenta, gradients, strict=True):
+        nats = loss()
+        gradients = torch.autograd.grad(nats.sum(), changes)
+        units = [
+            one / one.flatten(1).square().mean(1).sqrt().clamp(min=1e-12)[:, None, None, None] for one in gradients
+        ]
+        slopes = (
+            torch.stack([(one * unit).sum() for one, unit in zip(gradients, units, strict=True)]).view(-1, 2).sum(1)
+        )
+        # A memory that is close goes no further than where its slope would reach 0 nats (Polyak's step).
+        reach = nats.detach() / slopes.clamp(min=1e-12)
+        reach = reach.masked_fill(nats.detach() >= CLOSE * counts, math.inf).repeat_interleave(2)
+        for change, momentum, unit, most in zip(changes, momenta, units, reach.tolist(), strict=True):
             # The norm of a step does not depend on the number of memory tokens.
-            rate = RATE * (1 - step / steps) / math.sqrt(change.shape[2])
-            size = gradient.flatten(1).square().mean(1).sqrt().clamp(min=1e-12)[:, None, None, None]
-            unit = gradient / size
+            rate = min(RATE * (1 - step / steps) / math.sqrt(change.shape[2]), most)
             momentum.lerp_(unit, 1 - MOMENTUM)
             change.data.sub_(rate * unit.lerp(momentum, MOMENTUM))
         advance(1)
@@ -130,6 +162,30 @@ def _refined(
         replace(memory, keys=keys, values=values)
         for memory, keys, values in zip(memories, ends[::2], ends[1::2], strict=True)
     ]
+
+
+class _Answers:
+    """What memories answer to `KEPT_QUESTIONS`, greedily, and how far others are from it."""
+
+    @torch.no_grad()
+    def __init__(self, base: Base, prefix: Prefix):
+        asked = question_ids(base.tokenizer, KEPT_QUESTIONS)
+        self.base, self.rows = base, len(prefix.start)
+        self.owners = torch.arange(self.rows, device=base.device).repeat_interleave(len(asked))
+        shared, prompts = prefix.share(self.owners), asked * self.rows
+        written = generate(base, shared, prompts, [KEPT_TOKENS] * len(prompts))
+        pairs = [answer_pair(prompt, one.ids, base.eos) for prompt, one in zip(prompts, written, strict=True)]
+        stacked = stack_pairs(pairs)
+        self.ids, self.where = stacked["inputs"].to(base.device), stacked["labels"].to(base.device) != IGNORED
+        self.wanted = logits_at(base, shared, self.ids, self.where).float().log_softmax(-1)
+
+    def divergence(self, prefix: Prefix) -> Tensor:
+        """Mean Kullback-Leibler divergence a token of these answers after another prefix, nats, float32 `[rows]`."""
+        found = logits_at(self.base, prefix.share(self.owners), self.ids, self.where).float().log_softmax(-1)
+        each = nn.functional.kl_div(found, self.wanted, reduction="none", log_target=True).sum(-1)
+        nats = torch.zeros(self.where.shape, device=each.device).masked_scatter(self.where, each)
+        sums = [of.view(self.rows, -1).sum(1) for of in (nats, self.where)]
+        return sums[0] / sums[1]
 
 
 def _spread(start: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import bz2
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from compressor.errors import CompressorError, lacking
@@ -38,6 +38,8 @@ class Block:
     """Whether a separator follows the last document."""
     one_lane: bool = False
     last: bool = False
+    lanes: Sequence[Sequence[list[int]]] = field(default=(), compare=False)
+    """Documents of each lane, of a block of text that is being packed."""
 
     @property
     def head(self) -> int:

@@ -126,7 +126,7 @@ class ExactBase:
 
 
 class Lockstep(DynamicCache):
-    """Contexts of several rows that grow by a token a step and start again at times of their own.
+    """Contexts of several rows that grow by a token or a few a step and start again at times of their own.
 
     A row's keys and values lie left-aligned: `lengths` slots after the prefix's. Room grows by `_CHUNK` slots.
     """
@@ -139,43 +139,67 @@ class Lockstep(DynamicCache):
         self.lengths = np.zeros(len(prefix.mask), dtype=np.int64)
         self.slots = [[k, v] for k, v in zip(prefix.keys, prefix.values, strict=True)]
         """Keys and values of each layer, those of all rows, written at each row's own place."""
-        self._place = self._all = torch.zeros(0, dtype=torch.int64)
+        self._place = torch.zeros(0, 0, dtype=torch.int64)
         self._used = 0
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         """Write the step's keys and values at each row's place; returns those of all rows, up to the longest."""
         slots = self.slots[layer_idx]
+        rows = torch.arange(len(self._place), device=self._place.device)[:, None]
         for kind, states in enumerate((key_states, value_states)):
-            if (old := slots[kind]).shape[2] < self._used:
-                room = old.new_zeros(*old.shape[:2], self._CHUNK, old.shape[3])
+            if (lacking := self._used - (old := slots[kind]).shape[2]) > 0:
+                room = old.new_zeros(*old.shape[:2], -(-lacking // self._CHUNK) * self._CHUNK, old.shape[3])
                 slots[kind] = torch.cat([old, room], dim=2)
-            slots[kind][self._all, :, self._place] = states[:, :, 0]
+            slots[kind][rows, :, self._place] = states.transpose(1, 2)
         return slots[0][:, :, : self._used], slots[1][:, :, : self._used]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Slots in use, as transformers asks for them."""
         return self._used
 
-    def step(self, tokens: Sequence[int]) -> Tensor:
-        """Feed each row a token; returns the next token's logits, float64 `[rows, vocabulary]` on the CPU."""
+    def step(self, blocks: Sequence[Sequence[int]], skipped: Sequence[int]) -> list[Tensor]:
+        """Feed each row a block of tokens, at least one, and hold them all; `rewind` takes back what was too much.
+
+        Args:
+            skipped: first tokens of each block after which no logits are wanted.
+
+        Returns:
+            Of each row the next token's logits after each of the others, float64 `[tokens, vocabulary]` on the CPU.
+        """
         base, prefix = self.exact.base, self.prefix
+        sizes, width = np.array([len(block) for block in blocks]), max(map(len, blocks))
+        ids = torch.zeros(len(blocks), width, dtype=torch.int64)
+        for row, block in zip(ids, blocks, strict=True):
+            row[: len(block)] = torch.tensor(block)
         lengths = torch.from_numpy(self.lengths).to(base.device)
-        base.check_window(0, prefix.start + lengths)
-        self._all = torch.arange(len(tokens), device=base.device)
-        self._place = lengths + prefix.slots
-        self._used = int(self.lengths.max()) + 1 + prefix.slots
-        own = torch.arange(self._used - prefix.slots, device=base.device)[None] <= lengths[:, None]
-        allowed = torch.cat([prefix.mask, own], dim=1)[:, None]
+        base.check_window(0, prefix.start + torch.from_numpy(self.lengths + sizes - 1).to(base.device))
+        # What pads a short block lies beyond the row's length: nothing sees it, and the next step writes over it.
+        columns = lengths[:, None] + torch.arange(width, device=base.device)
+        self._place = columns + prefix.slots
+        self._used = int(self.lengths.max()) + width + prefix.slots
+        own = torch.arange(self._used - prefix.slots, device=base.device) <= columns[:, :, None]
+        allowed = torch.cat([prefix.mask[:, None].expand(-1, width, -1), own], dim=2)
+        places = torch.arange(width)
+        wanted = (places >= torch.tensor(skipped)[:, None]) & (places < torch.from_numpy(sizes)[:, None])
+        options = {
+            "input_ids": ids.to(base.device),
+            "position_ids": prefix.start[:, None] + columns,
+            "attention_mask": base.attention_mask(allowed),
+            "past_key_values": self,
+            "use_cache": True,
+        }
         with double_precision():
-            logits = base.model(
-                input_ids=torch.tensor(tokens, device=base.device)[:, None],
-                position_ids=(prefix.start + lengths)[:, None],
-                attention_mask=base.attention_mask(allowed),
-                past_key_values=self,
-                use_cache=True,
-            ).logits[:, -1]
-        self.lengths += 1
-        return self.exact._disturbed(logits.cpu())
+            if base.plain_head:
+                states = base.model.get_decoder()(**options).last_hidden_state
+                logits = base.logits(states[wanted.to(base.device)])
+            else:
+                logits = base.model(**options).logits[wanted.to(base.device)]
+        self.lengths += sizes
+        return list(self.exact._disturbed(logits.cpu()).split(wanted.sum(1).tolist()))
+
+    def rewind(self, row: int, tokens: int) -> None:
+        """Forget a row's last tokens."""
+        self.lengths[row] -= tokens
 
     def restart(self, row: int) -> None:
         """Forget a row's context; its prefix stays."""

@@ -125,5 +125,11 @@ def code_length(logits: NDArray[np.float64], symbols: NDArray[np.int64]) -> NDAr
     top = logits.max(axis=1, keepdims=True)
     shifted = logits - top
     chosen = shifted[np.arange(len(logits)), symbols]
-    sums = [np.log(np.exp(shifted * scale).sum(axis=1)) - chosen * scale for scale in SCALES]
+    # All scales are multiples of 1/16: one exponential, and its powers.
+    root = np.exp(shifted / 16)
+    power = root ** int(SCALES[0] * 16)
+    sums = []
+    for scale in SCALES:
+        sums.append(np.log(power.sum(axis=1)) - chosen * scale)
+        power *= root
     return np.array([value.sum() for value in sums]) / np.log(2)

@@ -95,7 +95,9 @@ def pack_bytes(
         if progress is not None:
             progress("checking", done, total)
 
-    if unpack_bytes(blob, exact, batch, len(data), checking) != data:
+    # The coded bytes are decoded as ever; being told what is in them only lets many tokens be read in one step.
+    told = [block.lanes for block, _ in blocks if block.kind == TEXT]
+    if unpack_bytes(blob, exact, batch, len(data), checking, told) != data:
         raise CompressorError("what was packed does not unpack to the same bytes; nothing was written: report this")
     return blob
 
@@ -106,6 +108,7 @@ def unpack_bytes(
     batch: int = 32,
     limit: int | None = None,
     progress: Progress | None = None,
+    told: Sequence[Sequence[Sequence[Document]]] = (),
 ) -> bytes:
     """The bytes that were packed.
 
@@ -114,6 +117,7 @@ def unpack_bytes(
         base: the base it was packed with, or a function that loads it, called if a block needs it.
         batch: lanes decoded at a time; any number gives the same bytes.
         limit: refuse to give more bytes than this.
+        told: what the lanes of each block of text probably hold (`decode_lanes`).
 
     Raises:
         CompressorError: not a packed file, a newer version, another base, or a damaged block, which is named.
@@ -122,6 +126,7 @@ def unpack_bytes(
     exact: ExactBase | None = None
     parts: list[bytes] = []
     done = size = 0
+    guesses = iter(told)
     for number, (block, where) in enumerate(blocks):
 
         def within(seen: int, done: int = done) -> None:
@@ -134,7 +139,7 @@ def unpack_bytes(
                     given = base if isinstance(base, Base | ExactBase) else base()
                     exact = given if isinstance(given, ExactBase) else ExactBase(given)
                     _check_identity(identity, exact)
-                original = _unpack_text(block, exact, batch, within)
+                original = _unpack_text(block, exact, batch, within, next(guesses, ()))
             else:
                 original = unpack_plain(block)
         except Damaged as error:
@@ -287,18 +292,23 @@ def _pack_documents(
     else:
         for number in range(count):
             lanes[number].append(documents[0][number * tokens // count : (number + 1) * tokens // count])
-    coded = []
+    coded, lanes = [], [lane for lane in lanes if lane]
     for number, lane in enumerate(lanes):
-        if lane:
-            coded.append(encode_lane(exact, lane, bool(separator)))
-            progress((number + 1) / count)
+        coded.append(encode_lane(exact, lane, bool(separator)))
+        progress((number + 1) / len(lanes))
     body = b""
     if len(coded) > 1:
         body = varint(len(coded)) + b"".join(varint(len(lane)) for lane in coded[:-1])
-    return Block(TEXT, body + b"".join(coded), separator=index, closed=closed, one_lane=len(coded) == 1)
+    return Block(TEXT, body + b"".join(coded), separator=index, closed=closed, one_lane=len(coded) == 1, lanes=lanes)
 
 
-def _unpack_text(block: Block, exact: ExactBase, batch: int, progress: Callable[[int], None]) -> bytes:
+def _unpack_text(
+    block: Block,
+    exact: ExactBase,
+    batch: int,
+    progress: Callable[[int], None],
+    told: Sequence[Sequence[Document]],
+) -> bytes:
     """What a text block stands for, if nothing is wrong with it."""
     reader, lanes = Reader(block.body), list[bytes]()
     if not block.one_lane:
@@ -314,7 +324,8 @@ def _unpack_text(block: Block, exact: ExactBase, batch: int, progress: Callable[
             def within(seen: int, before: int = before) -> None:
                 progress(before + seen)
 
-            for lane in decode_lanes(exact, lanes[start : start + batch], bool(separator), within):
+            some = slice(start, start + batch)
+            for lane in decode_lanes(exact, lanes[some], bool(separator), within, told[some]):
                 documents += lane
     except CompressorError as error:
         raise Damaged(str(error)) from None

@@ -169,6 +169,12 @@ class AnswerStage(CompressionStage):
             batch["answer_segments"] = [
                 [row for one in context for row in held[one]] for context in contexts or [[i] for i in range(len(held))]
             ]
+        if objective.unrelated_share and rng is not None and contexts is None:
+            others = [(owner + 1) % len(chosen) for owner, _ in rows]
+            apart = rng.random(len(rows)) < objective.unrelated_share
+            apart &= [chosen[i].context != chosen[j].context for i, (j, _) in zip(others, rows, strict=True)]
+            asked_of = [other if away else own for other, away, (own, _) in zip(others, apart, rows, strict=True)]
+            batch |= {"answer_unrelated": torch.from_numpy(apart), "answer_owners": torch.tensor(asked_of)}
         if objective.asked_regeneration:
             # One encoding teaches both, and no step of an optimiser that scales gradients is the answers' alone.
             stacked = stack_pairs(self.regenerated(flat, rng))

@@ -57,12 +57,16 @@ class ObjectiveConfig:
     middle on, so that memories are read by content, as questions will read them."""
     distillation: float = 0.0
     """Weight of the divergence from the base that reads the whole passage, on the answer's tokens (stage `answer`)."""
+    unrelated_share: float = 0.0
+    """Share of the questions that are asked of another passage's memory, where the base without any memory is the
+    teacher, so that a memory leaves other questions alone (stage `answer`, `--task interference`)."""
 
     def __post_init__(self) -> None:
         require(bool(self.tokens), "objective.tokens", self.tokens, "a non-empty list")
         for name in ("regeneration", "continuation", "answer", "asked_regeneration", "distillation"):
             require(getattr(self, name) >= 0, f"objective.{name}", getattr(self, name), "at least 0")
-        require(0 <= self.cued_share <= 1, "objective.cued_share", self.cued_share, "between 0 and 1")
+        for name in ("cued_share", "unrelated_share"):
+            require(0 <= getattr(self, name) <= 1, f"objective.{name}", getattr(self, name), "between 0 and 1")
         require(self.regeneration + self.continuation > 0, "objective", "all weights 0", "positive in total")
 
 

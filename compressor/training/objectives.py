@@ -17,7 +17,7 @@ from compressor.api import Compressor
 from compressor.data.batches import IGNORED
 from compressor.model.likelihood import label_nats, logits_at, token_prefix
 from compressor.model.network import Network
-from compressor.model.prefix import Prefix
+from compressor.model.prefix import Prefix, empty_prefix
 
 OBJECTIVES = ("regeneration", "continuation")
 """Objectives that are one pair of inputs and labels for each passage; `answer_losses` is for questions."""
@@ -70,13 +70,26 @@ def answer_loss(model: Network, prefix: Prefix, batch: dict[str, Any]) -> Tensor
 
     Returns:
         Summed over the answers' tokens, EOS included. The divergence is KL(teacher || student) at the same places,
-        where the teacher is the base that reads `BOS passage` instead of the memory.
+        where the teacher is the base that reads `BOS passage` instead of the memory; of questions that have nothing to
+        do with the memory (`answer_unrelated`, bool `[questions]`) it is the base that reads nothing, at weight 1.
     """
     owners, inputs, labels = batch["answer_owners"], batch["answer_inputs"], batch["answer_labels"]
     base, wanted = model.base, labels != IGNORED
     student = logits_at(base, prefix.select(owners), inputs, wanted).float().log_softmax(-1)
-    losses = batch["answer_weight"] * nn.functional.nll_loss(student, labels[wanted], reduction="sum")
-    if batch["distillation_weight"]:
+    losses = torch.zeros((), device=student.device)
+    if (apart := batch.get("answer_unrelated")) is not None and bool(apart.any()):
+        alone, places = (nn.functional.pad(one[apart], (1, 0)) for one in (inputs, wanted))
+        alone[:, 0] = base.bos
+        with torch.no_grad():
+            nothing = logits_at(base, empty_prefix(base, len(alone)), alone, places).float().log_softmax(-1)
+        elsewhere = apart[wanted.nonzero()[:, 0]]
+        losses = nn.functional.kl_div(student[elsewhere], nothing, reduction="sum", log_target=True)
+        student, owners, inputs, labels, wanted = (
+            student[~elsewhere],
+            *(one[~apart] for one in (owners, inputs, labels, wanted)),
+        )
+    losses = losses + batch["answer_weight"] * nn.functional.nll_loss(student, labels[wanted], reduction="sum")
+    if batch["distillation_weight"] and len(owners):
         with torch.no_grad():
             full = token_prefix(base, batch["answer_passages"]).share(owners)
             teacher = logits_at(base, full, inputs, wanted).float().log_softmax(-1)
