@@ -91,7 +91,7 @@ def main() -> int:
     parser.add_argument("--data", default="squad-dev")
     parser.add_argument("--tokens", type=int, nargs="+", default=[16, 4])
     parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--keep", type=float, nargs="+", default=[0.0, 1.0])
+    parser.add_argument("--keep", type=float, nargs="+", default=[0.0, 0.3])
     parser.add_argument("--passages", type=int, default=5)
     parser.add_argument("--questions", type=int, default=4, help="of each window")
     parser.add_argument("--length", type=int, default=96)

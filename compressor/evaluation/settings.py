@@ -101,7 +101,7 @@ class TaskSettings(ItemSettings):
     methods/NAME beside the checkpoint), recite, full, none, truncate, keywords, summary, llmlingua2."""
     refine_from: Literal["encoder", "random"] = "encoder"
     """What refine_steps start from: the memory that the encoder makes, or random vectors, to see what that is worth."""
-    refine_keep: float = 1.0
+    refine_keep: float = 0.3
     """Weight of what a memory answered before its gradient steps: 0 refines for regeneration alone."""
     summariser: str | None = None
     """Seq2seq summariser (folder or hub id) of the method summary; by default sentences are extracted."""

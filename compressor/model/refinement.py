@@ -34,7 +34,7 @@ RATE = 0.4
 MOMENTUM = 0.8
 CLOSE = 0.5
 """Nats a token under which a memory holds its passage well enough for a full step to lead away from it."""
-KEEP = 1.0
+KEEP = 0.3
 """Weight of the answers' divergence, a token, beside the passage's nats, a token."""
 KEPT_QUESTIONS = ("What is this text about?", "Who or what is named?", "How many, and when?")
 KEPT_TOKENS = 6
