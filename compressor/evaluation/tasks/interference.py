@@ -24,7 +24,6 @@ class Interference(QuestionAnswering):
     """
 
     new_tokens = 24
-    quality = False
     bounds = ("none",)
     figures: Mapping[str, FigureOf] = {
         "answer_nats": ratio("answer_nats", "questions"),
