@@ -639,13 +639,13 @@ def store_together() -> str:
     )
     back = ""
     if "recite_seconds_a_passage" in found:
-        back = f" Writing a passage back takes {found['recite_seconds_a_passage']:.1f} s of one core, in bfloat16."
+        back = f" Writing a passage back takes {found['recite_seconds_a_passage']:.1f} s."
     header = ["what the base reads, how many passages", "F1", "EM", "nats/answer", "positions", "first token, s"]
     return table(header, body) + (
         f"\n\nSmolLM2-135M-Instruct, {found['together'][0]['n']} questions of NaturalQuestions dev and SQuAD dev "
         f"about paragraphs of at most {found['settings']['longest']} tokens;\n95% bootstrap intervals; the right "
         f"passage at a random place; similar ones are found by the question's words. Texts are asked by\n{asked}, "
-        f"which answers better from one.{back}"
+        f"which answers better from one.{back} Seconds are of one core's time, in bfloat16."
     )
 
 
