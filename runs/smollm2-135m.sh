@@ -21,9 +21,10 @@ train() { # config, name, options
 }
 train regenerate regenerate "$@"
 train answer answer --data.questions "[$questions]" "$@"
+train cued cued --data.questions "[$questions]" "$@"
 train tuned full-tuned --data.questions "[$questions]" "$@"
 train tuned none-tuned --data.questions "[$questions]" --compressor.method none-tuned "$@"
-for pair in answer:compressor full-tuned:full-tuned none-tuned:none-tuned; do
+for pair in cued:compressor full-tuned:full-tuned none-tuned:none-tuned; do
   python -c 'import sys, torch; from compressor import Compressor
 Compressor.from_pretrained(sys.argv[1]).save_pretrained(sys.argv[2], dtype=torch.bfloat16)' \
     "$output/${pair%:*}/final" "models/smollm2-135m/${pair#*:}"
