@@ -64,7 +64,7 @@ def run(commit: str, folder: Path, kept: Path) -> str:
     """
     tree, made = folder / "tree", folder / "made"
     made.mkdir()
-    (made / "passage.txt").write_text(PASSAGE * 4)
+    (made / "passage.txt").write_text(PASSAGE * 4, encoding="utf-8")
     git = ["git", "-C", str(ROOT), "worktree"]
     subprocess.run([*git, "add", "--quiet", "--detach", str(tree), commit], check=True)
     try:
@@ -98,9 +98,11 @@ def compare(old: Path, new: Path) -> str | None:
     if not new.exists():
         return "is not made any more"
     if old.suffix == ".jsonl":
-        return first_difference(*([json.loads(line) for line in path.read_text().splitlines()] for path in (old, new)))
+        return first_difference(
+            *([json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] for path in (old, new))
+        )
     if old.suffix == ".json":
-        return first_difference(*(json.loads(path.read_text()) for path in (old, new)))
+        return first_difference(*(json.loads(path.read_text(encoding="utf-8")) for path in (old, new)))
     one, other = old.read_bytes(), new.read_bytes()
     if one == other:
         return None

@@ -124,13 +124,13 @@ def test_python_says_what_does_not_come_back_without_being_asked(
 
     # Of many segments as many are tried as fit one batch; all if that is asked for.
     tried: list[int] = []
-    honest = compressor.model.fidelity._written
-    monkeypatch.setattr(compressor.model.fidelity, "_written", lambda *all: tried.append(len(all[1])) or honest(*all))
+    honest = compressor.model.fidelity._shares
+    monkeypatch.setattr(compressor.model.fidelity, "_shares", lambda *all: tried.append(len(all[1])) or honest(*all))
     with pytest.warns(
         UserWarning,
         match="of 1 of the 2 passages .* under 90% comes back, at worst .*%, from the memory",
     ):
-        memories = bundled.compress([good, good, bad], 16, 2)
+        memories = bundled.compress([good, good, bad], 16, batch_size=2)
     assert (tried, [memory.fidelity is None for memory in memories]) == ([2], [False, True, False])
 
 

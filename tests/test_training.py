@@ -360,7 +360,7 @@ def test_a_failure_while_saving_leaves_the_checkpoint_before(tmp_path: Path) -> 
 def test_starting_over_an_existing_run_is_refused(tmp_path: Path) -> None:
     run(Scripted(), settings(tmp_path, steps=3))
     log = (tmp_path / "log.jsonl").read_bytes()
-    with pytest.raises(CompressorError, match=r"already holds a run at step 3.*--training\.resume true"):
+    with pytest.raises(CompressorError, match=r"already holds a run at step 3.*--training\.resume"):
         run(Scripted(), settings(tmp_path, steps=3))
     assert (tmp_path / "log.jsonl").read_bytes() == log
 
