@@ -22,7 +22,7 @@ from readme_parts import (
     PARTS,
     REFINED_STEPS,
     ROOT,
-    flagship_validations,
+    flagship_stages,
     log_rows,
     refined_rows,
     results,
@@ -158,19 +158,17 @@ def draw_flagship() -> None:
 
 
 def draw_flagship_training() -> None:
-    """The flagship's validation loss over all of its stages, whose learning rates rise and fall once each."""
+    """The flagship's nats a token of unseen abstracts at the end of each stage, against passages seen."""
     canvas, axes = figure(height=4.2)
-    stages = flagship_validations()
     for number, tokens in enumerate((16, 4, 1)):
-        for place, stage in enumerate(stages):
-            points = [(seen, nats[tokens]) for seen, nats in stage if tokens in nats]
-            if points:
-                label = f"k = {tokens}" if place == len(stages) - 1 else None
-                axes.plot(
-                    *zip(*points, strict=True), "o-", color=f"C{number}", markersize=3, linewidth=0.8, label=label
-                )
-    axes.set(xscale="log", yscale="log", xlabel="passages seen", ylabel="validation loss (nats/token)")
-    axes.legend(frameon=False)
+        for length, line in ((48, ":"), (96, "-"), (192, "--")):
+            points = [(seen, by[tokens, length]["nll_per_token"]) for seen, by in flagship_stages()]
+            label = f"k = {tokens}, {length} tokens"
+            axes.plot(
+                *zip(*points, strict=True), f"o{line}", color=f"C{number}", markersize=3, linewidth=0.8, label=label
+            )
+    axes.set(xscale="log", yscale="log", xlabel="passages seen", ylabel="nats/token")
+    axes.legend(frameon=False, fontsize=8, ncols=3)
     canvas.savefig(ROOT / "results" / FLAGSHIP / "training.png")
 
 

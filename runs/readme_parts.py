@@ -86,39 +86,32 @@ def flagship_logs() -> list[list[dict[str, Any]]]:
     return [log_rows(name) for name in names if (ROOT / "results" / name).exists()]
 
 
-def flagship_validations() -> list[list[tuple[int, dict[int, float]]]]:
-    """For each stage what was validated: passages seen since the first stage began, and nats a token for each k."""
-    stages, before = [], 0
-    for rows in flagship_logs():
-        seen, found = 0, []
-        for row in rows:
-            seen = row.get("passages", seen)
-            nats = {
-                int(name.rsplit("_", 1)[1]): value
-                for name, value in row.items()
-                if re.fullmatch(r"validation_(regeneration_)?nats_\d+", name)
-            }
-            if nats:
-                found.append((before + seen, nats))
-        stages.append(found)
-        before += seen
-    return stages
+def flagship_stages() -> list[tuple[int, dict[tuple[int, int], dict[str, Any]]]]:
+    """For the end of each stage the passages seen until then, and rows of unseen abstracts by tokens and length."""
+    before = sorted(
+        (ROOT / "results" / FLAGSHIP / "earlier").glob("regeneration-*.json"), key=lambda path: int(path.stem[13:])
+    )
+    seen = sum([row for row in rows if "passages" in row][-1]["passages"] for rows in flagship_logs())
+    kept = [(int(path.stem[13:]), json.loads(path.read_text(encoding="utf-8"))["rows"]) for path in before]
+    kept.append((seen, results(f"{FLAGSHIP}/regeneration.json")["rows"]))
+    return [(count, {(row["tokens"], row["length"]): row for row in rows}) for count, rows in kept]
 
 
 def flagship_curve() -> str:
     """What the ends of the stages say about more training."""
-    (seen, nats), (seen_last, nats_last) = (stage[-1] for stage in flagship_validations()[-2:])
+    stages = flagship_stages()
+    keys = sorted(stages[-1][1], reverse=True)
+    header = ["passages", *(f"k = {tokens}, {length}" for tokens, length in keys if length == 96)]
+    body = [[f"{seen:,}", *(f"{by[key]['nll_per_token']:.2f}" for key in keys if key[1] == 96)] for seen, by in stages]
+    (seen, first), (seen_last, last) = stages[0], stages[-1]
     said = []
-    for tokens in sorted(set(nats) & set(nats_last), reverse=True):
-        power = math.log(nats[tokens] / nats_last[tokens]) / math.log(seen_last / seen)
-        said.append(
-            f"{nats[tokens]:.2f} to {nats_last[tokens]:.2f} ({nats_last[tokens] * 2**-power:.2f}) at k = {tokens}"
-        )
-    return (
-        f"Between the ends of the last two stages, {seen:,} and {seen_last:,} passages, validation fell from "
-        + ", ".join(said)
-        + " nats a\ntoken; in brackets what another doubling gives if it goes on as that power of the passages. "
-        "Within a stage the curve bends with\nthe learning rate, which rises and falls once in each."
+    for key in (key for key in keys if key[1] == 96):
+        power = math.log(first[key]["nll_per_token"] / last[key]["nll_per_token"]) / math.log(seen_last / seen)
+        said.append(f"{last[key]['nll_per_token'] * 2**-power:.2f}")
+    body.append(["twice as many", *said])
+    return table(header, body) + (
+        "\n\nNats a token of unseen abstracts of 96 tokens at the end of each stage. The last row goes on as the power "
+        "of the passages\nthat lies between the first and the last."
     )
 
 
