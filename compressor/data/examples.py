@@ -31,7 +31,7 @@ PUBLISHED = Example(
     "Over what type of field do we show that Kato complexes satisfy functoriality properties?",
 )
 
-QUESTION = "Who classified the structures?"
+QUESTION = "What classical correspondence is extended?"
 """About the abstract that is shown where none is named."""
 
 
