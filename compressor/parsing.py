@@ -182,17 +182,19 @@ def join_lists(config: type, argv: list[str]) -> list[str]:
 
 
 class _Parser(ArgumentParser):
-    """Its --help names options as people write them, with dashes."""
+    """Its --help names options as people write them: with dashes, and switches without a value."""
 
     def format_help(self, *given: Any, **named: Any) -> str:
-        return re.sub(r"--[a-z][\w.]*", lambda found: found[0].replace("_", "-"), super().format_help(*given, **named))
+        text = super().format_help(*given, **named).replace(" {true,false}", "")
+        return re.sub(r"--[a-z][\w.]*", lambda found: found[0].replace("_", "-"), text)
 
 
 @cache
-def _parser(config: type, description: str, flags: tuple[tuple[str, str], ...]) -> _Parser:
+def _parser(config: type, description: str, flags: tuple[tuple[str, str], ...], plain: tuple[str, ...]) -> _Parser:
     # The texts under the fields of a configuration are what --help says about them.
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = _Parser(description=description, exit_on_error=False)
+    usage = " ".join([description.partition(":")[0], *map(str.upper, plain), "[options]"])
+    parser = _Parser(usage=usage, description=description, exit_on_error=False)
     parser.add_argument("--config", action="config", help="YAML file with settings")
     for name, text in flags:
         short = [key for key, value in SHORT.items() if value == name]
@@ -213,7 +215,7 @@ def parse_config(
     Args:
         config: dataclass to fill.
         argv: arguments; None means the process's own. Lists may be written with spaces (`join_lists`).
-        description: for `--help`.
+        description: for `--help`; what stands before its colon is the command.
         flags: extra on/off options, name to help text.
         plain: options that may be given without their names, in this order.
 
@@ -229,7 +231,7 @@ def parse_config(
     if plain:
         argv = name_plain(config, argv, plain, switches)
     argv = join_lists(config, _plain_names(config, argv, switches))
-    parser = _parser(config, description, tuple(switches.items()))
+    parser = _parser(config, description, tuple(switches.items()), tuple(plain))
     known = {*settings_of(config), *switches, "config", "help", "print_config"}
     for position, argument in enumerate(argv):
         name = argument[2:].split("=", 1)[0].rstrip("+") if argument.startswith("--") else ""

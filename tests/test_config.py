@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
+from compressor.commands.cli import main
 from compressor.data.builders.arxivqa import ArxivQAConfig
 from compressor.data.builders.choice import CorpusConfig
 from compressor.data.config import LengthRange
@@ -342,3 +344,13 @@ def test_print_config_shows_the_resolved_settings_as_yaml() -> None:
     assert shown["training"]["steps"] == 77
     assert shown["output"] == "outputs/arxiv-mini/regenerate"
     assert shown["compressor"]["memory_tokens"] == 16
+
+
+def test_help_shows_options_as_they_are_written(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["compress", "--help"])
+    shown = capsys.readouterr().out
+    assert ended.value.code == 0
+    assert shown.startswith("usage: compressor compress TEXT [options]\n")
+    assert re.search(r"^  --keep-text$", shown, re.M)  # a switch
+    assert "--refine-steps REFINE_STEPS" in shown
