@@ -10,27 +10,16 @@ from compressor.data.prompts import QUESTION
 from compressor.errors import CompressorError, require
 from compressor.evaluation.settings import EvaluationConfig
 from compressor.evaluation.table import entry, readers
-from compressor.model.bases import default_checkpoint
-from compressor.model.config import BaseMismatch
+from compressor.model.config import BaseMismatch, CheckpointConfig
 from compressor.parsing import read_yaml, settings_of
 from compressor.storage.making import Making
 
 
 @dataclass(kw_only=True)
-class CheckpointOptions:
+class CheckpointOptions(CheckpointConfig):
     """What commands that load a compressor take."""
 
-    checkpoint: str = ""
-    """Compressor checkpoint: folder or hub id; by default the bundled one of smollm2-135m where this base is at hand
-    (`compressor fetch smollm2-135m`), else that of arxiv-mini."""
-    base: str | None = None
-    """Frozen base: folder, hub id, GGUF file or name; by default the one the checkpoint names."""
-    base_mismatch: BaseMismatch = "refuse"
-    """allow: take a base with other weights than the checkpoint was trained on, with a warning."""
     device: str = "cpu"
-
-    def __post_init__(self) -> None:
-        self.checkpoint = self.checkpoint or default_checkpoint()
 
 
 @dataclass(kw_only=True)
@@ -217,8 +206,8 @@ class AskOptions(MemoryOptions):
     """Memory file to ask; or, with --id, store."""
     store: str | None = None
     """Store to ask: records like the question are found, and read together."""
-    top: int = 4
-    """How many records of a store are read together."""
+    top: int = 1
+    """How many records of a store are read together; more than a compressor was trained for spoil the answer."""
     texts: bool = False
     """Read the texts of the store's records, where they are kept, instead of their memories."""
     question: str = ""
@@ -232,8 +221,8 @@ class AskOptions(MemoryOptions):
     template: str = QUESTION
     """Prompt of the question, with `{question}` in it, or `chat`."""
     recite: bool = False
-    """Write the passage back first and answer from that text: slower, and the better answers where the memory
-    regenerates well."""
+    """Write the passage back first and answer from that text: slower; better with a base that answers from texts
+    (arxiv-mini), worse with one that chats (SmolLM2-135M)."""
 
     def __post_init__(self) -> None:
         if (self.memory is None) == (self.store is None):

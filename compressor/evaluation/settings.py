@@ -9,8 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from compressor.errors import require
-from compressor.model.bases import default_checkpoint
-from compressor.model.config import BaseMismatch
+from compressor.model.config import CheckpointConfig
 
 LEAST = {
     **dict.fromkeys(("segment_tokens", "question_tokens", "repeats", "limit", "batch_size"), 1),
@@ -21,16 +20,9 @@ LEAST = {
 
 
 @dataclass
-class EvaluationConfig:
+class EvaluationConfig(CheckpointConfig):
     """One evaluation: a checkpoint and a task."""
 
-    checkpoint: str = ""
-    """Compressor checkpoint: folder or hub id; by default the bundled one of smollm2-135m where this base is at hand
-    (`compressor fetch smollm2-135m`), else that of arxiv-mini."""
-    base: str | None = None
-    """Folder, hub id, GGUF file or name of the frozen base; by default the one the checkpoint names."""
-    base_mismatch: BaseMismatch = "refuse"
-    """allow: take a base with other weights than the checkpoint was trained on, with a warning."""
     task: str = "regeneration"
     """What is measured: regeneration, qa, interference (of a memory with unrelated questions), continuation (of what
     follows a passage), retrieve (a passage from a query), prompt (any instruction, --prompt) or the name of a preset in
@@ -51,7 +43,7 @@ class EvaluationConfig:
         return {"base": self.base, "dtype": self.dtype, "base_mismatch": self.base_mismatch}
 
     def __post_init__(self) -> None:
-        self.checkpoint = self.checkpoint or default_checkpoint()
+        super().__post_init__()
         given = vars(self)
         for name, least in LEAST.items():
             value = given.get(name)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 from compressor.data.prompts import CHAT, QUESTION, chat_arguments
 from compressor.errors import require
+from compressor.model.bases import default_checkpoint
 from compressor.model.table import LAYOUTS, METHODS, layouts_of
 
 if TYPE_CHECKING:
@@ -18,6 +19,22 @@ BaseMismatch = Literal["refuse", "allow"]
 """What is done about a base with other weights than a checkpoint was trained on."""
 PassageAttention = Literal["causal", "bidirectional"]
 MemoryAttention = Literal["passage", "tree"]
+
+
+@dataclass
+class CheckpointConfig:
+    """Which compressor is loaded, and on which base."""
+
+    checkpoint: str = ""
+    """Compressor checkpoint: folder or hub id; by default the bundled one of smollm2-135m where this base is at hand
+    (`compressor fetch smollm2-135m`), else that of arxiv-mini."""
+    base: str | None = None
+    """Frozen base: folder, hub id, GGUF file or name; by default the one the checkpoint names."""
+    base_mismatch: BaseMismatch = "refuse"
+    """allow: take a base with other weights than the checkpoint was trained on, with a warning."""
+
+    def __post_init__(self) -> None:
+        self.checkpoint = self.checkpoint or default_checkpoint()
 
 
 @dataclass

@@ -130,7 +130,7 @@ class Desk:
         if (wanted := body.pop("retrieve", None)) is not None:
             if names is not None or not isinstance(wanted, dict) or set(wanted) - {"question", "top"}:
                 raise Refused(400, 'retrieve is {"question": TEXT, "top": NUMBER}, and goes without memories')
-            names = await self.alone(self.catalogue.search, str(wanted.get("question", "")), wanted.get("top", 4))
+            names = await self.alone(self.catalogue.search, str(wanted.get("question", "")), wanted.get("top", 1))
             if not names:
                 raise Refused(400, "the store has nothing like this question: ask in other words")
         if names is None:

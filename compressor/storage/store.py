@@ -365,7 +365,7 @@ class Store:
     def ask(
         self,
         question: str,
-        top: int = 4,
+        top: int = 1,
         read: Reading = "memories",
         tokens: int | None = None,
         template: str | None = None,
@@ -374,7 +374,7 @@ class Store:
         """Answer a question from the records nearest to it, placed in one context, the nearest last.
 
         Args:
-            top: how many.
+            top: how many; more memories than a compressor was trained to read together spoil the answer.
             tokens: use only the first so many memory tokens of each segment.
             template: prompt of the question; by default the compressor's.
 
