@@ -159,7 +159,7 @@ def draw_flagship() -> None:
 
 def draw_flagship_training() -> None:
     """The flagship's nats a token of unseen abstracts at the end of each stage, against passages seen."""
-    canvas, axes = figure(height=4.2)
+    canvas, axes = figure(height=5.2)
     for number, tokens in enumerate((16, 4, 1)):
         for length, line in ((48, ":"), (96, "-"), (192, "--")):
             points = [(seen, by[tokens, length]["nll_per_token"]) for seen, by in flagship_stages()]
@@ -168,7 +168,7 @@ def draw_flagship_training() -> None:
                 *zip(*points, strict=True), f"o{line}", color=f"C{number}", markersize=3, linewidth=0.8, label=label
             )
     axes.set(xscale="log", yscale="log", xlabel="passages seen", ylabel="nats/token")
-    axes.legend(frameon=False, fontsize=8, ncols=3)
+    canvas.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     canvas.savefig(ROOT / "results" / FLAGSHIP / "training.png")
 
 

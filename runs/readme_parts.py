@@ -110,8 +110,9 @@ def flagship_curve() -> str:
         said.append(f"{last[key]['nll_per_token'] * 2**-power:.2f}")
     body.append(["twice as many", *said])
     return table(header, body) + (
-        "\n\nNats a token of unseen abstracts of 96 tokens at the end of each stage. The last row goes on as the power "
-        "of the passages\nthat lies between the first and the last."
+        "\n\nNats a token of unseen abstracts of 96 tokens at the end of each stage. The last began at a high rate "
+        "again and spent two\nin five passages on cues: it learned to answer, not to regenerate. The last row goes on as the power of the "
+        "passages between the\nfirst stage's end and the last's."
     )
 
 
