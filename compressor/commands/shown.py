@@ -98,7 +98,8 @@ def _shown_answers(result: dict[str, Any]) -> list[str]:
         f"Question: {result['question']}",
         "",
         *(
-            f"  from {label + ':':24} {textwrap.shorten(answer, SHOWN_ANSWER) or '(nothing)'}   (log-probability {logprob:.1f})"
+            f"  from {label + ':':24} {textwrap.shorten(answer, SHOWN_ANSWER) or '(nothing)'}"
+            f"   (log-probability {logprob:.1f})"
             for label, answer, logprob in answers_of(result)
         ),
         "",
