@@ -199,6 +199,8 @@ def _parser(config: type, description: str, flags: tuple[tuple[str, str], ...], 
     for name, text in flags:
         short = [key for key, value in SHORT.items() if value == name]
         parser.add_argument(*short, f"--{name}", action="store_true", help=text)
+    # The names of inherited types are those of the module they stand in: unresolved ones would go unchecked.
+    config.__init__.__annotations__ |= get_type_hints(config)  # type: ignore[misc]
     parser.add_class_arguments(config)
     return parser
 
