@@ -227,6 +227,47 @@ def test_answer_and_distillation_losses_are_likelihood_and_divergence(make_stage
     assert divergence > 0
 
 
+def test_a_tuned_bound_teaches_answers_and_questions(
+    make_stage: Callable[..., AnswerStage], options: list[str], tmp_path: Path
+) -> None:
+    """The teacher reads its trained prefix and the passage, on the base that the compressor adapts."""
+    tuned = ["--compressor.method=full-tuned", '--objective.tokens=[{"tokens": 4}]', "--training.steps=2"]
+    assert train_main([*options, *tuned, f"--output={tmp_path / 'bound'}"]) == 0
+    bound = tmp_path / "bound" / "final"
+    weights = ["--objective.answer=0", "--objective.distillation=2", "--objective.question_distillation=0.25"]
+    stage = make_stage(*weights, f"--objective.teacher={bound}")
+    model, batch, teacher = stage.module, _question_batch(stage), Compressor.from_pretrained(bound)
+    assert not any("cartridge" in name for name, _ in model.named_parameters())
+    with torch.no_grad():
+        keys, values = model.encode(batch["input_ids"], batch["lengths"], int(batch["memory_tokens"].max()))
+        prefix = model.prefix(keys, values, batch["lengths"], batch["memory_tokens"])
+        wanted = 0.0
+        for row, owner in enumerate(batch["answer_owners"].tolist()):
+            ids = torch.tensor([batch["answer_passages"][owner]])
+            count = torch.tensor([ids.shape[1]])
+            read = teacher.prefix(*teacher.encode(ids, count, teacher.config.memory_tokens), count)
+            inputs = batch["answer_inputs"][row : row + 1]
+            student = decode(model.base, prefix.select(torch.tensor([owner])), inputs)[0].log_softmax(-1)
+            taught = decode(teacher.base, read, inputs)[0].log_softmax(-1)
+            divergence = (taught.exp() * (taught - student)).sum(-1)
+            prompt = len(batch["answer_prompts"][row])
+            wanted += 2 * float(divergence[batch["answer_labels"][row] != IGNORED].sum())
+            wanted += 0.25 * float(divergence[: prompt - 1].sum())
+        assert float(answer_loss(model, prefix, batch)) == pytest.approx(wanted, rel=1e-4)
+    stage.module(batch).backward()
+    assert model.teacher is not None
+    assert all(parameter.grad is None for parameter in model.teacher.encoder.parameters())
+
+
+def test_a_teacher_that_is_no_bound_is_refused(make_stage: Callable[..., AnswerStage], tmp_path: Path) -> None:
+    stage = make_stage()
+    stage.module.save_pretrained(tmp_path / "kv")
+    with pytest.raises(CompressorError, match="a checkpoint of kv: a teacher reads the passage itself"):
+        make_stage("--objective.distillation=1", f"--objective.teacher={tmp_path / 'kv'}")
+    with pytest.raises(CompressorError, match=r"objective\.teacher.*left out, or objective\.distillation positive"):
+        make_stage(f"--objective.teacher={tmp_path / 'kv'}")
+
+
 def test_unrelated_questions_are_taught_by_the_base_without_a_memory(make_stage: Callable[..., AnswerStage]) -> None:
     stage = make_stage("--objective.unrelated_share=0.5", "--objective.answer=2")
     model, base = stage.module, stage.module.base

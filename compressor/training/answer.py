@@ -162,6 +162,7 @@ class AnswerStage(CompressionStage):
             "answer_prompts": prompts,
             "answer_weight": objective.answer,
             "distillation_weight": objective.distillation,
+            "question_distillation_weight": objective.question_distillation,
         }
         if contexts is not None or len(flat) > len(chosen):
             places = iter(range(len(flat)))

@@ -57,16 +57,24 @@ class ObjectiveConfig:
     middle on, so that memories are read by content, as questions will read them."""
     distillation: float = 0.0
     """Weight of the divergence from the base that reads the whole passage, on the answer's tokens (stage `answer`)."""
+    question_distillation: float = 0.0
+    """Weight of the same divergence on the question's tokens, which depend on the passage too and are more."""
+    teacher: str | None = None
+    """Checkpoint of `full-tuned`, whose trained prefix the base reads before the passage as the teacher of both; by
+    default it reads the passage alone, and a base that was not trained to answer chats."""
     unrelated_share: float = 0.0
     """Share of the questions that are asked of another passage's memory, where the base without any memory is the
     teacher, so that a memory leaves other questions alone (stage `answer`, `--task interference`)."""
 
     def __post_init__(self) -> None:
         require(bool(self.tokens), "objective.tokens", self.tokens, "a non-empty list")
-        for name in ("regeneration", "continuation", "answer", "asked_regeneration", "distillation"):
+        weights = "regeneration continuation answer asked_regeneration distillation question_distillation"
+        for name in weights.split():
             require(getattr(self, name) >= 0, f"objective.{name}", getattr(self, name), "at least 0")
         for name in ("cued_share", "unrelated_share"):
             require(0 <= getattr(self, name) <= 1, f"objective.{name}", getattr(self, name), "between 0 and 1")
+        taught = self.teacher is None or self.distillation + self.question_distillation > 0
+        require(taught, "objective.teacher", self.teacher, "left out, or objective.distillation positive")
         require(self.regeneration + self.continuation > 0, "objective", "all weights 0", "positive in total")
 
 
@@ -185,6 +193,8 @@ class RunConfig:
             require(asked, "data.questions", data.questions, "a non-empty list of sources in stage answer")
             allowed = "positive, or objective.distillation, in stage answer"
             require(objective.answer + objective.distillation > 0, "objective.answer", objective.answer, allowed)
+        allowed = "left out in stage regenerate, which asks no questions"
+        require(self.stage == "answer" or objective.teacher is None, "objective.teacher", objective.teacher, allowed)
         for share in objective.tokens:
             allowed = f"at most {longest}, the longest of data.lengths: no passage would be of this share"
             require(share.shortest <= longest, "objective.tokens.shortest", share.shortest, allowed)

@@ -6,6 +6,7 @@ encoding. A new objective is one pair function and one weight in `ObjectiveConfi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -15,6 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 from compressor.api import Compressor
 from compressor.data.batches import IGNORED
+from compressor.errors import CompressorError
+from compressor.model.encoder import pad
 from compressor.model.likelihood import label_nats, logits_at, token_prefix
 from compressor.model.network import Network
 from compressor.model.prefix import Prefix, empty_prefix
@@ -30,12 +33,33 @@ class Trainee(Compressor):
     """Recompute activations in the backward pass instead of holding them."""
     sharded = False
     """Whether the base's layers are shared out over processes (`sharding.py`)."""
+    teacher: Network | None = None
+    """A bound on the same base, which answers are taught by (`ObjectiveConfig.teacher`)."""
+
+    def taught_by(self, teacher: Network) -> None:
+        """Set `teacher`, which is no part of this module: it is neither trained nor saved with it."""
+        object.__setattr__(self, "teacher", teacher)
 
     def forward(self, batch: dict[str, Any]) -> Tensor:
         return loss(self, batch, self.activation_checkpointing)
 
 
-def loss(model: Network, batch: dict[str, Any], activation_checkpointing: bool = False) -> Tensor:
+def load_teacher(path: str, **held: Any) -> Network:
+    """The bound that `objective.teacher` names; `held` as for `Compressor.from_pretrained`.
+
+    Raises:
+        CompressorError: it is no checkpoint of `full-tuned`.
+    """
+    teacher = Compressor.from_pretrained(path, **held)
+    if (method := teacher.config.method) != "full-tuned":
+        raise CompressorError(
+            f"objective.teacher is {path}, a checkpoint of {method}: a teacher reads the passage itself, on the base "
+            "as it is; give one of full-tuned (configs/smollm2-135m/tuned.yaml trains it)"
+        )
+    return teacher
+
+
+def loss(model: Trainee, batch: dict[str, Any], activation_checkpointing: bool = False) -> Tensor:
     """Summed, weighted loss of a micro-batch.
 
     The batch holds `input_ids`, `lengths`, `memory_tokens` (each passage's own number) and, for each objective with a
@@ -60,39 +84,58 @@ def loss(model: Network, batch: dict[str, Any], activation_checkpointing: bool =
     return total
 
 
-def answer_loss(model: Network, prefix: Prefix, batch: dict[str, Any]) -> Tensor:
+def answer_loss(model: Trainee, prefix: Prefix, batch: dict[str, Any]) -> Tensor:
     """Loss of answers after memory and question: likelihood of the answer, and divergence from the full passage.
 
     The batch holds `answer_inputs` and `answer_labels` (int64 `[questions, width]`), `answer_owners` (the passage of
     each question, int64 `[questions]`), `answer_prompts` (token ids of each question), `answer_passages` (token ids of
-    each passage, without what a method extends it by), `answer_weight` and `distillation_weight`; where a passage was
-    encoded in segments, `answer_segments` says which rows are each one's.
+    each passage, without what a method extends it by), `answer_weight`, `distillation_weight` and
+    `question_distillation_weight`; where a passage was encoded in segments, `answer_segments` says which rows are each
+    one's.
 
     Returns:
-        Summed over the answers' tokens, EOS included. The divergence is KL(teacher || student) at the same places,
-        where the teacher is the base that reads `BOS passage` instead of the memory; of questions that have nothing to
-        do with the memory (`answer_unrelated`, bool `[questions]`) it is the base that reads nothing, at weight 1.
+        Summed over the answers' tokens, EOS included. The divergence is KL(teacher || student) at the same places, and
+        where the question's own tokens are predicted, with a weight of its own. The teacher is `Trainee.teacher`, or
+        the base that reads `BOS passage` instead of the memory; of questions that have nothing to do with the memory
+        (`answer_unrelated`, bool `[questions]`) it is the base that reads nothing, at weight 1.
     """
     owners, inputs, labels = batch["answer_owners"], batch["answer_inputs"], batch["answer_labels"]
-    base, wanted = model.base, labels != IGNORED
-    student = logits_at(base, prefix.select(owners), inputs, wanted).float().log_softmax(-1)
+    of_answers, of_questions = batch["distillation_weight"], batch["question_distillation_weight"]
+    base, answered = model.base, labels != IGNORED
+    apart = batch.get("answer_unrelated", torch.zeros_like(owners, dtype=torch.bool))
+    places = answered
+    if of_questions:
+        before = torch.tensor([len(prompt) - 1 for prompt in batch["answer_prompts"]], device=inputs.device)
+        columns = torch.arange(inputs.shape[1], device=inputs.device)
+        places = answered | ((columns < before[:, None]) & ~apart[:, None])
+    student = logits_at(base, prefix.select(owners), inputs, places).float().log_softmax(-1)
     losses = torch.zeros((), device=student.device)
-    if (apart := batch.get("answer_unrelated")) is not None and bool(apart.any()):
-        alone, places = (nn.functional.pad(one[apart], (1, 0)) for one in (inputs, wanted))
+    if bool(apart.any()):
+        alone, shown = (nn.functional.pad(one[apart], (1, 0)) for one in (inputs, answered))
         alone[:, 0] = base.bos
         with torch.no_grad():
-            nothing = logits_at(base, empty_prefix(base, len(alone)), alone, places).float().log_softmax(-1)
-        elsewhere = apart[wanted.nonzero()[:, 0]]
+            nothing = logits_at(base, empty_prefix(base, len(alone)), alone, shown).float().log_softmax(-1)
+        elsewhere = apart[places.nonzero()[:, 0]]
         losses = nn.functional.kl_div(student[elsewhere], nothing, reduction="sum", log_target=True)
-        student, owners, inputs, labels, wanted = (
+        student, owners, inputs, labels, answered, places = (
             student[~elsewhere],
-            *(one[~apart] for one in (owners, inputs, labels, wanted)),
+            *(one[~apart] for one in (owners, inputs, labels, answered, places)),
         )
-    losses = losses + batch["answer_weight"] * nn.functional.nll_loss(student, labels[wanted], reduction="sum")
-    if batch["distillation_weight"] and len(owners):
+    answers = answered[places]
+    likelihood = nn.functional.nll_loss(student[answers], labels[answered], reduction="sum")
+    losses = losses + batch["answer_weight"] * likelihood
+    if (of_answers or of_questions) and len(owners):
         with torch.no_grad():
-            full = token_prefix(base, batch["answer_passages"]).share(owners)
-            teacher = logits_at(base, full, inputs, wanted).float().log_softmax(-1)
-        divergence = nn.functional.kl_div(student, teacher, reduction="sum", log_target=True)
-        losses = losses + batch["distillation_weight"] * divergence
+            full = _read_whole(model, batch["answer_passages"]).share(owners)
+            teacher = logits_at(base, full, inputs, places).float().log_softmax(-1)
+        divergence = nn.functional.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)
+        losses = losses + of_answers * divergence[answers].sum() + of_questions * divergence[~answers].sum()
     return losses
+
+
+def _read_whole(model: Trainee, passages: Sequence[Sequence[int]]) -> Prefix:
+    """What the teacher reads of passages."""
+    if (teacher := model.teacher) is None:
+        return token_prefix(model.base, passages)
+    ids, lengths = pad(passages, model.base.device)
+    return teacher.prefix(*teacher.encode(ids, lengths, teacher.config.memory_tokens), lengths)

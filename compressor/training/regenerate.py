@@ -24,7 +24,7 @@ from compressor.model.load import load_base
 from compressor.processes import held_dtype, summed
 from compressor.training.checkpoints import VALIDATION
 from compressor.training.config import RunConfig
-from compressor.training.objectives import Trainee
+from compressor.training.objectives import Trainee, load_teacher
 from compressor.training.sharding import shard_base, sharding_asked, share_out
 from compressor.training.stage import Batch
 
@@ -47,18 +47,23 @@ class CompressionStage:
         sharded = sharding_asked(config)
         device = torch.device("cpu") if sharded else accelerator.device  # shards are sent to the device
         dtype: Any = held_dtype(config.base.dtype, accelerator.device)
+        held: dict[str, Any] = {
+            "device": device,
+            "dtype": dtype,
+            "attention": config.base.attention,
+            "quantization": None if config.base.quantization == "none" else config.base.quantization,
+            "base_mismatch": config.base_mismatch,
+        }
+        # Before the base gets adapters: one that has some takes no other network.
+        teacher = None if config.objective.teacher is None else load_teacher(config.objective.teacher, **held)
         if config.init is not None:
-            self.module = Trainee.from_pretrained(
-                config.init,
-                device=device,
-                dtype=dtype,
-                attention=config.base.attention,
-                quantization=None if config.base.quantization == "none" else config.base.quantization,
-                base_mismatch=config.base_mismatch,
-            )
+            self.module = Trainee.from_pretrained(config.init, base=teacher.base if teacher else None, **held)
         else:
-            base = load_base(replace(config.base, dtype=dtype), device)
+            base = teacher.base if teacher else load_base(replace(config.base, dtype=dtype), device)
             self.module = Trainee(base, config.compressor, config.seed)
+        if teacher:
+            teacher.encoder.to(accelerator.device)
+            self.module.taught_by(teacher)
         if sharded:
             shard_base(self.module, accelerator)
         self.module.train()
