@@ -73,12 +73,18 @@ class _HeadNats(torch.autograd.Function):
         for chunk, wanted in zip(states.split(HEAD_ROWS), labels.split(HEAD_ROWS), strict=True):
             with torch.set_grad_enabled(ctx.needs_input_grad[0]):
                 chunk = chunk.detach().requires_grad_(ctx.needs_input_grad[0])
-                found = nn.functional.cross_entropy(base.logits(chunk).float(), wanted, reduction="none")
-                if ctx.needs_input_grad[0]:
-                    # Not `autograd.grad`, which hooks on modules (FLOP counters, sharding) do not bear.
-                    found.sum().backward()
-                    gradients.append(chunk.grad)
-            nats.append(found.detach())
+                logits = base.logits(chunk)
+            if not ctx.needs_input_grad[0]:
+                nats.append(nn.functional.cross_entropy(logits.float(), wanted, reduction="none"))
+                continue
+            # Cross-entropy's gradient is softmax less one-hot: half of autograd's passes over the vocabulary.
+            chances = logits.detach().softmax(-1, dtype=torch.float32)
+            right = chances.gather(1, wanted[:, None])
+            nats.append(-right[:, 0].clamp_min(torch.finfo(torch.float32).tiny).log())
+            slope = chances.to(logits.dtype).scatter_(1, wanted[:, None], (right - 1).to(logits.dtype))
+            # Not `autograd.grad`, which hooks on modules (FLOP counters, sharding) do not bear.
+            logits.backward(slope)
+            gradients.append(chunk.grad)
         if gradients:
             ctx.save_for_backward(torch.cat(gradients))
         return torch.cat(nats)
