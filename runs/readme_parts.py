@@ -453,6 +453,10 @@ def interference() -> str:
     )
 
 
+def _speed(kilobytes: float) -> str:
+    return f"{kilobytes:,.1f}" if kilobytes >= 1 else f"{kilobytes:.2g}"
+
+
 def lossless(name: str = "lossless.json") -> str:
     """Lossless packing against general-purpose tools."""
     data = results(name)
@@ -473,7 +477,7 @@ def lossless(name: str = "lossless.json") -> str:
                 f"{packers[best]['bits_per_byte']:.2f} ({best})",
                 f"{round(ours['smaller_than_best_other'], 2) + 0.0:.0%}",
                 f"{packers['zpaq -m5']['bits_per_byte']:.2f}" if "zpaq -m5" in packers else "-",
-                f"{ours['kilobytes_per_second']:,.1f}, {ours['unpack_kilobytes_per_second']:,.1f}",
+                f"{_speed(ours['kilobytes_per_second'])}, {_speed(ours['unpack_kilobytes_per_second'])}",
             ]
         )
     return table(header, body) + f"\n\nThe model's {data['model_bytes'] / 1e6:.0f} MB are not counted."
