@@ -19,10 +19,10 @@ from compressor.model.base import Base
 from compressor.model.card import evaluated, push
 from compressor.model.checkpoint import find_base, load_weights, read_settings, save_checkpoint
 from compressor.model.config import CompressorConfig
+from compressor.model.decoder import shared
 from compressor.model.fidelity import compress_to_fidelity, noted
 from compressor.model.memory import Memory, memory_prefix
 from compressor.model.network import Network
-from compressor.model.prefix import shared
 from compressor.progress import note, note_once
 
 

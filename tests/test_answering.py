@@ -16,7 +16,7 @@ from compressor.commands.cli import train_main
 from compressor.data.asked import Draw
 from compressor.data.batches import IGNORED, answer_pair
 from compressor.errors import CompressorError
-from compressor.model.likelihood import decode, label_nats
+from compressor.model.decoder import decode, label_nats
 from compressor.model.memory import Memory, memory_prefix
 from compressor.parsing import parse_config
 from compressor.processes import make_accelerator

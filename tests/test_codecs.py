@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from compressor.errors import CompressorError
-from compressor.model.likelihood import decode
+from compressor.model.decoder import decode
 from compressor.model.memory import Memory, Segment, memory_prefix
 from compressor.storage import entropy, quantise
 from compressor.storage.calibration import Calibration, flatten_tokens, unflatten_tokens

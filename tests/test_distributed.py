@@ -142,7 +142,7 @@ import torch
 from torch.distributed.tensor import DTensor
 from compressor.model.load import load_base
 from compressor.model.config import BaseConfig, CompressorConfig
-from compressor.model.likelihood import decode
+from compressor.model.decoder import decode
 from compressor.model.memory import memory_prefix
 from compressor.processes import make_accelerator
 from compressor.training.objectives import Trainee

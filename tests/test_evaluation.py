@@ -28,7 +28,7 @@ from compressor.evaluation.tasks.interface import Item, make_batches
 from compressor.evaluation.tasks.regeneration import Regeneration
 from compressor.files import sha256
 from compressor.methods.interface import MemoryMethod
-from compressor.model.likelihood import label_nats
+from compressor.model.decoder import label_nats
 
 FIGURES = ("bleu", "rouge_l", "exact_match", "token_accuracy", "nll_per_token", "token_ratio", "byte_ratio")
 

@@ -17,12 +17,11 @@ from compressor.data.batches import regeneration_pair, stack_pairs
 from compressor.errors import CompressorError
 from compressor.model.base import Base
 from compressor.model.config import BaseConfig, CompressorConfig
+from compressor.model.decoder import Prefix, decode, token_prefix
 from compressor.model.encoder import pad
 from compressor.model.generation import Sampling, generate
-from compressor.model.likelihood import decode, token_prefix
 from compressor.model.load import load_base
 from compressor.model.memory import Memory, memory_prefix
-from compressor.model.prefix import Prefix
 from compressor.model.support import refuse_unsupported, window_of
 from compressor.training.objectives import Trainee
 

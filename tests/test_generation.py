@@ -16,6 +16,7 @@ from compressor.api import Compressor
 from compressor.data.batches import IGNORED
 from compressor.errors import CompressorError
 from compressor.model.base import Base
+from compressor.model.decoder import Prefix, decode, empty_prefix, label_nats, logits_at, score, shared
 from compressor.model.decoding import BLOCK, roomy_cache
 from compressor.model.generation import (
     Sampling,
@@ -26,9 +27,7 @@ from compressor.model.generation import (
     rewrite,
     stream,
 )
-from compressor.model.likelihood import decode, label_nats, logits_at, score
 from compressor.model.memory import Memory, memory_prefix
-from compressor.model.prefix import Prefix, empty_prefix, shared
 
 PASSAGES = [[(7 * i + j) % 400 + 5 for i in range(n)] for j, n in enumerate((30, 9, 17))]
 PROMPTS = [[1], [5, 6, 7, 8], [1, 9]]
@@ -399,7 +398,7 @@ def test_the_loss_of_labels_is_that_of_all_logits(decoder: tuple[Base, list[Memo
         return losses.sum(1)
 
     wanted = run(whole)
-    monkeypatch.setattr("compressor.model.likelihood.HEAD_ROWS", 4)
+    monkeypatch.setattr("compressor.model.decoder.HEAD_ROWS", 4)
     for base.plain_head in (True, False):
         torch.testing.assert_close(run(lambda prefix: label_nats(base, prefix, ids, labels)), wanted)
     with torch.no_grad():

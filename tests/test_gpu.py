@@ -14,9 +14,9 @@ from accelerate.state import AcceleratorState
 from compressor.api import Compressor
 from compressor.commands.cli import train_main
 from compressor.model.config import BaseConfig
+from compressor.model.decoder import decode
 from compressor.model.fidelity import passage_scores
 from compressor.model.generation import generate
-from compressor.model.likelihood import decode
 from compressor.model.load import load_base
 from compressor.model.memory import memory_prefix
 from compressor.training.loop import StopSignal

@@ -17,8 +17,8 @@ import torch
 
 from compressor.commands.cli import main
 from compressor.errors import CompressorError
+from compressor.model.decoder import empty_prefix
 from compressor.model.memory import Memory
-from compressor.model.prefix import empty_prefix
 from compressor.packing import frequencies as fr
 from compressor.packing.blocks import RAW, TEXT, ZSTD, Block, parse, serialise
 from compressor.packing.float64 import ExactBase, Lockstep

@@ -11,9 +11,8 @@ import torch
 
 from compressor.api import Compressor
 from compressor.errors import CompressorError
-from compressor.model.likelihood import decode
+from compressor.model.decoder import decode, empty_prefix
 from compressor.model.memory import Memory, Segment, memory_prefix
-from compressor.model.prefix import empty_prefix
 
 PASSAGE = [(7 * i) % 400 + 5 for i in range(40)]
 OTHER = [(11 * i) % 400 + 5 for i in range(23)]

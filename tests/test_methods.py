@@ -33,10 +33,10 @@ from compressor.methods.table import (
 from compressor.model import generation
 from compressor.model.base import Base
 from compressor.model.config import BaseConfig
+from compressor.model.decoder import label_nats, score, token_prefix
 from compressor.model.encoder import pad
 from compressor.model.generation import after, generate
 from compressor.model.layouts import memory_positions
-from compressor.model.likelihood import label_nats, score, token_prefix
 from compressor.model.load import load_base
 from compressor.model.memory import Memory, memory_prefix
 from compressor.model.table import METHODS, layouts_of

@@ -15,8 +15,8 @@ from compressor.data.records import load_texts
 from compressor.errors import CompressorError
 from compressor.model.base import Base
 from compressor.model.config import CompressorConfig
+from compressor.model.decoder import decode
 from compressor.model.fidelity import fidelities, passage_scores
-from compressor.model.likelihood import decode
 from compressor.model.memory import Memory, memory_prefix
 from compressor.model.refinement import KEEP, random_start, refine
 

@@ -29,10 +29,9 @@ from compressor.api import Compressor
 from compressor.commands.cli import main
 from compressor.commands.serve import chat_template
 from compressor.errors import CompressorError
+from compressor.model.decoder import Prefix, decode
 from compressor.model.generation import generate
-from compressor.model.likelihood import decode
 from compressor.model.memory import Memory, memory_prefix, place
-from compressor.model.prefix import Prefix
 from compressor.serving.front import CANARIES, CHAT, COMPLETIONS, Desk, Front, _reply
 from compressor.serving.shelf import Shelf
 from compressor.storage.catalogue import Catalogue, Missing
@@ -231,7 +230,7 @@ class _Said:
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         from starlette.responses import JSONResponse
 
-        from compressor.model.likelihood import score
+        from compressor.model.decoder import score
 
         body = json.loads((await receive())["body"])
         model, memory = self.desk.model, self.desk.canaries[body["memories"][0]]

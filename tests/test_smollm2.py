@@ -11,10 +11,10 @@ from compressor.data.records import load_texts
 from compressor.model.base import Base
 from compressor.model.bases import NAMED, _installed, fetch
 from compressor.model.config import BaseConfig
+from compressor.model.decoder import empty_prefix
 from compressor.model.generation import after
 from compressor.model.gguf_cache import cached
 from compressor.model.load import load_base
-from compressor.model.prefix import empty_prefix
 
 NAME = "smollm2-135m"
 KNOWN = NAMED[NAME]

@@ -28,11 +28,10 @@ from compressor.evaluation.studies.efficiency import (
 from compressor.evaluation.studies.utilisation import hidden_from, permutation_test, probe, verdict, without_token
 from compressor.methods.interface import MemoryMethod
 from compressor.model.config import BaseConfig
+from compressor.model.decoder import decode, empty_prefix, score, token_prefix
 from compressor.model.generation import stream
-from compressor.model.likelihood import decode, score, token_prefix
 from compressor.model.load import load_base
 from compressor.model.lora import WRITER
-from compressor.model.prefix import empty_prefix
 
 PNG = b"\x89PNG"
 

@@ -14,7 +14,7 @@ from compressor.commands.cli import evaluate_main, train_main
 from compressor.errors import CompressorError
 from compressor.methods.table import memory_method
 from compressor.methods.tuned import START
-from compressor.model.likelihood import score, token_prefix
+from compressor.model.decoder import score, token_prefix
 
 NAMES = ("full-tuned", "none-tuned")
 

@@ -12,8 +12,8 @@ from compressor.data.prompts import QUESTION, label_ids, question_ids
 from compressor.errors import CompressorError
 from compressor.methods.recite import recited_prefix
 from compressor.model.config import BaseConfig
+from compressor.model.decoder import label_scores
 from compressor.model.generation import Sampling, after, answer
-from compressor.model.likelihood import label_scores
 from compressor.model.load import load_base
 from compressor.model.memory import memory_prefix
 from compressor.storage.store import Hit, Reading, Store

@@ -15,8 +15,8 @@ from compressor.data.examples import Example, example
 from compressor.data.text_files import read_text
 from compressor.evaluation.metrics import bleu, bleu_statistics, chrf, chrf_statistics, rouge_l
 from compressor.methods.recite import recited_prefix
+from compressor.model.decoder import token_prefix
 from compressor.model.generation import answer
-from compressor.model.likelihood import token_prefix
 from compressor.model.memory import Memory, memory_prefix
 
 SHOWN_STEPS = 10

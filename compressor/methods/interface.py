@@ -14,10 +14,9 @@ import torch
 
 from compressor.errors import CompressorError
 from compressor.model.base import Base
-from compressor.model.likelihood import token_prefix
+from compressor.model.decoder import Prefix, token_prefix
 from compressor.model.memory import Memory, memory_prefix
 from compressor.model.network import Network
-from compressor.model.prefix import Prefix
 from compressor.model.refinement import KEEP, random_start, refine
 
 BF16 = 2

@@ -11,10 +11,9 @@ from collections.abc import Sequence
 
 from compressor.methods.interface import MemoryMethod, Piece, token_reach
 from compressor.model.base import Base
+from compressor.model.decoder import Prefix, token_prefix
 from compressor.model.generation import regenerate
-from compressor.model.likelihood import token_prefix
 from compressor.model.memory import Memory
-from compressor.model.prefix import Prefix
 
 
 class Recite(MemoryMethod):

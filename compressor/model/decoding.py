@@ -1,74 +1,25 @@
-"""Rows that are decoded together: their caches, with room for what will be written, and contexts that they share."""
+"""Rows that are decoded together, each with its context and its prompt."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from compressor.model.kernels import GROUPED, Context, Sharing
+from compressor.model.base import Base
+from compressor.model.decoder import BLOCK, Prefix, RoomyLayer, roomy_cache, shares, up
+from compressor.model.kernels import Sharing
 
-if TYPE_CHECKING:
-    from compressor.model.base import Base
-    from compressor.model.prefix import Prefix
-
-BLOCK = 32
-"""Columns by which what a step attends to grows: kernels are built for each width."""
 STATIC_BLOCK = 128
-"""The same for compiled steps, which attend to all columns that there will be."""
-
-
-def up(width: int, block: int) -> int:
-    """The width in whole blocks."""
-    return -(-width // block) * block
-
-
-class _Layer(DynamicLayer):
-    """Keys and values of one layer, written where there is room; only what is needed is attended to.
-
-    transformers' own grows by copying all that is there for every token.
-    """
-
-    def __init__(self, keys: Tensor, values: Tensor, rows: int, room: int, sharing: Sharing | None):
-        super().__init__()
-        self.context = None if sharing is None else Context(keys, values, sharing)
-        self.used = keys.shape[2] if sharing is None else 0
-        self.room = up(self.used + room, BLOCK)
-        self.keys, self.values = (one.new_zeros(rows, one.shape[1], self.room, one.shape[3]) for one in (keys, values))
-        if sharing is None:
-            self.keys[:, :, : self.used], self.values[:, :, : self.used] = keys, values
-        self.is_initialized = True
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
-        """Write them; keys and values so far, filled up to whole blocks. `key.context` is what comes before them."""
-        assert self.keys is not None
-        assert self.values is not None
-        start, self.used = self.used, self.used + key_states.shape[2]
-        for buffer, new in ((self.keys, key_states), (self.values, value_states)):
-            buffer[:, :, start : self.used] = new
-        end = up(self.used, BLOCK)
-        keys = self.keys[:, :, :end]
-        keys.context = self.context  # type: ignore[attr-defined]
-        return keys, self.values[:, :, :end]
-
-    def get_seq_length(self) -> int:
-        return self.used + (0 if self.context is None else self.context.keys.shape[2])
-
-    def keep(self, rows: Tensor, sharing: Sharing | None) -> None:
-        """Go on with these rows alone."""
-        assert self.keys is not None
-        assert self.values is not None
-        self.keys, self.values = self.keys[rows], self.values[rows]
-        if sharing is not None and self.context is not None:
-            self.context = Context(self.context.keys, self.context.values, sharing)
+"""Columns by which the caches of compiled steps grow, which attend to all columns that there will be."""
 
 
 class _StaticLayer(DynamicLayer):
-    """The same, all of whose room is attended to: nothing but the contents of tensors changes from step to step."""
+    """A layer all of whose room is attended to: nothing but the contents of tensors changes from step to step."""
 
     def __init__(self, keys: Tensor, values: Tensor, room: int):
         super().__init__()
@@ -87,25 +38,6 @@ class _StaticLayer(DynamicLayer):
         self.values.index_copy_(2, where, value_states.to(self.values.dtype))
         self.at.add_(key_states.shape[2])
         return self.keys, self.values
-
-
-def shares(base: Base, prefix: Prefix) -> bool:
-    """Whether rows read their contexts from one copy: where there are fewer of these, and the attention is ours."""
-    return prefix.owners is not None and base.model.config._attn_implementation == GROUPED
-
-
-def roomy_cache(base: Base, prefix: Prefix, room: int) -> tuple[DynamicCache, int]:
-    """A cache of a prefix with room for so many tokens in each row, and the columns that a mask of it has.
-
-    The columns are the prefix's, then those of what is written, filled up to whole blocks.
-    """
-    owners, cache = prefix.owners, DynamicCache()
-    sharing = Sharing.of(owners, len(prefix.keys[0])) if owners is not None and shares(base, prefix) else None
-    held = prefix.whole() if sharing is None else prefix
-    pairs = zip(held.keys, held.values, strict=True)
-    layers = [_Layer(keys, values, len(prefix.mask), room, sharing) for keys, values in pairs]
-    cache.layers = list(layers)
-    return cache, prefix.slots - layers[0].used + layers[0].room
 
 
 class Rows:
@@ -180,5 +112,5 @@ class Rows:
             self.owners = self.owners[rows]
             sharing = Sharing.of(self.owners, self.contexts)
         for layer in self.cache.layers:
-            assert isinstance(layer, _Layer)
+            assert isinstance(layer, RoomyLayer)
             layer.keep(rows, sharing)

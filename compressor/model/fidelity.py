@@ -22,11 +22,10 @@ from torch import Tensor
 from compressor.data.batches import by_length
 from compressor.errors import CompressorError
 from compressor.model.base import Base
+from compressor.model.decoder import Prefix, score
 from compressor.model.generation import rewrite
-from compressor.model.likelihood import score
 from compressor.model.memory import Memory, memory_prefix
 from compressor.model.network import Network
-from compressor.model.prefix import Prefix
 from compressor.model.refinement import refine
 
 LITTLE = 0.9
@@ -34,7 +33,7 @@ LITTLE = 0.9
 
 
 def passage_scores(base: Base, prefix: Prefix, passages: Sequence[Sequence[int]]) -> list[Tensor]:
-    """Scores (`likelihood.score`) of each passage and its EOS after a prefix, as a regeneration begins: with BOS."""
+    """Scores (`decoder.score`) of each passage and its EOS after a prefix, as a regeneration begins: with BOS."""
     return score(base, prefix, [[base.bos]] * len(passages), [[*ids, base.eos] for ids in passages])
 
 

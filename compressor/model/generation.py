@@ -17,10 +17,9 @@ from compressor.data.batches import by_length
 from compressor.data.prompts import QUESTION, question_ids
 from compressor.errors import CompressorError, require_whole
 from compressor.model.base import Base
+from compressor.model.decoder import Prefix, logprobs_of
 from compressor.model.decoding import Rows
-from compressor.model.likelihood import logprobs_of
 from compressor.model.memory import Memory, memory_prefix
-from compressor.model.prefix import Prefix
 from compressor.progress import Progress, counted
 
 DECODED_TOGETHER = 64

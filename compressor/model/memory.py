@@ -15,9 +15,9 @@ from transformers import DynamicCache
 from compressor.errors import CompressorError, require_whole
 from compressor.model.base import Base
 from compressor.model.config import Layout
+from compressor.model.decoder import Prefix
 from compressor.model.fingerprints import public_name, tokenizer_fingerprint
 from compressor.model.layouts import decoder_start, memory_positions, placing
-from compressor.model.prefix import Prefix
 from compressor.model.table import LAYOUTS
 from compressor.processes import check_device, check_dtype
 from compressor.progress import note_once

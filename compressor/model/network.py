@@ -21,10 +21,10 @@ from compressor.data.batches import by_length, equal_segments
 from compressor.errors import CompressorError, require_whole
 from compressor.model.base import Base
 from compressor.model.config import CompressorConfig
+from compressor.model.decoder import Prefix
 from compressor.model.encoder import Encoder, pad
 from compressor.model.lora import add_adapters
 from compressor.model.memory import Memory, Segment, memory_prefix
-from compressor.model.prefix import Prefix
 from compressor.model.refinement import refine
 from compressor.progress import Progress
 

@@ -23,10 +23,9 @@ from compressor.data.batches import IGNORED, answer_pair, regeneration_pair, sta
 from compressor.data.prompts import question_ids
 from compressor.errors import CompressorError
 from compressor.model.base import Base
+from compressor.model.decoder import Prefix, label_nats, logits_at
 from compressor.model.generation import generate
-from compressor.model.likelihood import label_nats, logits_at
 from compressor.model.memory import Memory, memory_prefix
-from compressor.model.prefix import Prefix
 from compressor.progress import Progress
 
 RATE = 0.4

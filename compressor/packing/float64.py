@@ -16,9 +16,8 @@ from torch.overrides import TorchFunctionMode
 from transformers import DynamicCache
 
 from compressor.model.base import Base
+from compressor.model.decoder import Prefix, decode, empty_prefix
 from compressor.model.fingerprints import FULL_HASH_VALUES
-from compressor.model.likelihood import decode
-from compressor.model.prefix import Prefix, empty_prefix
 from compressor.packing.frequencies import check_vocabulary
 
 IDENTITY_BYTES = 3

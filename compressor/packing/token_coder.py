@@ -20,7 +20,7 @@ import torch
 
 from compressor.errors import CompressorError
 from compressor.model.base import Base
-from compressor.model.prefix import empty_prefix
+from compressor.model.decoder import empty_prefix
 from compressor.packing import frequencies
 from compressor.packing.float64 import ExactBase, Lockstep
 from compressor.packing.ranges import RangeDecoder, RangeEncoder

@@ -25,9 +25,9 @@ from compressor.api import Compressor
 from compressor.data.prompts import tokenise
 from compressor.errors import CompressorError, require_texts, require_whole
 from compressor.model.checkpoint import compressor_name
+from compressor.model.decoder import score
 from compressor.model.fidelity import fidelities
 from compressor.model.generation import regeneration_limit
-from compressor.model.likelihood import score
 from compressor.model.memory import Memory, memory_prefix, signed
 from compressor.serving.shelf import Placed, Shelf
 from compressor.storage.catalogue import Catalogue, Missing

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from compressor.data.batches import regeneration_pair, stack_pairs
 from compressor.errors import CompressorError
-from compressor.model.likelihood import label_nats
+from compressor.model.decoder import label_nats
 from compressor.model.memory import Memory, memory_prefix
 from compressor.model.network import Network
 from compressor.storage import entropy

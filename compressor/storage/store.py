@@ -26,12 +26,11 @@ from compressor.files import check_no_file, make_folder
 from compressor.model.base import Base
 from compressor.model.checkpoint import compressor_name
 from compressor.model.config import BaseConfig, BaseMismatch
+from compressor.model.decoder import Prefix, token_prefix
 from compressor.model.generation import Sampling, answer, regenerate
-from compressor.model.likelihood import token_prefix
 from compressor.model.load import load_base
 from compressor.model.memory import Memory, memory_prefix, on_base, signed
 from compressor.model.network import Network
-from compressor.model.prefix import Prefix
 from compressor.model.text_encoder import WORDS, TextEncoder, default_encoder
 from compressor.storage.calibration import Calibration
 from compressor.storage.codec import Codec

@@ -14,10 +14,9 @@ from compressor.data.batches import IGNORED, answer_pair, padded_width, stack_pa
 from compressor.data.instructions import Prompt, load_prompt
 from compressor.data.questions import load_questions
 from compressor.errors import CompressorError
+from compressor.model.decoder import Prefix, empty_prefix, label_nats, token_prefix
 from compressor.model.encoder import pad
 from compressor.model.generation import after, generate
-from compressor.model.likelihood import label_nats, token_prefix
-from compressor.model.prefix import Prefix, empty_prefix
 from compressor.processes import summed
 from compressor.progress import note
 from compressor.training.checkpoints import VALIDATION

@@ -12,7 +12,7 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from compressor.data.passages import Piece
-from compressor.model.likelihood import HEAD_ROWS
+from compressor.model.decoder import HEAD_ROWS
 from compressor.training.config import RunConfig
 from compressor.training.regenerate import CompressionStage
 

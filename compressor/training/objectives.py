@@ -17,10 +17,9 @@ from torch.utils.checkpoint import checkpoint
 from compressor.api import Compressor
 from compressor.data.batches import IGNORED
 from compressor.errors import CompressorError
+from compressor.model.decoder import Prefix, empty_prefix, label_nats, logits_at, token_prefix
 from compressor.model.encoder import pad
-from compressor.model.likelihood import label_nats, logits_at, token_prefix
 from compressor.model.network import Network
-from compressor.model.prefix import Prefix, empty_prefix
 
 OBJECTIVES = ("regeneration", "continuation")
 """Objectives that are one pair of inputs and labels for each passage; `answer_losses` is for questions."""

@@ -16,10 +16,10 @@ from compressor.data.batches import continuation_pair, cued_pair, padded_width, 
 from compressor.data.left_out import LeftOut
 from compressor.data.passages import BatchPlan, Piece, load_passages, passages_digest
 from compressor.errors import CompressorError
+from compressor.model.decoder import label_nats
 from compressor.model.encoder import pad
 from compressor.model.fingerprints import tokenizer_fingerprint
 from compressor.model.generation import generate, regeneration_limit
-from compressor.model.likelihood import label_nats
 from compressor.model.load import load_base
 from compressor.processes import held_dtype, summed
 from compressor.training.checkpoints import VALIDATION

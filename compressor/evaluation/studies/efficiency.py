@@ -27,8 +27,8 @@ from compressor.evaluation.settings import EfficiencySettings
 from compressor.evaluation.studies import Findings
 from compressor.methods.interface import check_tokens
 from compressor.model.checkpoint import compressor_fingerprint
+from compressor.model.decoder import token_prefix
 from compressor.model.generation import stream
-from compressor.model.likelihood import token_prefix
 from compressor.model.lora import READER, WRITER
 from compressor.model.memory import memory_prefix
 from compressor.progress import Progress

@@ -33,8 +33,7 @@ from compressor.evaluation.tasks.regeneration import Regeneration
 from compressor.methods.interface import MemoryMethod, Method, Piece, check_tokens
 from compressor.model.base import Base
 from compressor.model.checkpoint import compressor_fingerprint
-from compressor.model.likelihood import score
-from compressor.model.prefix import Prefix
+from compressor.model.decoder import Prefix, score
 from compressor.unfinished import Unfinished
 
 DEFAULT_DATA = ("arxiv-test", "squad-dev", "arxivqa-test")

@@ -11,8 +11,8 @@ from compressor.evaluation.metrics import FigureOf, ratio, retained
 from compressor.evaluation.tasks.interface import Item, Result, Task
 from compressor.evaluation.tasks.regeneration import Regeneration
 from compressor.methods.interface import Method, Piece
+from compressor.model.decoder import score
 from compressor.model.generation import after
-from compressor.model.likelihood import score
 
 FOLLOWING = 64
 """Most tokens that are scored after a passage."""

@@ -12,8 +12,8 @@ from compressor.evaluation.metrics import FigureOf, answer_scores, difference, r
 from compressor.evaluation.tasks.interface import Item, Result
 from compressor.evaluation.tasks.qa import QuestionAnswering
 from compressor.methods.interface import Method, Piece
+from compressor.model.decoder import empty_prefix
 from compressor.model.generation import generate
-from compressor.model.prefix import empty_prefix
 
 
 class Interference(QuestionAnswering):

@@ -16,9 +16,8 @@ from compressor.evaluation.table import TASKS
 from compressor.evaluation.tasks.interface import Item, Result
 from compressor.evaluation.tasks.qa import QuestionAnswering
 from compressor.methods.interface import Method, Piece
+from compressor.model.decoder import label_scores, shared
 from compressor.model.generation import after
-from compressor.model.likelihood import label_scores
-from compressor.model.prefix import shared
 
 NATS = {
     "answer_nats": ratio("answer_nats", "items"),

@@ -14,9 +14,8 @@ from compressor.evaluation.metrics import FigureOf, answer_scores, difference, r
 from compressor.evaluation.tasks.interface import Item, Result, Task
 from compressor.evaluation.words import answer_words
 from compressor.methods.interface import Method, Piece
+from compressor.model.decoder import score, shared
 from compressor.model.generation import ANSWER_TOKENS, after, generate
-from compressor.model.likelihood import score
-from compressor.model.prefix import shared
 
 KINDS = ("answerable", "unanswerable")
 """Kinds of questions, whose F1 is reported apart where some are unanswerable."""

@@ -24,8 +24,8 @@ from compressor.evaluation.metrics import (
 from compressor.evaluation.tasks.interface import Item, Result, Task, tokenised
 from compressor.evaluation.words import unspaced, words
 from compressor.methods.interface import Method, Piece
+from compressor.model.decoder import score
 from compressor.model.generation import after, regeneration_limit, rewrite
-from compressor.model.likelihood import score
 
 
 def says(tokenizer: Any, ids: Sequence[int], text: str) -> bool:

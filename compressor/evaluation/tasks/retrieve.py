@@ -17,8 +17,8 @@ from compressor.errors import CompressorError
 from compressor.evaluation.metrics import FigureOf, ratio
 from compressor.evaluation.tasks.interface import Item, Result, Task, tokenised
 from compressor.methods.interface import Method, Piece
+from compressor.model.decoder import score
 from compressor.model.generation import after
-from compressor.model.likelihood import score
 
 QUESTION_STARTS, TITLE_STARTS = "\nQuestion:", "\nTitle:"
 """What stands between a memory and the query."""

@@ -1,24 +1,173 @@
-"""What a base makes of tokens that are given, after a prefix: logits, nats of labels, log-probabilities.
+"""The decoder: the frozen base after a prefix of keys and values, and what it makes of tokens that are given.
 
-The base runs as it is: adapters run inside an encoder alone (`lora.adapter`).
+Logits, nats of labels, log-probabilities; `generation.py` writes. The base runs as it is: adapters run inside an
+encoder alone (`lora.adapter`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from compressor.data.batches import IGNORED
 from compressor.model.base import Base
-from compressor.model.decoding import roomy_cache, shares
 from compressor.model.encoder import encoder_attention, pad
-from compressor.model.prefix import Prefix, empty_prefix
+from compressor.model.kernels import GROUPED, Context, Sharing
 
 HEAD_ROWS = 128
 """Positions whose logits are held at a time in training."""
+BLOCK = 32
+"""Columns by which what a step attends to grows: kernels are built for each width."""
+
+
+@dataclass
+class Prefix:
+    """A batch of decoder contexts: rotated keys and values, left-aligned and padded.
+
+    Attributes:
+        keys, values: one `[contexts, kv_heads, slots, head_size]` tensor a layer.
+        mask: bool `[batch, slots]`, False for padding.
+        start: int64 `[batch]`, position of the decoder's next token.
+        owners: context of each row, int64 `[batch]`; None where each has its own.
+    """
+
+    keys: list[Tensor]
+    values: list[Tensor]
+    mask: Tensor
+    start: Tensor
+    owners: Tensor | None = None
+
+    @property
+    def slots(self) -> int:
+        return self.mask.shape[1]
+
+    def to_cache(self) -> DynamicCache:
+        """A new cache that holds the prefix. The decoder appends to it, so every use needs its own."""
+        cache, whole = DynamicCache(), self.whole()
+        for layer, (keys, values) in enumerate(zip(whole.keys, whole.values, strict=True)):
+            cache.update(keys, values, layer)
+        return cache
+
+    def select(self, rows: Tensor) -> Prefix:
+        """The prefix of some rows, int64 or bool index `[rows]`."""
+        if self.owners is not None:
+            return replace(self, mask=self.mask[rows], start=self.start[rows], owners=self.owners[rows])
+        return Prefix(
+            [keys[rows] for keys in self.keys],
+            [values[rows] for values in self.values],
+            self.mask[rows],
+            self.start[rows],
+        )
+
+    def share(self, owners: Tensor) -> Prefix:
+        """A prefix whose rows read these contexts, int64 `[rows]`: `select` without copies of keys and values."""
+        assert self.owners is None
+        return replace(self, mask=self.mask[owners], start=self.start[owners], owners=owners)
+
+    def whole(self) -> Prefix:
+        """The same with keys and values for each row."""
+        if self.owners is None:
+            return self
+        keys, values = ([one[self.owners] for one in kind] for kind in (self.keys, self.values))
+        return Prefix(keys, values, self.mask, self.start)
+
+
+T = TypeVar("T")
+
+
+def shared(things: Sequence[T], make: Callable[[list[T]], Prefix]) -> Prefix:
+    """The prefix that `make` builds of these, one row each; things that occur several times are built once, and shared.
+
+    So many questions may be asked about one memory, or one passage, without a copy for each.
+    """
+    apart = {id(one): one for one in things}
+    prefix = make(list(apart.values()))
+    if len(apart) == len(things):
+        return prefix
+    places = {key: place for place, key in enumerate(apart)}
+    return prefix.share(torch.tensor([places[id(one)] for one in things], device=prefix.mask.device))
+
+
+def empty_prefix(base: Base, batch: int) -> Prefix:
+    """No context at all: what the decoder knows of the passage is nothing."""
+    shape = (batch, base.kv_heads, 0, base.head_size)
+    nothing = [torch.zeros(shape, device=base.device, dtype=base.dtype) for _ in range(base.layers)]
+    return Prefix(
+        nothing,
+        list(nothing),
+        torch.zeros(batch, 0, dtype=torch.bool, device=base.device),
+        torch.zeros(batch, dtype=torch.int64, device=base.device),
+    )
+
+
+def up(width: int, block: int) -> int:
+    """The width in whole blocks."""
+    return -(-width // block) * block
+
+
+class RoomyLayer(DynamicLayer):
+    """Keys and values of one layer, written where there is room; only what is needed is attended to.
+
+    transformers' own grows by copying all that is there for every token.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor, rows: int, room: int, sharing: Sharing | None):
+        super().__init__()
+        self.context = None if sharing is None else Context(keys, values, sharing)
+        self.used = keys.shape[2] if sharing is None else 0
+        self.room = up(self.used + room, BLOCK)
+        self.keys, self.values = (one.new_zeros(rows, one.shape[1], self.room, one.shape[3]) for one in (keys, values))
+        if sharing is None:
+            self.keys[:, :, : self.used], self.values[:, :, : self.used] = keys, values
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        """Write them; keys and values so far, filled up to whole blocks. `key.context` is what comes before them."""
+        assert self.keys is not None
+        assert self.values is not None
+        start, self.used = self.used, self.used + key_states.shape[2]
+        for buffer, new in ((self.keys, key_states), (self.values, value_states)):
+            buffer[:, :, start : self.used] = new
+        end = up(self.used, BLOCK)
+        keys = self.keys[:, :, :end]
+        keys.context = self.context  # type: ignore[attr-defined]
+        return keys, self.values[:, :, :end]
+
+    def get_seq_length(self) -> int:
+        return self.used + (0 if self.context is None else self.context.keys.shape[2])
+
+    def keep(self, rows: Tensor, sharing: Sharing | None) -> None:
+        """Go on with these rows alone."""
+        assert self.keys is not None
+        assert self.values is not None
+        self.keys, self.values = self.keys[rows], self.values[rows]
+        if sharing is not None and self.context is not None:
+            self.context = Context(self.context.keys, self.context.values, sharing)
+
+
+def shares(base: Base, prefix: Prefix) -> bool:
+    """Whether rows read their contexts from one copy: where there are fewer of these, and the attention is ours."""
+    return prefix.owners is not None and base.model.config._attn_implementation == GROUPED
+
+
+def roomy_cache(base: Base, prefix: Prefix, room: int) -> tuple[DynamicCache, int]:
+    """A cache of a prefix with room for so many tokens in each row, and the columns that a mask of it has.
+
+    The columns are the prefix's, then those of what is written, filled up to whole blocks.
+    """
+    owners, cache = prefix.owners, DynamicCache()
+    sharing = Sharing.of(owners, len(prefix.keys[0])) if owners is not None and shares(base, prefix) else None
+    held = prefix.whole() if sharing is None else prefix
+    pairs = zip(held.keys, held.values, strict=True)
+    layers = [RoomyLayer(keys, values, len(prefix.mask), room, sharing) for keys, values in pairs]
+    cache.layers = list(layers)
+    return cache, prefix.slots - layers[0].used + layers[0].room
 
 
 def decode(base: Base, prefix: Prefix, ids: Tensor) -> Tensor:
