@@ -22,8 +22,8 @@ from compressor.data.records import load_texts
 from compressor.errors import CompressorError
 from compressor.evaluation.metrics import bootstrap, ratio, rouge_l
 from compressor.files import write_json
+from compressor.model.decoder import score
 from compressor.model.generation import regenerate
-from compressor.model.likelihood import score
 from compressor.model.memory import Memory, memory_prefix
 from compressor.parsing import parse_config
 from compressor.progress import Progress

@@ -22,9 +22,9 @@ from compressor.data.questions import load_questions
 from compressor.data.windows import Placed, place_questions
 from compressor.evaluation.metrics import answer_scores, bootstrap, ratio, rouge_l
 from compressor.files import write_json
+from compressor.model.decoder import score
 from compressor.model.fidelity import passage_scores
 from compressor.model.generation import answer, regenerate
-from compressor.model.likelihood import score
 from compressor.model.memory import Memory, memory_prefix
 from compressor.model.refinement import refine
 from compressor.streams import exits_cleanly

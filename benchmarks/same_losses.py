@@ -26,6 +26,7 @@ TRAINING = {
     "data.validation_limit": 4,
     "training.steps": 4,
     "training.warmup_steps": 1,
+    "training.decay_steps": 0,
     "training.batch_passages": 4,
     "training.batch_tokens": 512,
     "training.log_every": 1,

@@ -33,10 +33,9 @@ from compressor.data.prompts import answer_ids, question_ids
 from compressor.data.questions import Question, load_questions
 from compressor.evaluation.metrics import answer_scores, bootstrap, ratio
 from compressor.files import write_json
+from compressor.model.decoder import empty_prefix, score, token_prefix
 from compressor.model.generation import after, answer, generate, regenerate
-from compressor.model.likelihood import score, token_prefix
 from compressor.model.memory import Memory, memory_prefix
-from compressor.model.prefix import empty_prefix
 from compressor.model.text_encoder import MINILM, TextEncoder
 from compressor.parsing import parse_config
 from compressor.processes import held_dtype
