@@ -28,11 +28,10 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from compressor.data.batches import padded_width, regeneration_pair, stack_pairs
+from compressor.data.batches import pad, padded_width, regeneration_pair, stack_pairs
 from compressor.data.passages import load_passages
 from compressor.files import write_json
 from compressor.model.config import BaseConfig, CompressorConfig
-from compressor.model.encoder import pad
 from compressor.model.load import load_base
 from compressor.processes import current_device, held_dtype
 from compressor.streams import exits_cleanly

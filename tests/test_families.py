@@ -13,12 +13,11 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedTokenizerFast
 
-from compressor.data.batches import regeneration_pair, stack_pairs
+from compressor.data.batches import pad, regeneration_pair, stack_pairs
 from compressor.errors import CompressorError
 from compressor.model.base import Base
 from compressor.model.config import BaseConfig, CompressorConfig
 from compressor.model.decoder import Prefix, decode, token_prefix
-from compressor.model.encoder import pad
 from compressor.model.generation import Sampling, generate
 from compressor.model.load import load_base
 from compressor.model.memory import Memory, memory_prefix

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from compressor.api import Compressor
-from compressor.data.batches import regeneration_pair, stack_pairs
+from compressor.data.batches import pad, regeneration_pair, stack_pairs
 from compressor.errors import CompressorError
 from compressor.methods import table as registry
 from compressor.methods.interface import MemoryMethod, Method, MethodSettings, Piece, TokenMethod
@@ -34,7 +34,6 @@ from compressor.model import generation
 from compressor.model.base import Base
 from compressor.model.config import BaseConfig
 from compressor.model.decoder import label_nats, score, token_prefix
-from compressor.model.encoder import pad
 from compressor.model.generation import after, generate
 from compressor.model.layouts import memory_positions
 from compressor.model.load import load_base

@@ -18,12 +18,12 @@ from safetensors.torch import load_file
 
 import compressor.model.checkpoint
 from compressor.api import Compressor
-from compressor.data.batches import regeneration_pair, stack_pairs
+from compressor.data.batches import pad, regeneration_pair, stack_pairs
 from compressor.errors import CompressorError
 from compressor.model.base import Base
 from compressor.model.checkpoint import read_settings
 from compressor.model.config import BaseConfig, CompressorConfig
-from compressor.model.encoder import encoder_attention, pad
+from compressor.model.encoder import encoder_attention
 from compressor.model.load import load_base
 from compressor.model.lora import READER, WRITER, AdaptedLinear, adapter
 from compressor.model.refinement import refine

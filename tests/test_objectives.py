@@ -10,9 +10,8 @@ import pytest
 import torch
 
 from compressor.api import Compressor
-from compressor.data.batches import CUED, IGNORED, continuation_pair, cued_pair, regeneration_pair, stack_pairs
+from compressor.data.batches import CUED, IGNORED, continuation_pair, cued_pair, pad, regeneration_pair, stack_pairs
 from compressor.model.decoder import score
-from compressor.model.encoder import pad
 from compressor.model.memory import memory_prefix
 
 PASSAGES = [[(7 * i + j) % 400 + 5 for i in range(n)] for j, n in enumerate((30, 9, 17))]

@@ -5,11 +5,12 @@ The first is a pure function of data, settings and seed, so that a resumed run r
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
+from torch import Tensor
 
 IGNORED = -100
 """Label of positions without a loss."""
@@ -42,6 +43,20 @@ def equal_segments(ids: Sequence[int], most: int) -> list[list[int]]:
     return [list(ids[len(ids) * i // count : len(ids) * (i + 1) // count]) for i in range(count)]
 
 
+def pad(
+    sequences: Sequence[Sequence[int]],
+    device: torch.device | str = "cpu",
+    fill: int = 0,
+    width: Callable[[int], int] = int,
+) -> tuple[Tensor, Tensor]:
+    """Right-pad token ids: int64 `[batch, width]`, as wide as `width` makes of the longest, and lengths `[batch]`."""
+    lengths = torch.tensor([len(ids) for ids in sequences], dtype=torch.int64)
+    padded = torch.full((len(sequences), width(int(lengths.max()))), fill, dtype=torch.int64)
+    for row, ids in zip(padded, sequences, strict=True):
+        row[: len(ids)] = torch.as_tensor(ids, dtype=torch.int64)
+    return padded.to(device), lengths.to(device)
+
+
 def regeneration_pair(bos: int, eos: int, passage: Sequence[int]) -> tuple[list[int], list[int]]:
     """Decoder input and labels for writing the passage: `BOS passage` gives `passage EOS`."""
     return [bos, *passage], [*passage, eos]
@@ -72,12 +87,8 @@ def answer_pair(prompt: Sequence[int], answer: Sequence[int], eos: int) -> tuple
 
 def stack_pairs(pairs: Sequence[tuple[list[int], list[int]]]) -> dict[str, Any]:
     """Pad decoder inputs and labels: int64 `[batch, width]` each, and the number of targets."""
-    width = padded_width(max(len(ids) for ids, _ in pairs))
-    inputs = torch.zeros(len(pairs), width, dtype=torch.int64)
-    labels = torch.full((len(pairs), width), IGNORED, dtype=torch.int64)
-    for row, (ids, wanted) in enumerate(pairs):
-        inputs[row, : len(ids)] = torch.tensor(ids)
-        labels[row, : len(wanted)] = torch.tensor(wanted)
+    inputs, _ = pad([ids for ids, _ in pairs], width=padded_width)
+    labels, _ = pad([wanted for _, wanted in pairs], fill=IGNORED, width=padded_width)
     return {"inputs": inputs, "labels": labels, "targets": int((labels != IGNORED).sum())}
 
 

@@ -15,11 +15,12 @@ from peft import CartridgeConfig, CartridgeEncoder
 from torch import Tensor
 from transformers import DynamicCache
 
+from compressor.data.batches import pad
 from compressor.methods.interface import BF16, MemoryMethod, Piece
 from compressor.model.base import Base
 from compressor.model.config import CompressorConfig
 from compressor.model.decoder import Prefix
-from compressor.model.encoder import AdaptedBase, Encoder, pad
+from compressor.model.encoder import AdaptedBase, Encoder
 
 START = "Read the passage and answer the question about it with a few words of it. "
 """What a cartridge starts as: keys and values of this text, as often as it takes."""

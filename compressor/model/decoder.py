@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from compressor.data.batches import IGNORED
+from compressor.data.batches import IGNORED, pad
 from compressor.model.base import Base
-from compressor.model.encoder import encoder_attention, pad
+from compressor.model.encoder import encoder_attention
 from compressor.model.kernels import GROUPED, Context, Sharing
 
 HEAD_ROWS = 128

@@ -7,7 +7,7 @@ the same for all of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import ClassVar, NamedTuple, Protocol
 
@@ -204,17 +204,3 @@ def initial_memory(base: Base, config: CompressorConfig) -> Tensor:
     table = base.embeddings.weight.detach()
     sample = table[:: max(1, len(table) // 4096)].float().cpu()
     return sample.mean(0) + noise * sample.std(0)
-
-
-def pad(
-    sequences: Sequence[Sequence[int]],
-    device: torch.device | str = "cpu",
-    fill: int = 0,
-    width: Callable[[int], int] = int,
-) -> tuple[Tensor, Tensor]:
-    """Right-pad token ids: int64 `[batch, width]`, as wide as `width` makes of the longest, and lengths `[batch]`."""
-    lengths = torch.tensor([len(ids) for ids in sequences], dtype=torch.int64)
-    padded = torch.full((len(sequences), width(int(lengths.max()))), fill, dtype=torch.int64)
-    for row, ids in zip(padded, sequences, strict=True):
-        row[: len(ids)] = torch.as_tensor(ids, dtype=torch.int64)
-    return padded.to(device), lengths.to(device)

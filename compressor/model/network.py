@@ -17,12 +17,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from compressor.data.batches import by_length, equal_segments
+from compressor.data.batches import by_length, equal_segments, pad
 from compressor.errors import CompressorError, require_whole
 from compressor.model.base import Base
 from compressor.model.config import CompressorConfig
 from compressor.model.decoder import Prefix
-from compressor.model.encoder import Encoder, pad
+from compressor.model.encoder import Encoder
 from compressor.model.lora import add_adapters
 from compressor.model.memory import Memory, Segment, memory_prefix
 from compressor.model.refinement import refine

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from compressor.data.batches import equal_segments
+from compressor.data.batches import equal_segments, pad
 from compressor.data.prompts import tokenise
 from compressor.errors import CompressorError, first_line
 from compressor.methods.interface import TextMethod
@@ -30,7 +30,6 @@ from compressor.methods.sentence_embedding import SentenceEmbeddingEncoder
 from compressor.methods.summary import Summary
 from compressor.model.bases import locate, remedy
 from compressor.model.checkpoint import compressor_fingerprint
-from compressor.model.encoder import pad
 from compressor.model.generation import Sampling
 from compressor.model.network import Network
 from compressor.model.support import start_token

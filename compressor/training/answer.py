@@ -10,12 +10,11 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from compressor.data.asked import QUESTIONS_TOGETHER, Asked, Draw, QuestionPlan, ask, questions_digest
-from compressor.data.batches import IGNORED, answer_pair, padded_width, stack_pairs
+from compressor.data.batches import IGNORED, answer_pair, pad, padded_width, stack_pairs
 from compressor.data.instructions import Prompt, load_prompt
 from compressor.data.questions import load_questions
 from compressor.errors import CompressorError
 from compressor.model.decoder import Prefix, empty_prefix, label_nats, token_prefix
-from compressor.model.encoder import pad
 from compressor.model.generation import after, generate
 from compressor.processes import summed
 from compressor.progress import note

@@ -12,12 +12,11 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from compressor.data.batches import continuation_pair, cued_pair, padded_width, regeneration_pair, stack_pairs
+from compressor.data.batches import continuation_pair, cued_pair, pad, padded_width, regeneration_pair, stack_pairs
 from compressor.data.left_out import LeftOut
 from compressor.data.passages import BatchPlan, Piece, load_passages, passages_digest
 from compressor.errors import CompressorError
 from compressor.model.decoder import label_nats
-from compressor.model.encoder import pad
 from compressor.model.fingerprints import tokenizer_fingerprint
 from compressor.model.generation import generate, regeneration_limit
 from compressor.model.load import load_base
