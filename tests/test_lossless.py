@@ -17,7 +17,6 @@ import torch
 
 from compressor.commands.cli import main
 from compressor.errors import CompressorError
-from compressor.model.decoder import empty_prefix
 from compressor.model.memory import Memory
 from compressor.packing import frequencies as fr
 from compressor.packing.blocks import RAW, TEXT, ZSTD, Block, parse, serialise
@@ -181,7 +180,7 @@ def test_carries_run_through_bytes_that_are_full() -> None:
 def test_parallel_and_lockstep_logits_agree_far_within_the_guard(exact: ExactBase, abstracts: list[str]) -> None:
     rows = [[exact.base.bos, *exact.base.tokenizer(text)["input_ids"]][:70] for text in abstracts[:3]]
     parallel = exact.logits(rows)
-    cache = Lockstep(exact, empty_prefix(exact.base, 3))
+    cache = Lockstep(exact, 3)
     worst = 0.0
     for place in range(min(map(len, rows))):
         logits = cache.step([[row[place]] for row in rows], [0] * 3)

@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from transformers import DynamicCache
 
+from compressor.data.batches import pad
 from compressor.model.base import Base
-from compressor.model.decoder import Prefix, decode, empty_prefix
+from compressor.model.decoder import decode, empty_prefix
 from compressor.model.fingerprints import FULL_HASH_VALUES
 from compressor.packing.frequencies import check_vocabulary
 
@@ -92,17 +93,12 @@ class ExactBase:
         self.identity = identity_of(self.base.tokenizer, model)
         self.noise: Callable[[Tensor], Tensor] | None = None
 
-    def logits(self, rows: Sequence[Sequence[int]], prefix: Prefix | None = None) -> list[Tensor]:
-        """Next-token logits after each token of each row, evaluated in parallel.
-
-        Args:
-            rows: token ids, at least one each.
-            prefix: a context for each row.
+    def logits(self, rows: Sequence[Sequence[int]]) -> list[Tensor]:
+        """Next-token logits after each token of each row (token ids, at least one each), evaluated in parallel.
 
         Returns:
             For each row float64 `[tokens, vocabulary]`.
         """
-        prefix = empty_prefix(self.base, len(rows)) if prefix is None else prefix
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
         found: list[Tensor] = [torch.empty(0)] * len(rows)
         while order:
@@ -110,12 +106,9 @@ class ExactBase:
             width = len(rows[order[-1]])
             taken = order[-max(1, _LOGITS_AT_ONCE // (width * self.vocabulary)) :]
             order = order[: -len(taken)]
-            ids = torch.zeros(len(taken), width, dtype=torch.int64)
-            for place, i in zip(ids, taken, strict=True):
-                place[: len(rows[i])] = torch.tensor(rows[i])
+            ids, _ = pad([rows[i] for i in taken], self.base.device)
             with double_precision():
-                chosen = prefix.select(torch.tensor(taken, device=self.base.device))
-                logits = decode(self.base, chosen, ids.to(self.base.device)).cpu()
+                logits = decode(self.base, empty_prefix(self.base, len(taken)), ids).cpu()
             for row, i in zip(logits, taken, strict=True):
                 found[i] = self._disturbed(row[: len(rows[i])])
         return found
@@ -127,16 +120,16 @@ class ExactBase:
 class Lockstep(DynamicCache):
     """Contexts of several rows that grow by a token or a few a step and start again at times of their own.
 
-    A row's keys and values lie left-aligned: `lengths` slots after the prefix's. Room grows by `_CHUNK` slots.
+    A row's keys and values lie left-aligned, `lengths` slots of them. Room grows by `_CHUNK` slots.
     """
 
     _CHUNK = 128
 
-    def __init__(self, exact: ExactBase, prefix: Prefix):
+    def __init__(self, exact: ExactBase, rows: int):
         super().__init__()
-        self.exact, self.prefix = exact, prefix
-        self.lengths = np.zeros(len(prefix.mask), dtype=np.int64)
-        self.slots = [[k, v] for k, v in zip(prefix.keys, prefix.values, strict=True)]
+        self.exact, nothing = exact, empty_prefix(exact.base, rows)
+        self.lengths = np.zeros(rows, dtype=np.int64)
+        self.slots = [[k, v] for k, v in zip(nothing.keys, nothing.values, strict=True)]
         """Keys and values of each layer, those of all rows, written at each row's own place."""
         self._place = torch.zeros(0, 0, dtype=torch.int64)
         self._used = 0
@@ -165,24 +158,18 @@ class Lockstep(DynamicCache):
         Returns:
             Of each row the next token's logits after each of the others, float64 `[tokens, vocabulary]` on the CPU.
         """
-        base, prefix = self.exact.base, self.prefix
-        sizes, width = np.array([len(block) for block in blocks]), max(map(len, blocks))
-        ids = torch.zeros(len(blocks), width, dtype=torch.int64)
-        for row, block in zip(ids, blocks, strict=True):
-            row[: len(block)] = torch.tensor(block)
-        lengths = torch.from_numpy(self.lengths).to(base.device)
-        base.check_window(0, prefix.start + torch.from_numpy(self.lengths + sizes - 1).to(base.device))
+        base, (ids, sizes) = self.exact.base, pad(blocks)
+        width = ids.shape[1]
+        base.check_window(0, torch.from_numpy(self.lengths) + sizes - 1)
         # What pads a short block lies beyond the row's length: nothing sees it, and the next step writes over it.
-        columns = lengths[:, None] + torch.arange(width, device=base.device)
-        self._place = columns + prefix.slots
-        self._used = int(self.lengths.max()) + width + prefix.slots
-        own = torch.arange(self._used - prefix.slots, device=base.device) <= columns[:, :, None]
-        allowed = torch.cat([prefix.mask[:, None].expand(-1, width, -1), own], dim=2)
+        self._place = torch.from_numpy(self.lengths).to(base.device)[:, None] + torch.arange(width, device=base.device)
+        self._used = int(self.lengths.max()) + width
+        allowed = torch.arange(self._used, device=base.device) <= self._place[:, :, None]
         places = torch.arange(width)
-        wanted = (places >= torch.tensor(skipped)[:, None]) & (places < torch.from_numpy(sizes)[:, None])
+        wanted = (places >= torch.tensor(skipped)[:, None]) & (places < sizes[:, None])
         options = {
             "input_ids": ids.to(base.device),
-            "position_ids": prefix.start[:, None] + columns,
+            "position_ids": self._place,
             "attention_mask": base.attention_mask(allowed),
             "past_key_values": self,
             "use_cache": True,
@@ -193,7 +180,7 @@ class Lockstep(DynamicCache):
                 logits = base.logits(states[wanted.to(base.device)])
             else:
                 logits = base.model(**options).logits[wanted.to(base.device)]
-        self.lengths += sizes
+        self.lengths += sizes.numpy()
         return list(self.exact._disturbed(logits.cpu()).split(wanted.sum(1).tolist()))
 
     def rewind(self, row: int, tokens: int) -> None:
@@ -201,13 +188,12 @@ class Lockstep(DynamicCache):
         self.lengths[row] -= tokens
 
     def restart(self, row: int) -> None:
-        """Forget a row's context; its prefix stays."""
+        """Forget a row's context."""
         self.lengths[row] = 0
 
     def select(self, rows: Sequence[int]) -> None:
         """Keep only these rows."""
         index = torch.tensor(rows, device=self.exact.base.device)
-        self.prefix = self.prefix.select(index)
         self.lengths = self.lengths[list(rows)]
         self.slots = [[kind[index] for kind in slots] for slots in self.slots]
 

@@ -224,10 +224,6 @@ def split_text(data: bytes) -> Iterator[tuple[bool, bytes]]:
         start = end
 
 
-def _encode_text(exact: ExactBase, texts: Sequence[str]) -> list[Document]:
-    return exact.base.tokenise(texts)
-
-
 def _decode_text(exact: ExactBase, documents: Sequence[Document], separator: str) -> str:
     decode = exact.base.tokenizer.decode
     if not separator:
@@ -268,7 +264,7 @@ def _bits_a_character(exact: ExactBase, pieces: Sequence[str], separator: str) -
         length += len(sample[-1]) + len(separator)
         if length >= _SAMPLE:
             break
-    return code_length(exact, _encode_text(exact, sample)) / max(1, length)
+    return code_length(exact, exact.base.tokenise(sample)) / max(1, length)
 
 
 def _pack_documents(
@@ -278,7 +274,7 @@ def _pack_documents(
     separator = SEPARATORS[index]
     closed = bool(separator) and text.endswith(separator)
     inner = text.removesuffix(separator) if closed else text
-    documents = _encode_text(exact, inner.split(separator) if separator else [inner])
+    documents = exact.base.tokenise(inner.split(separator) if separator else [inner])
     if _decode_text(exact, documents, separator) != inner:
         return None
     tokens = sum(map(len, documents)) + len(documents)

@@ -20,7 +20,6 @@ import torch
 
 from compressor.errors import CompressorError
 from compressor.model.base import Base
-from compressor.model.decoder import empty_prefix
 from compressor.packing import frequencies
 from compressor.packing.float64 import ExactBase, Lockstep
 from compressor.packing.ranges import RangeDecoder, RangeEncoder
@@ -154,7 +153,7 @@ def decode_lanes(
         coder = RangeDecoder(data)
         scale = coder.number(frequencies.SCALE_BITS)
         lanes.append(_Lane(coder, scale, [base.bos], LANE_SYMBOLS, told[number] if told else ()))
-    cache = Lockstep(exact, empty_prefix(base, len(lanes)))
+    cache = Lockstep(exact, len(lanes))
     alive = list(lanes)
     for tick in count():
         if not alive:
