@@ -22,7 +22,7 @@ from compressor.provenance import VERSION
 from compressor.storage import container
 from compressor.storage.calibration import Calibration
 from compressor.storage.codec import Codec
-from compressor.storage.codec_floats import FLOATS
+from compressor.storage.codecs import FLOATS
 
 FORMAT = 2
 BESIDE = "calibration.safetensors"

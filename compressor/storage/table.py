@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 CODECS: dict[str, str] = {
-    "float32": "codec_floats:Floats",
-    "float16": "codec_floats:Floats",
-    "bf16": "codec_floats:Floats",
-    "int8": "codec_integers:Integers",
-    "int4": "codec_integers:Integers",
-    "int3": "codec_integers:Integers",
-    "int2": "codec_integers:Integers",
-    "lowrank": "codec_lowrank:LowRank",
+    "float32": "codecs:Floats",
+    "float16": "codecs:Floats",
+    "bf16": "codecs:Floats",
+    "int8": "codecs:Integers",
+    "int4": "codecs:Integers",
+    "int3": "codecs:Integers",
+    "int2": "codecs:Integers",
+    "lowrank": "codecs:LowRank",
 }
 """Where each is. Files know a codec by its name."""

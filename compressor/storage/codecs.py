@@ -1,4 +1,5 @@
-"""Codecs `int8`, `int4`, `int3` and `int2`: integers of a step for each channel, packed or entropy-coded."""
+"""The codecs: values as they are (`float32`, `float16`, `bf16`), integers of a step for each channel, packed or
+entropy-coded (`int8`, `int4`, `int3`, `int2`), and principal components by a calibration (`lowrank:RATE`)."""
 
 from __future__ import annotations
 
@@ -11,13 +12,36 @@ from torch import Tensor
 
 from compressor.errors import CompressorError
 from compressor.storage import entropy, quantise
+from compressor.storage.calibration import flatten_tokens, unflatten_tokens
 from compressor.storage.codec import Codec, check_tensor, streams_of
 
 if TYPE_CHECKING:
     from compressor.model.memory import Memory
 
+FLOATS = {"float32": torch.float32, "float16": torch.float16, "bf16": torch.bfloat16}
 BITS = {"int8": 8, "int4": 4, "int3": 3, "int2": 2}
 _GROUPS = 64 * entropy.SHAPES
+
+
+class Floats(Codec):
+    """Keys and values in a floating-point type."""
+
+    fitted = False
+
+    def _check(self) -> None:
+        if self.coder != "none":
+            raise CompressorError(f"{self.name} is not entropy-coded: leave +{self.coder} out, or choose int8")
+
+    def _encode(self, pair: Tensor, memory: Memory) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        keys, values = pair.to(FLOATS[self.name])
+        if not bool(torch.isfinite(keys).all() and torch.isfinite(values).all()):
+            raise CompressorError(f"this memory has values too large for {self.name}: use bf16 or float32")
+        return {"keys": keys, "values": values}, {}
+
+    def _decode(self, tensors: Mapping[str, Tensor], details: Mapping[str, Any], full: Tensor) -> Tensor:
+        for name in ("keys", "values"):
+            check_tensor(tensors, name, FLOATS[self.name], full.shape[1:])
+        return torch.stack([tensors["keys"], tensors["values"]])
 
 
 class Integers(Codec):
@@ -95,3 +119,30 @@ class Integers(Codec):
             return stored[..., None, None].expand(*shape)
         place = list(quantise.STEPS).index(BITS[self.name])
         return self._fitted().models[place].unsqueeze(3).expand(*shape)
+
+
+class LowRank(Codec):
+    """A token's keys and values as coefficients of the calibration's components, with bits by water-filling."""
+
+    usual_coder = "ans"
+    usual_rate = 0.25
+
+    def _check(self) -> None:
+        if self.calibration is None or self.coder == "none":
+            raise CompressorError("lowrank needs a calibration (`compressor calibrate`) and an entropy coder")
+
+    def _encode(self, pair: Tensor, memory: Memory) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        transform = self._fitted().transform
+        tokens = flatten_tokens(pair.float() - self._fitted().means(memory))
+        integers = transform.quantise(transform.project(tokens), self.level)
+        models = np.broadcast_to(transform.models(self.level), integers.shape)
+        data = entropy.encode(integers.reshape(-1), models.reshape(-1), self.coder)
+        return {"payload": torch.frombuffer(bytearray(data or b"\0"), dtype=torch.uint8)}, {"sizes": [len(data)]}
+
+    def _decode(self, tensors: Mapping[str, Tensor], details: Mapping[str, Any], full: Tensor) -> Tensor:
+        (data,) = streams_of(tensors, details, 1)
+        transform, tokens = self._fitted().transform, full.shape[3]
+        models = np.tile(transform.models(self.level), tokens)
+        integers = entropy.decode(data, models, self.coder).reshape(tokens, -1)
+        centred = unflatten_tokens(transform.reconstruct(integers, self.level), full.shape[1:])
+        return (full.double() + centred).float()
