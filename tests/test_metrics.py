@@ -21,7 +21,6 @@ from compressor.evaluation.metrics import (
     bootstrap,
     chrf,
     chrf_statistics,
-    exact_match,
     ratio,
     rouge_l,
     rouge_scores,
@@ -173,11 +172,6 @@ def test_rouge_l_is_the_f_measure_of_the_longest_common_subsequence() -> None:
     assert rouge_l("The CAT!", "the cat") == pytest.approx(1.0)
     assert rouge_l("", "the cat") == 0.0
     assert rouge_l("?!", "?!") == 1.0  # no word, yet an exact copy
-
-
-def test_exact_match_sees_every_character() -> None:
-    assert exact_match("a b", "a b")
-    assert not exact_match("a b ", "a b")
 
 
 def test_ratio_divides_sums() -> None:

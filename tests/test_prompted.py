@@ -16,7 +16,7 @@ from rouge_score.rouge_scorer import RougeScorer
 from compressor.commands.cli import evaluate_main
 from compressor.data import questions as questions_module
 from compressor.data.instructions import PRESETS, Prompt, load_prompt, preset_names
-from compressor.data.prompts import label_ids
+from compressor.data.prompts import answer_ids
 from compressor.errors import CompressorError
 from compressor.evaluation.figures import FIGURES
 from compressor.evaluation.metrics import resampled_figures, word_errors
@@ -105,7 +105,7 @@ def test_written_answers_are_scored_against_all_references(tiny_base: Base, tmp_
         for ours, theirs in (("rouge_1", "rouge1"), ("rouge_2", "rouge2"), ("rouge_l", "rougeL")):
             found = [scorer.score(target, result["prediction"])[theirs].fmeasure for target in result["answers"]]
             assert result[ours] == max(found)
-        first = label_ids(tiny_base.tokenizer, result["answers"][0])
+        (first,) = answer_ids(tiny_base.tokenizer, [result["answers"]])
         expected = _nats(tiny_base, item.passage, item.asked["prompt"], [*first, tiny_base.eos])
         assert result["answer_nats"] == pytest.approx(-sum(expected), rel=1e-4)
         assert tiny_base.tokenizer.decode(item.asked["prompt"]).endswith("in one sentence? Answer:")

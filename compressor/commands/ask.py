@@ -8,7 +8,7 @@ from compressor.commands.loading import memory_and_base
 from compressor.commands.options import AskOptions
 from compressor.data import speech
 from compressor.data.instructions import Prompt, load_prompt
-from compressor.data.prompts import QUESTION, label_ids, question_ids
+from compressor.data.prompts import QUESTION, answer_ids, question_ids
 from compressor.errors import CompressorError
 from compressor.methods.recite import recited_prefix
 from compressor.model.config import BaseConfig
@@ -39,7 +39,8 @@ def run(options: AskOptions, switches: Any) -> None:
         prefix = (recited_prefix if options.recite else memory_prefix)(base, [memory])
     if prompt.answer == "label":
         prompts = after(base, prefix, question_ids(base.tokenizer, [asked], template))
-        (found,) = label_scores(base, prefix, prompts, [[label_ids(base.tokenizer, one) for one in prompt.labels]])
+        labels = answer_ids(base.tokenizer, [[label] for label in prompt.labels])
+        (found,) = label_scores(base, prefix, prompts, [labels])
         written = prompt.labels[found.index(max(found))]
     else:
         limit = options.new_tokens if options.prompt is None else prompt.new_tokens

@@ -104,11 +104,6 @@ def answer_text(answer: str) -> str:
     return " " + answer.strip()
 
 
-def label_ids(tokenizer: Any, label: str) -> list[int]:
-    """Token ids of a label as an answer."""
-    return list(tokenizer(answer_text(label), add_special_tokens=False, verbose=False)["input_ids"])
-
-
 def answer_ids(tokenizer: Any, answers: Sequence[Sequence[str]]) -> list[list[int]]:
     """Token ids of the first of each question's right answers; none where there is no answer: EOS follows at once."""
     texts = [answer_text(right[0]) if right else "" for right in answers]

@@ -297,11 +297,6 @@ def word_errors(written: str, wanted: str) -> tuple[int, int]:
     return edits(theirs, words(written)), len(theirs)
 
 
-def exact_match(written: str, wanted: str) -> bool:
-    """Whether the texts are the same, character for character."""
-    return written == wanted
-
-
 def answer_scores(written: str, answers: Sequence[str]) -> tuple[float, float]:
     """Exact match and F1 of an answer, 0 to 1 each, against the best of the right ones.
 

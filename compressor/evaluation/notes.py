@@ -11,7 +11,7 @@ from compressor.data.left_out import LeftOut
 from compressor.evaluation.figures import FIGURES
 from compressor.evaluation.methods import Methods
 from compressor.evaluation.metrics import LEVEL
-from compressor.evaluation.rows import Results, left_out_of
+from compressor.evaluation.results import Results, left_out_of
 from compressor.evaluation.tasks.interface import BEYOND, Item, Task
 
 

@@ -18,7 +18,6 @@ from accelerate import Accelerator
 
 from compressor.data.left_out import LeftOut
 from compressor.errors import CompressorError
-from compressor.evaluation.batches import data_names, describe_data, items_hash, run_batches
 from compressor.evaluation.methods import Methods
 from compressor.evaluation.metrics import LEVEL, bleu_signature, chrf_signature
 from compressor.evaluation.notes import (
@@ -31,7 +30,17 @@ from compressor.evaluation.notes import (
     surroundings_note,
 )
 from compressor.evaluation.report import load_published, markdown_table, regeneration_plot
-from compressor.evaluation.rows import MACRO, Results, left_out_of, make_rows, row_key
+from compressor.evaluation.results import (
+    MACRO,
+    Results,
+    data_names,
+    describe_data,
+    items_hash,
+    left_out_of,
+    make_rows,
+    row_key,
+    run_batches,
+)
 from compressor.evaluation.settings import EvaluationConfig, TaskSettings
 from compressor.evaluation.table import STUDIES, entry
 from compressor.evaluation.tasks.interface import Item, Task

@@ -140,11 +140,25 @@ class MemoryMethod:
     def prefix(self, rows: Sequence[Sequence[Piece]]) -> Prefix:
         return memory_prefix(self.base, [Memory.concatenate([piece.held for piece in row]) for row in rows])
 
+    @torch.no_grad()
     def reach(self, pieces: Sequence[Piece]) -> int:
-        return memory_reach(pieces)
+        return int(Memory.concatenate([piece.held for piece in pieces]).positions()[1])
 
 
-class TokenMethod:
+class ReadsTokens:
+    """What the decoder reads of pieces that hold token ids: these after BOS, as they would be in a prompt."""
+
+    base: Base
+
+    def prefix(self, rows: Sequence[Sequence[Piece]]) -> Prefix:
+        return token_prefix(self.base, [[token for piece in row for token in piece.held] for row in rows])
+
+    def reach(self, pieces: Sequence[Piece]) -> int:
+        tokens = sum(len(piece.held) for piece in pieces)
+        return tokens + 1 if tokens else 0
+
+
+class TokenMethod(ReadsTokens):
     """A hard prompt: the base itself reads some tokens instead of the passage. Subclasses choose them (`choose`)."""
 
     name: str
@@ -174,13 +188,6 @@ class TokenMethod:
         text = self.base.tokenizer.decode(chosen, skip_special_tokens=True)
         return Piece(passage, chosen, len(chosen), len(text.encode()))
 
-    def prefix(self, rows: Sequence[Sequence[Piece]]) -> Prefix:
-        """Keys and values of `BOS tokens`, read by the base as they would be in a prompt."""
-        return token_prefix(self.base, [[token for piece in row for token in piece.held] for row in rows])
-
-    def reach(self, pieces: Sequence[Piece]) -> int:
-        return token_reach(pieces)
-
 
 class TextMethod(TokenMethod):
     """A hard prompt cut from the beginning of a text that stands for the passage. Subclasses write it (`stand_ins`)."""
@@ -203,18 +210,6 @@ class TextMethod(TokenMethod):
             [[self._piece(passage, one[:count])] for passage, one in zip(passages, whole, strict=True)]
             for count in tokens
         ]
-
-
-@torch.no_grad()
-def memory_reach(pieces: Sequence[Piece]) -> int:
-    """`Method.reach` of pieces that hold memories."""
-    return int(Memory.concatenate([piece.held for piece in pieces]).positions()[1])
-
-
-def token_reach(pieces: Sequence[Piece]) -> int:
-    """`Method.reach` of pieces that hold token ids, which are read after BOS."""
-    tokens = sum(len(piece.held) for piece in pieces)
-    return tokens + 1 if tokens else 0
 
 
 def check_tokens(tokens: Sequence[int], most: int | None, checkpoint: str) -> None:

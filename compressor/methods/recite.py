@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from compressor.methods.interface import MemoryMethod, Piece, token_reach
+from compressor.methods.interface import MemoryMethod, Piece, ReadsTokens
 from compressor.model.base import Base
 from compressor.model.decoder import Prefix, token_prefix
 from compressor.model.generation import regenerate
 from compressor.model.memory import Memory
 
 
-class Recite(MemoryMethod):
+class Recite(ReadsTokens, MemoryMethod):
     """A trained method whose memories are read as the texts that they regenerate."""
 
     name = "recite"
@@ -29,13 +29,6 @@ class Recite(MemoryMethod):
     def _recited(self, rows: Sequence[Sequence[Piece]]) -> list[list[Piece]]:
         written = iter(recite(self.base, [piece.held for row in rows for piece in row], self.batch_size))
         return [[Piece(piece.ids, ids := next(written), len(ids), piece.nbytes) for piece in row] for row in rows]
-
-    def reach(self, pieces: Sequence[Piece]) -> int:
-        return token_reach(pieces)
-
-    def prefix(self, rows: Sequence[Sequence[Piece]]) -> Prefix:
-        """Keys and values of `BOS tokens`, as the base reads them in a prompt."""
-        return token_prefix(self.base, [[token for piece in row for token in piece.held] for row in rows])
 
 
 def recite(base: Base, memories: Sequence[Memory], batch_size: int = 16) -> list[list[int]]:

@@ -22,9 +22,9 @@ from compressor.api import Compressor
 from compressor.data.batches import by_length
 from compressor.data.prompts import answer_text
 from compressor.errors import CompressorError
-from compressor.evaluation.batches import data_names, describe_data, items_hash, run_batches
 from compressor.evaluation.metrics import LEVEL, bootstrap, ratio
 from compressor.evaluation.report import figure
+from compressor.evaluation.results import data_names, describe_data, items_hash, run_batches
 from compressor.evaluation.settings import UtilisationSettings
 from compressor.evaluation.studies import Findings
 from compressor.evaluation.tasks.interface import LEFT_OUT, Item, Result, Task

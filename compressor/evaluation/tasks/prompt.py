@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from compressor.data.instructions import Prompt, load_prompt
-from compressor.data.prompts import QUESTION, label_ids, question_ids, tokenise
+from compressor.data.prompts import QUESTION, answer_ids, question_ids, tokenise
 from compressor.data.questions import Question, load_questions
 from compressor.errors import CompressorError
 from compressor.evaluation.metrics import ratio, retained
@@ -73,7 +73,8 @@ class Prompted(QuestionAnswering):
         prompts = question_ids(tokenizer, [one.question for one in records], template)
         counts = Counter(one.answers[0] for one in records)
         usual = min(counts, key=lambda label: (-counts[label], label))
-        spelled = {label: label_ids(tokenizer, label) for one in records for label in one.choices}
+        labels = list(dict.fromkeys(label for one in records for label in one.choices))
+        spelled = dict(zip(labels, answer_ids(tokenizer, [[label] for label in labels]), strict=True))
         return [
             Item(
                 one.id,

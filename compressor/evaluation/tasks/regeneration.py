@@ -17,7 +17,6 @@ from compressor.evaluation.metrics import (
     bleu_statistics,
     chrf_signature,
     chrf_statistics,
-    exact_match,
     ratio,
     rouge_l,
 )
@@ -121,7 +120,7 @@ class Regeneration(Task):
                     "prediction": prediction,
                     "finished": all(finished[i] for i in mine),
                     "rouge_l": rouge_l(prediction, reference),
-                    "exact_match": exact_match(prediction, reference),
+                    "exact_match": prediction == reference,
                     "nats": sum(scores[i][0] for i in mine),
                     "correct_tokens": int(sum(scores[i][1] for i in mine)),
                     "target_tokens": int(sum(scores[i][2] for i in mine)),
