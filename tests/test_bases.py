@@ -184,7 +184,7 @@ def test_a_named_base_comes_from_cache_package_or_hub(
     assert "converting tiny.Q8_0.gguf (llm-tiny==1.0)" in said.err
     assert said.err.count("base tiny: ") == 1
     assert not said.out
-    monkeypatch.setattr(bases, "_installed", None)
+    monkeypatch.setattr(bases, "installed", None)
     assert load_base(BaseConfig(path="tiny")).fingerprint == base.fingerprint
     assert capsys.readouterr().err == ""  # said once
 

@@ -146,7 +146,7 @@ from compressor.model.decoder import decode
 from compressor.model.memory import memory_prefix
 from compressor.processes import make_accelerator
 from compressor.training.objectives import Trainee
-from compressor.training.sharding import held_bytes, shard_base
+from compressor.training.sharding import shard_base
 
 def made():
     base = load_base(BaseConfig(path=sys.argv[1]))
@@ -165,6 +165,10 @@ def findings(model, batch):
     loss = model(batch)
     loss.backward()
     return logits, loss.detach(), dict((n, p.grad) for n, p in model.named_parameters() if p.requires_grad)
+
+def held_bytes(model):
+    local = (getattr(parameter, "_local_tensor", parameter) for parameter in model.parameters())
+    return sum(one.numel() * one.element_size() for one in local if isinstance(one, torch.Tensor))
 
 accelerator = make_accelerator()
 assert accelerator.num_processes == 2

@@ -9,7 +9,7 @@ import pytest
 from compressor.data.prompts import CHAT, QUESTION, question_ids
 from compressor.data.records import load_texts
 from compressor.model.base import Base
-from compressor.model.bases import NAMED, _installed, fetch
+from compressor.model.bases import NAMED, fetch, installed
 from compressor.model.config import BaseConfig
 from compressor.model.decoder import empty_prefix
 from compressor.model.generation import after
@@ -19,7 +19,7 @@ from compressor.model.load import load_base
 NAME = "smollm2-135m"
 KNOWN = NAMED[NAME]
 pytestmark = pytest.mark.skipif(
-    cached(KNOWN.sha256) is None and _installed(KNOWN) is None, reason=f"compressor fetch {NAME} gets it"
+    cached(KNOWN.sha256) is None and installed(KNOWN) is None, reason=f"compressor fetch {NAME} gets it"
 )
 
 

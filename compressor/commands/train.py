@@ -21,6 +21,7 @@ from compressor.training.config import RunConfig
 from compressor.training.footprint import step_bytes
 from compressor.training.loop import start_run, train
 from compressor.training.regenerate import CompressionStage
+from compressor.training.stage import moved
 
 FREE_TO_CHANGE = {
     "training.resume",
@@ -111,10 +112,7 @@ def dead_parameters(stage: CompressionStage) -> dict[str, int]:
 
     Leaves no gradients and no training state behind.
     """
-    batch = stage.probe_batch()
-    device = next(stage.module.parameters()).device
-    loss = stage.module({k: v.to(device) if hasattr(v, "to") else v for k, v in batch.items()})
-    loss.backward()
+    stage.module(moved(stage.probe_batch(), next(stage.module.parameters()).device)).backward()
     dead = {n: p.numel() for n, p in stage.module.named_parameters() if p.requires_grad and p.grad is None}
     stage.module.zero_grad(set_to_none=True)
     return dead

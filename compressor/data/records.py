@@ -20,7 +20,7 @@ import datasets
 
 from compressor.data.left_out import REASON, BadRecord, BadRecords, LeftOut
 from compressor.data.sources import Hub, Row, kind_of, read_rows, resolve, type_name
-from compressor.errors import CompressorError
+from compressor.errors import CompressorError, first_line
 from compressor.processes import bars_on_terminals
 
 TEXT_FIELDS = ("text", "abstract")
@@ -152,9 +152,8 @@ def load_hub(hub: Hub, split: str | None, *, streaming: bool = False) -> Any:
     try:
         loaded = datasets.load_dataset(hub.name, hub.config, split=split, streaming=streaming)
     except Exception as error:  # the hub client raises many kinds, also bare RuntimeError and OSError
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CompressorError(
-            f"{hub.name!r} is no file here and could not be loaded from the hub: {reason}. Check the name, "
+            f"{hub.name!r} is no file here and could not be loaded from the hub: {first_line(error)}. Check the name, "
             "the split and the network, or give local files"
         ) from None
     if split is None:

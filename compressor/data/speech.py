@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from compressor.errors import CompressorError
+from compressor.errors import CompressorError, first_line
 
 WINDOW = 30
 """Seconds that recognisers read at a time."""
@@ -72,8 +72,9 @@ def transcribe(path: str | Path, speech: str | None, device: str = "cpu") -> str
     try:
         recogniser: Any = pipeline("automatic-speech-recognition", model=speech, device=device)
     except Exception as error:  # transformers and the hub raise many kinds
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CompressorError(f"cannot load the speech recogniser {speech!r} ({reason}). {WITHOUT}") from None
+        raise CompressorError(
+            f"cannot load the speech recogniser {speech!r} ({first_line(error)}). {WITHOUT}"
+        ) from None
     rate = recogniser.feature_extractor.sampling_rate
     samples = read_wav(path, rate)
     options: dict[str, Any] = {}

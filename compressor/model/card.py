@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from compressor.errors import CompressorError
+from compressor.errors import CompressorError, first_line
 from compressor.files import read_json
 from compressor.model.bases import NAMED
+from compressor.model.fingerprints import public_name
 
 METRICS = {
     "rouge_l": ("rouge", "ROUGE-L", 3),
@@ -49,7 +50,7 @@ def model_card(settings: Mapping[str, Any]) -> str:
 
     config, base, about = settings["config"], settings["base"], settings.get("about", {})
     trained, frozen = settings["parameters"]["trained"], settings["parameters"]["base"]
-    name = Path(base["path"]).name if Path(base["path"]).is_absolute() else base["path"]
+    name = public_name(base["path"])
     hub = NAMED[name].hub if name in NAMED else name
     figures = [
         (row, *METRICS[key], value) for row in about.get("evaluation", []) for key, value in row["figures"].items()
@@ -135,7 +136,7 @@ def push(folder: str | Path, repo_id: str | None = None, **options: Any) -> str:
         done = api.upload_folder(repo_id=repo.repo_id, folder_path=folder, commit_message=message, **options)
     except Exception as error:  # the hub client raises many kinds, offline ones among them
         raise CompressorError(
-            f"cannot push {folder} to {repo_id} ({type(error).__name__}: {str(error).splitlines()[0]}): it is written "
+            f"cannot push {folder} to {repo_id} ({type(error).__name__}: {first_line(error)}): it is written "
             "here; check the name, the network, and `hf auth login` or token"
         ) from None
     return str(done.commit_url)

@@ -192,11 +192,11 @@ def _spread(start: Tensor) -> Tensor:
     return start.flatten(1).std(1).clamp(min=1e-6)[:, None, None, None]
 
 
-def random_start(memory: Memory, seed: int = 0) -> Memory:
+def random_start(memory: Memory) -> Memory:
     """Random vectors in a memory's place, as widely spread in each layer, to refine from."""
-    noise = torch.randn((2, *memory.keys.shape), generator=torch.Generator().manual_seed(seed))
+    noise = torch.randn((2, *memory.keys.shape), generator=torch.Generator().manual_seed(0))
     keys, values = (
-        one.to(held) * held.float().flatten(1).std(1).to(held.dtype)[:, None, None, None]
+        one.to(held) * _spread(held.float()).to(held.dtype)
         for one, held in zip(noise, (memory.keys, memory.values), strict=True)
     )
     return replace(memory, keys=keys, values=values)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
 import tempfile
@@ -16,7 +15,7 @@ from torch import Tensor
 from compressor.data.batches import by_length
 from compressor.errors import CompressorError
 from compressor.files import FolderKind, atomic_folder, sha256
-from compressor.model.bases import NamedBase, downloaded
+from compressor.model.bases import NamedBase, downloaded, installed
 from compressor.model.fingerprints import fingerprint
 from compressor.model.gguf_cache import cache_folders, writable_cache
 from compressor.processes import bars_on_terminals
@@ -41,11 +40,9 @@ _BATCH = 32
 def encoder_folder(name: str) -> Path | None:
     """The folder of a named encoder, in the cache or in its installed package; None where it is in neither."""
     known = ENCODERS[name]
-    module, _, inside = known.file.partition("/")
-    spec = importlib.util.find_spec(module)  # not imported: it needs packages of its own
-    files = [Path(place) / inside for place in (spec.submodule_search_locations if spec else None) or ()]
-    files += [place / f"{name}-{known.sha256[:16]}" / Path(inside).name for place in cache_folders()]
-    return next((file.parent for file in files if file.is_file() and sha256(file) == known.sha256), None)
+    files = [installed(known)]
+    files += [place / f"{name}-{known.sha256[:16]}" / Path(known.file).name for place in cache_folders()]
+    return next((file.parent for file in files if file and file.is_file() and sha256(file) == known.sha256), None)
 
 
 def fetch_encoder(name: str) -> Path:

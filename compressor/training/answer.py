@@ -24,7 +24,7 @@ from compressor.training.regenerate import CompressionStage
 from compressor.training.sharding import share_out
 from compressor.training.stage import Batch
 
-VALIDATED_TOGETHER = 8
+VALIDATED_TOGETHER, SAMPLES = 8, 3
 ROOM = 256
 """Positions kept for prompt and answer after the longest passage that is asked about."""
 
@@ -264,10 +264,10 @@ class AnswerStage(CompressionStage):
     def _answers(self, drawn: Sequence[Draw]) -> list[list[int]]:
         return [self.held_out_questions[draw.passage].answers[q] for draw in drawn for q in draw.questions]
 
-    def answer_samples(self, tokens: int, accelerator: Accelerator, count: int = 3) -> list[str]:
+    def answer_samples(self, tokens: int, accelerator: Accelerator) -> list[str]:
         """Some held-out questions with the right answer, the one from the memory and the one from the full passage."""
         model, base = self.module, self.module.base
-        chosen = self.held_out_questions[:count]
+        chosen = self.held_out_questions[:SAMPLES]
         prompts = [one.prompts[0] for one in chosen]
         drawn = [Draw(i, (0,), one.length) for i, one in enumerate(chosen)]
         batch = self.collate_questions(chosen, drawn, [tokens] * len(chosen))

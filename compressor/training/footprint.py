@@ -15,6 +15,7 @@ from compressor.data.passages import Piece
 from compressor.model.decoder import HEAD_ROWS
 from compressor.training.config import RunConfig
 from compressor.training.regenerate import CompressionStage
+from compressor.training.stage import Batch, moved
 
 PROBED = ((1, 16), (1, 32), (1, 48), (2, 16))
 """Passages and tokens of each, of the micro-batches that are tried."""
@@ -51,12 +52,12 @@ def step_bytes(stage: CompressionStage, config: RunConfig, processes: int) -> in
     return held + training + slack * activations + max(passing, logits)
 
 
-def asked_cells(batch: dict[str, Any]) -> int:
+def asked_cells(batch: Batch) -> int:
     """Places of a micro-batch's questions and answers, padding included."""
     return batch["answer_inputs"].numel() if "answer_inputs" in batch else 0
 
 
-def kept_of_answers(stage: CompressionStage, batches: Sequence[dict[str, Any]]) -> float:
+def kept_of_answers(stage: CompressionStage, batches: Sequence[Batch]) -> float:
     """Bytes that autograd keeps for each place of questions and answers, which read the passages' memories."""
     asked = min(
         (batch for batch in batches if asked_cells(batch)), key=lambda one: one["input_ids"].numel(), default=None
@@ -64,7 +65,7 @@ def kept_of_answers(stage: CompressionStage, batches: Sequence[dict[str, Any]]) 
     if asked is None or stage.module.activation_checkpointing:
         return 0.0
     model = stage.module
-    batch = {k: v.to(model.base.device) if isinstance(v, torch.Tensor) else v for k, v in asked.items()}
+    batch = moved(asked, model.base.device)
     encoded = kept_bytes(
         partial(model.encode, batch["input_ids"], batch["lengths"], int(batch["memory_tokens"].max())), model
     )
@@ -80,7 +81,7 @@ def kept_of(stage: CompressionStage, checkpointing: bool) -> Callable[[int, int]
     for rows, width in PROBED:
         width = min(width, stage.validation[-1].length)
         batch = stage.collate(stage.held_out, [Piece(stage.validation[-1].record, 0, width)] * rows, [most] * rows)
-        batch = {k: v.to(model.base.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+        batch = moved(batch, model.base.device)
         encode = partial(model.encode, batch["input_ids"], batch["lengths"], most)
         parts.append([kept_bytes(encode, model), kept_bytes(partial(model, batch), model)])
     model.activation_checkpointing = checkpointing

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from torch import Tensor, nn
+from torch import nn
 
 from compressor.errors import CompressorError, WriteError, first_line, lacking
 from compressor.processes import (
@@ -35,7 +35,7 @@ from compressor.training.checkpoints import Checkpoints
 from compressor.training.config import RunConfig, TrainingConfig
 from compressor.training.log import RunLog
 from compressor.training.optimizers import make_optimizer
-from compressor.training.stage import Batch, Stage, TrainingState
+from compressor.training.stage import Batch, Stage, TrainingState, moved
 from compressor.training.trackers import Wandb, start_trackers
 
 TRIM_EVERY = 10
@@ -96,10 +96,6 @@ class StopSignal:
             signal.signal(number, handler)
 
 
-def _move(batch: Batch, device: torch.device) -> Batch:
-    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
-
-
 def _refuse_non_finite(value: float, what: str, step: int, batches: Sequence[Batch], accelerator: Accelerator) -> None:
     if math.isfinite(value):
         return
@@ -150,7 +146,7 @@ def run_step(
         # Dropout depends on the micro-batch alone, not on which process runs it or what ran before.
         torch.manual_seed(config.seed * 1_000_003 + index)
         with nullcontext() if index == indices[-1] else accelerator.no_sync(module):
-            loss = module(_move(batch, device))
+            loss = module(moved(batch, device))
             # DDP averages gradients over processes; the loss is a mean over all targets of the step.
             accelerator.backward(loss * (world / targets))
         loss_sum += loss.detach().to(loss_sum)
@@ -172,7 +168,7 @@ def _compile(stage: Stage, mode: str, accelerator: Accelerator) -> None:
     try:
         for index in range(2):
             with accelerator.autocast():
-                loss = stage.module(_move(stage.micro_batch(index), accelerator.device))
+                loss = stage.module(moved(stage.micro_batch(index), accelerator.device))
             loss.backward()
     except (CompressorError, torch.OutOfMemoryError):
         raise

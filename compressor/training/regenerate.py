@@ -256,10 +256,10 @@ class CompressionStage:
         model.train()
         return figures, samples
 
-    def samples(self, tokens: int, accelerator: Accelerator, count: int = 2) -> list[str]:
+    def samples(self, tokens: int, accelerator: Accelerator) -> list[str]:
         """Two validation passages and what comes back from their memories."""
         model, tokenizer = self.module, self.module.base.tokenizer
-        chosen = [p for p in self.validation if p.length <= 128][-count:] or self.validation[:count]
+        chosen = [p for p in self.validation if p.length <= 128][-2:] or self.validation[:2]
         cut = [self.held_out[p.record]["input_ids"][p.start : p.start + p.length] for p in chosen]
         base = model.base
         ids, lengths = pad([self.padded(one) for one in cut], accelerator.device)

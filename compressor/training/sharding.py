@@ -11,7 +11,6 @@ import os
 from collections.abc import Sequence
 from typing import TypeVar
 
-import torch
 from accelerate import Accelerator
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -73,9 +72,3 @@ def shard_base(model: Trainee, accelerator: Accelerator) -> None:
 def share_out(groups: Sequence[T], model: Trainee, accelerator: Accelerator) -> Sequence[T]:
     """Those of the groups that this process runs: with shards all of them, since every pass is made by all together."""
     return groups if model.sharded else groups[accelerator.process_index :: accelerator.num_processes]
-
-
-def held_bytes(model: nn.Module) -> int:
-    """Bytes of the parameters that this process holds."""
-    local = (getattr(parameter, "_local_tensor", parameter) for parameter in model.parameters())
-    return sum(one.numel() * one.element_size() for one in local if isinstance(one, torch.Tensor))

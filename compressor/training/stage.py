@@ -6,11 +6,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from accelerate import Accelerator
 from torch import nn
 
 Batch = dict[str, Any]
 """Tensors plus `ids` (record ids, for messages), `targets` (tokens the loss is summed over) and `passages`."""
+
+
+def moved(batch: Batch, device: torch.device) -> Batch:
+    """The batch with its tensors on a device."""
+    return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
 
 
 class Stage(Protocol):

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from compressor.data.left_out import LeftOut
+from compressor.data.prompts import tokenise
 from compressor.evaluation.metrics import FigureOf
 from compressor.methods.interface import Method, Piece
 
@@ -111,12 +112,7 @@ def make_batches(items: Sequence[Item], batch_size: int) -> list[list[int]]:
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
-def tokenised(
-    texts: Sequence[str], tokenizer: Any, together: int = TOKENISED_TOGETHER
-) -> Iterator[tuple[int, list[int]]]:
+def tokenised(texts: Sequence[str], tokenizer: Any) -> Iterator[tuple[int, list[int]]]:
     """Place and token ids (no special tokens) of each text, tokenised a batch at a time as they are asked for."""
-    for start in range(0, len(texts), together):
-        batch = texts[start : start + together]
-        encoded = tokenizer(list(batch), add_special_tokens=False, verbose=False)["input_ids"]
-        for row, ids in enumerate(encoded):
-            yield start + row, list(ids)
+    for start in range(0, len(texts), TOKENISED_TOGETHER):
+        yield from enumerate(tokenise(tokenizer, texts[start : start + TOKENISED_TOGETHER]), start)
