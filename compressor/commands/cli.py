@@ -149,6 +149,7 @@ COMMANDS = {
         "compressor.data.builders.choice:CorpusConfig",
         ("source",),
         {"overwrite": "replace the output folder if it is a corpus built earlier"},
+        place="building:corpus",
     ),
     "questions": Command(
         "data",
@@ -157,6 +158,7 @@ COMMANDS = {
         "compressor.data.builders.arxivqa:ArxivQAConfig",
         ("source",),
         {"overwrite": "replace the output folder if this command built it earlier"},
+        place="building:questions",
     ),
     "entities": Command(
         "data",
@@ -165,6 +167,7 @@ COMMANDS = {
         "compressor.data.builders.entities:EntitiesConfig",
         ("source",),
         OVERWRITE,
+        "building:entities",
     ),
     "pack": Command(
         "text without loss",
