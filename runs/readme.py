@@ -16,17 +16,9 @@ from pathlib import Path
 import yaml
 
 sys.path.insert(0, str(Path(__file__).parent))
-from readme_parts import (
-    FLAGSHIP,
-    LABELS,
-    PARTS,
-    REFINED_STEPS,
-    ROOT,
-    flagship_stages,
-    log_rows,
-    refined_rows,
-    results,
-)
+from readme_parts import PARTS
+from readme_regeneration import REFINED_STEPS, flagship_stages, refined_rows
+from readme_shared import FLAGSHIP, LABELS, ROOT, log_rows, results
 
 from compressor.evaluation.report import figure, load_published, loss_curve, regeneration_plot
 
