@@ -152,10 +152,9 @@ def write_errors(target: Path, holder: Path | None = None) -> Iterator[None]:
 
 def _reason(error: OSError | SafetensorError) -> tuple[int | None, str]:
     """Number and words of the operating system's error; safetensors has them in its message."""
-    if isinstance(error, OSError):
-        return error.errno, os.strerror(error.errno) if error.errno else str(error)
     found = re.search(r"os error (\d+)", str(error))
-    return (int(found[1]), os.strerror(int(found[1]))) if found else (None, str(error))
+    number = error.errno if isinstance(error, OSError) else int(found[1]) if found else None
+    return number, os.strerror(number) if number else str(error)
 
 
 def is_special(path: str | os.PathLike[str]) -> bool:

@@ -51,19 +51,30 @@ def usable_home() -> None:
     missing = {name: part for name, part in places.items() if name not in os.environ}
     if not missing or _takes_files(home):
         return
-    instead = Path(tempfile.gettempdir()) / f"kv-compressor-{os.getuid() if hasattr(os, 'getuid') else 'cache'}"
-    try:
-        instead.mkdir(mode=0o700, exist_ok=True)
-        # Another user's folder of this name is not trusted.
-        ours = not instead.is_symlink() and (not hasattr(os, "getuid") or instead.stat().st_uid == os.getuid())
-    except OSError:
-        ours = False
-    instead = instead if ours and _takes_files(instead) else Path(tempfile.mkdtemp(prefix="kv-compressor-"))
+    instead = temporary_home()
+    instead = (
+        instead if made_ours(instead) and _takes_files(instead) else Path(tempfile.mkdtemp(prefix="kv-compressor-"))
+    )
     os.environ.update({name: str(instead / part) for name, part in missing.items()})
     if os.environ.get("RANK", "0") == "0":
         print(
             f"note: {home} cannot be written: caches are in {instead} ($HF_HOME names another place)", file=sys.stderr
         )
+
+
+def temporary_home() -> Path:
+    """This user's folder in the temporary one, for what has no other place."""
+    user = os.getuid() if hasattr(os, "getuid") else os.environ.get("USERNAME", "")
+    return Path(tempfile.gettempdir()) / f"kv-compressor-{user}"
+
+
+def made_ours(folder: Path) -> bool:
+    """Whether a folder, which is made if there is none, is this user's: another's of its name is not trusted."""
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        return not folder.is_symlink() and (not hasattr(os, "getuid") or folder.stat().st_uid == os.getuid())
+    except OSError:
+        return False
 
 
 def _takes_files(folder: Path) -> bool:

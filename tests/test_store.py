@@ -29,7 +29,8 @@ from compressor.model.text_encoder import TextEncoder, default_encoder, fetch_en
 from compressor.progress import note_once
 from compressor.storage.fitting import calibrate
 from compressor.storage.making import Making
-from compressor.storage.store import Store, text_hash
+from compressor.storage.memory_table import text_hash
+from compressor.storage.store import Store
 
 pytest.importorskip("lancedb")
 
@@ -202,7 +203,7 @@ def test_readers_see_what_is_added_and_deleted(store: Store, passages: dict[str,
 def test_small_files_are_put_together_and_their_leftovers_go(
     store: Store, passages: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("compressor.storage.store.SMALL_FILES", 2)
+    monkeypatch.setattr("compressor.storage.memory_table.SMALL_FILES", 2)
     left = Path(store.path) / "memories.lance" / "data" / "left.lance"
     left.write_bytes(b"of a killed run")
     os.utime(left, (1, 1))
@@ -248,7 +249,7 @@ def test_vectors_find_what_they_are_of(
     mean = TextEncoder(text_encoder).embed(["a b c", "d e f g h"])
     assert torch.allclose(mean.norm(dim=1), torch.ones(2))
     assert torch.allclose(mean[1:], TextEncoder(text_encoder).embed(["d e f g h"]), atol=1e-5)
-    monkeypatch.setattr("compressor.storage.store.EXHAUSTIVE", 4)
+    monkeypatch.setattr("compressor.storage.memory_table.EXHAUSTIVE", 4)
     making = Making(codec="int8", no_measure=True)
     monkeypatch.setattr("lancedb.table.LanceTable.create_index", lambda *_, **given: indexed.append(given))
     indexed: list[Any] = []

@@ -19,7 +19,7 @@ from compressor.model.fingerprints import public_name
 from compressor.processes import make_accelerator
 from compressor.progress import Progress, note
 from compressor.storage.inspection import describe
-from compressor.storage.manifest import owned_store, text_hash
+from compressor.storage.memory_table import owned_store, text_hash
 from compressor.storage.store import Store
 
 

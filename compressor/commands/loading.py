@@ -17,7 +17,7 @@ from compressor.model.load import load_base
 from compressor.model.memory import Memory, check_base, on_base
 from compressor.packing.lossless import pack_passage
 from compressor.progress import note
-from compressor.storage.manifest import is_store
+from compressor.storage.memory_table import is_store
 from compressor.storage.store import Store
 
 

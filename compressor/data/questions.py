@@ -17,7 +17,7 @@ from typing import Any
 from compressor.data.instructions import Prompt, either
 from compressor.data.left_out import BadRecord, BadRecords, LeftOut
 from compressor.data.question_forms import Question, answer_texts, context_text, question_text, rows_of_questions
-from compressor.data.records import load_hub, record_id, string_value, text_value
+from compressor.data.records import hub_rows, load_hub, record_id, string_value, text_value
 from compressor.data.sources import Hub, Row, kind_of, read_document, read_rows, resolve, stem_of, type_name
 from compressor.errors import CompressorError
 from compressor.progress import note
@@ -146,9 +146,9 @@ def _rows(place: Path | Hub, split: str | None, streaming: bool, bad: BadRecords
         loaded = load_hub(place, split, streaming=streaming)
         features = (getattr(loaded, "features", None) or {}).items()
         classes = {name: getattr(getattr(feature, "feature", feature), "names", None) for name, feature in features}
-        for number, values in enumerate(loaded, start=1):
-            named = {name: _named(value, classes.get(name)) for name, value in values.items()}
-            yield from _several(Row(number, f"{place.name} row {number}", named), {}, bad)
+        for row in hub_rows(loaded, place.name):
+            named = {name: _named(value, classes.get(name)) for name, value in row.values.items()}
+            yield from _several(row._replace(values=named), {}, bad)
         return
     if kind_of(place) == ".json" and _is_one_object(place):
         yield from _squad_rows(place, bad)

@@ -97,7 +97,7 @@ def _part(place: Path | Hub, reading: _Reading, limit: int | None, bad: BadRecor
         loaded = load_hub(place, reading.split)
         where = place.name if place.config is None else f"{place.name}:{place.config}"
         fields, field, state = loaded.column_names, reading.field, (where, loaded._fingerprint)
-        rows = partial(_hub_rows, loaded, where)
+        rows = partial(hub_rows, loaded, where)
     else:
         first = next(read_rows(place, documents=reading.documents, bad=BadRecords(reading.skip)))
         where, fields, size = first.where, list(first.values), place.stat()
@@ -127,7 +127,8 @@ def _part(place: Path | Hub, reading: _Reading, limit: int | None, bad: BadRecor
     return made.remove_columns("bad")
 
 
-def _hub_rows(loaded: datasets.Dataset, where: str, bad: BadRecords) -> Iterator[Row]:
+def hub_rows(loaded: Any, where: str, bad: BadRecords | None = None) -> Iterator[Row]:
+    """The rows of a hub data set, none of which is bad by itself."""
     for number, values in enumerate(loaded, start=1):
         yield Row(number, f"{where} row {number}", values)
 
@@ -170,8 +171,7 @@ def rows_of(place: Path | Hub, split: str | None, bad: BadRecords) -> Iterator[R
     if isinstance(place, Path):
         yield from read_rows(place, bad=bad)
         return
-    for number, values in enumerate(load_hub(place, split, streaming=True), start=1):
-        yield Row(number, f"{place.name} row {number}", values)
+    yield from hub_rows(load_hub(place, split, streaming=True), place.name)
 
 
 def text_field(names: Any, field: str | None, where: str) -> str:

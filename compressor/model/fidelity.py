@@ -120,11 +120,7 @@ def sizes_to_try(model: Network, tokens: int | None = None) -> list[int]:
     Raises:
         CompressorError: the compressor does not have so many memory tokens.
     """
-    most = model.config.memory_tokens if tokens is None else tokens
-    if not 1 <= most <= model.config.memory_tokens:
-        raise CompressorError(
-            f"cannot compress to {most} memory tokens: this compressor has 1 to {model.config.memory_tokens}"
-        )
+    most = model.so_many(tokens)
     sizes = [1 << power for power in range(most.bit_length()) if 1 << power < most]
     return [size for size in sizes if model.encoder.trained_for(size)] + [most]
 

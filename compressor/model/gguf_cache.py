@@ -22,6 +22,7 @@ from filelock import FileLock, Timeout
 from compressor.errors import CompressorError, WriteError, first_line, lacking
 from compressor.files import FolderKind, atomic_folder, read_json, sha256, write_json
 from compressor.progress import note_once
+from compressor.streams import made_ours, temporary_home
 
 CACHE = "KV_COMPRESSOR_CACHE"
 """Environment variable that names the cache folder."""
@@ -39,14 +40,12 @@ def cache_folders() -> list[Path]:
     """Where converted bases are looked for; they are written to the first of these that can be written."""
     if chosen := os.environ.get(CACHE):
         return [Path(chosen).expanduser().absolute() / "bases"]
-    user = os.getuid() if hasattr(os, "getuid") else os.environ.get("USERNAME", "")
-    fallback = Path(tempfile.gettempdir()) / f"kv-compressor-{user}"
     home = os.environ.get("XDG_CACHE_HOME", "")
     try:
         places = [Path(home) if os.path.isabs(home) else Path.home() / ".cache"]
     except RuntimeError:  # this user has no home
         places = []
-    return [*(place / "kv-compressor" / "bases" for place in places), fallback / "bases"]
+    return [*(place / "kv-compressor" / "bases" for place in places), temporary_home() / "bases"]
 
 
 def writable_cache() -> Path:
@@ -58,11 +57,9 @@ def writable_cache() -> Path:
     except OSError as error:
         reason = error
     for folder in others:
+        if not made_ours(folder.parent):
+            continue
         try:
-            # Another user's folder of this name in the temporary folder is not trusted with weights.
-            folder.parent.mkdir(mode=0o700, exist_ok=True)
-            if folder.parent.is_symlink() or (hasattr(os, "getuid") and folder.parent.stat().st_uid != os.getuid()):
-                continue
             made = _made(folder)
         except OSError:
             continue

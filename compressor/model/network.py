@@ -111,6 +111,15 @@ class Network(nn.Module):
         ]
         return memory_prefix(self.base, [Memory.concatenate([parts[row] for row in group]) for group in groups])
 
+    def so_many(self, tokens: int | None) -> int:
+        """Memory tokens, by default all there are; more than that, or none, is a `CompressorError`."""
+        most = self.config.memory_tokens
+        tokens = most if tokens is None else tokens
+        require_whole("tokens", tokens, 0)
+        if not 1 <= tokens <= most:
+            raise CompressorError(f"cannot compress to {tokens} memory tokens: this compressor has 1 to {most}")
+        return int(tokens)
+
     def segment(self, ids: Sequence[int], most: int | None = None) -> list[list[int]]:
         """Cut token ids into the fewest segments of at most `most` tokens, as equal as can be.
 
@@ -151,17 +160,12 @@ class Network(nn.Module):
                 f"(evaluate.py --methods {self.config.method}=CHECKPOINT), or load another checkpoint"
             )
         passages = token_ids(passages, self.base.embeddings.weight.shape[0])
-        tokens = self.config.memory_tokens if tokens is None else tokens
-        require_whole("tokens", tokens, 0)
+        tokens = self.so_many(tokens)
         require_whole("batch_size", batch_size)
         require_whole("refine_steps", refine_steps, 0)
         if segment_tokens is not None:
             require_whole("segment_tokens", segment_tokens)
-        if not 1 <= tokens <= self.config.memory_tokens:
-            raise CompressorError(
-                f"cannot compress to {tokens} memory tokens: this compressor has 1 to {self.config.memory_tokens}"
-            )
-        tokens, batch_size, refine_steps = int(tokens), int(batch_size), int(refine_steps)  # numpy's among them
+        batch_size, refine_steps = int(batch_size), int(refine_steps)  # numpy's among them
         most = min(segment_tokens or self.config.max_passage_tokens, self.config.max_passage_tokens)
         owners, segments = [], []
         for owner, ids in enumerate(passages):

@@ -17,6 +17,7 @@ from typing import Any
 
 from compressor.errors import CompressorError, lacking
 from compressor.packing.float64 import IDENTITY_BYTES
+from compressor.storage.entropy import varint
 
 MAGIC, VERSION = 0xCE, 0x71
 _WITH_TEXT = 0x08  # in the version byte: the base's identity follows
@@ -110,15 +111,6 @@ def unpack_plain(block: Block) -> bytes:
     if len(original) > PLAIN_BLOCK:
         raise Damaged(f"it holds more than {PLAIN_BLOCK:,} bytes")
     return original
-
-
-def varint(value: int) -> bytes:
-    """Seven bits a byte, the lowest first."""
-    out = bytearray()
-    while value > 127:
-        out.append(value & 127 | 128)
-        value >>= 7
-    return bytes([*out, value])
 
 
 def read_varint(data: bytes, place: int) -> tuple[int, int]:

@@ -23,10 +23,10 @@ from compressor.packing.blocks import (
     parse,
     serialise,
     unpack_plain,
-    varint,
 )
 from compressor.packing.float64 import ExactBase
 from compressor.packing.token_coder import LANE_SYMBOLS, Document, Unencodable, code_length, decode_lanes, encode_lane
+from compressor.storage.entropy import varint
 
 TEXT_BLOCK = 1 << 18
 SEPARATORS = ("", "\n", "\n\n", "\r\n")

@@ -34,10 +34,11 @@ from compressor.model.generation import Sampling
 from compressor.model.network import Network
 from compressor.model.support import start_token
 from compressor.model.table import load
-from compressor.packing.blocks import Damaged, Reader, read_varint, varint
+from compressor.packing.blocks import Damaged, Reader, read_varint
 from compressor.packing.float64 import IDENTITY_BYTES, double_precision, identity_of
 from compressor.packing.table import TEXT_CODECS
 from compressor.processes import check_device
+from compressor.storage.entropy import varint
 from compressor.storage.quantise import pack, unpack
 
 MAGIC, VERSION = 0xCD, 0x30

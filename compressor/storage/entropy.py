@@ -123,7 +123,7 @@ def encode(symbols: np.ndarray, models: np.ndarray, coder: Coder, alphabet: Alph
             escaped += (np.abs(values[outside]) - high).tolist()
         runs.append(((np.clip(values, low, high) - low).astype(np.int32), model))
     words.write(runs, alphabet)
-    return (b"" if alphabet else _varints([len(escaped), *escaped])) + words.finish()
+    return (b"" if alphabet else b"".join(map(varint, [len(escaped), *escaped]))) + words.finish()
 
 
 def decode(data: bytes, models: np.ndarray, coder: Coder, alphabet: Alphabet = None) -> np.ndarray:
@@ -215,14 +215,13 @@ def _leaky(frequencies: np.ndarray) -> np.ndarray:
     return (frequencies - 1).astype(np.float64)
 
 
-def _varints(values: list[int]) -> bytes:
-    written = bytearray()
-    for value in values:
-        while value >= 128:
-            written.append(value & 127 | 128)
-            value >>= 7
-        written.append(value)
-    return bytes(written)
+def varint(value: int) -> bytes:
+    """Seven bits a byte, the lowest first."""
+    out = bytearray()
+    while value > 127:
+        out.append(value & 127 | 128)
+        value >>= 7
+    return bytes([*out, value])
 
 
 def _read_varints(data: bytes, most: int) -> tuple[list[int], int]:

@@ -10,7 +10,8 @@ from compressor.errors import CompressorError
 from compressor.storage import container
 from compressor.storage import memory_file as artifact
 from compressor.storage.calibration import Calibration
-from compressor.storage.store import Store, is_store
+from compressor.storage.memory_table import is_store
+from compressor.storage.store import Store
 
 
 def byte_ledger(path: str | Path) -> dict[str, int]:
