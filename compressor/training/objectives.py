@@ -15,10 +15,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from compressor.api import Compressor
-from compressor.data.batches import IGNORED
+from compressor.data.batches import IGNORED, pad
 from compressor.errors import CompressorError
 from compressor.model.decoder import Prefix, empty_prefix, label_nats, logits_at, token_prefix
-from compressor.model.encoder import pad
 from compressor.model.network import Network
 
 OBJECTIVES = ("regeneration", "continuation")
