@@ -15,11 +15,11 @@ import torch
 from transformers import AutoConfig, AutoTokenizer
 
 from compressor.commands.options import ServeOptions
-from compressor.data.prompts import chat_arguments
+from compressor.data.prompts import chat_arguments, start_token
 from compressor.errors import CompressorError, lacking
-from compressor.model.base import refuse_unsupported, start_token, window_of
 from compressor.model.bases import locate
 from compressor.model.checkpoint import base_of, fetch_checkpoint, read_settings
+from compressor.model.support import refuse_unsupported, window_of
 from compressor.serving import CONNECTOR
 
 

@@ -24,6 +24,11 @@ def tokenise(tokenizer: Any, texts: Iterable[str]) -> list[list[int]]:
     return [list(ids) for ids in encoded]
 
 
+def start_token(tokenizer: Any) -> int:
+    """BOS or, where there is none, the end-of-text token."""
+    return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+
+
 def question_ids(tokenizer: Any, questions: Sequence[str], template: str = QUESTION) -> list[list[int]]:
     """Token ids of the prompts that ask questions after a passage or its memory.
 

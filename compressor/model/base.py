@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from compressor.data.prompts import tokenise
+from compressor.data.prompts import start_token, tokenise
 from compressor.errors import CompressorError, first_line
 from compressor.model.fingerprints import fingerprint
 from compressor.model.kernels import GROUPED
-from compressor.model.support import NO_ROPE, fit_tokenizer, refuse_unsupported, start_token, window_of
+from compressor.model.support import NO_ROPE, fit_tokenizer, refuse_unsupported, window_of
 
 
 class Base(nn.Module):

@@ -22,11 +22,6 @@ ATTENTION = {"full_attention", "sliding_attention"}
 """Kinds of layers that keep plain keys and values of every position; sliding ones must not have to forget any."""
 
 
-def start_token(tokenizer: Any) -> int:
-    """BOS or, where there is none, the end-of-text token."""
-    return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-
-
 def fit_tokenizer(tokenizer: Any, rows: int, name: str) -> None:
     """See to it that no text becomes a token without one of the base's `rows` embeddings; warns of what is left out.
 

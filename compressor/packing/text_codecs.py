@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from compressor.data.batches import equal_segments, pad
-from compressor.data.prompts import tokenise
+from compressor.data.prompts import start_token, tokenise
 from compressor.errors import CompressorError, first_line
 from compressor.methods.interface import TextMethod
 from compressor.methods.keywords import Keywords
@@ -32,7 +32,6 @@ from compressor.model.bases import locate, remedy
 from compressor.model.checkpoint import compressor_fingerprint
 from compressor.model.generation import Sampling
 from compressor.model.network import Network
-from compressor.model.support import start_token
 from compressor.model.table import load
 from compressor.packing.blocks import Damaged, Reader, read_varint
 from compressor.packing.float64 import IDENTITY_BYTES, double_precision, identity_of
