@@ -29,11 +29,10 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from compressor.data.prompts import tokenise
+from compressor.data.prompts import start_token, tokenise
 from compressor.data.records import load_texts
 from compressor.errors import CompressorError
 from compressor.files import write_json
-from compressor.model.base import start_token
 from compressor.model.bases import locate
 from compressor.model.checkpoint import read_settings
 from compressor.streams import exits_cleanly
