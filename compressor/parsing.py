@@ -205,6 +205,23 @@ def _parser(config: type, description: str, flags: tuple[tuple[str, str], ...], 
     return parser
 
 
+KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "list": "a list"}
+"""Types in words."""
+
+
+def _plainly(said: str, command: str) -> str:
+    """What the parser says, in the manner of our own messages; what is not known here stays as it is."""
+    if lacking := re.fullmatch(r"the following arguments are required: (.*)", said):
+        names = " and ".join(f"--{name.replace('_', '-')}" for name in lacking[1].split(", "))
+        return f"{names} must be given: `{command} --help` has an example"
+    key, given = re.match(r'Parser key "([^"]+)":', said), re.search(r"G(?:ot|iven) value: (.*)", said)
+    kinds = [KINDS.get(kind) for kind in re.findall(r"Expected a <class '(\w+)'>", said) if kind != "NoneType"]
+    kinds += [f"one of {names.replace(chr(39), '')}" for names in re.findall(r"typing\.Literal\[(.*?)\]", said)]
+    if key is None or given is None or not kinds or None in kinds:
+        return said
+    return f"{key[1]} = {given[1]!r}: it must be {' or '.join(dict.fromkeys(map(str, kinds)))}"
+
+
 def parse_config(
     config: type,
     argv: list[str] | None,
@@ -255,7 +272,7 @@ def parse_config(
             if isinstance(cause, CompressorError):
                 raise cause from None
             cause = cause.__cause__ or cause.__context__
-        raise CompressorError(str(error)) from None
+        raise CompressorError(_plainly(str(error), description.partition(":")[0])) from None
     set_level(values.quiet, values.verbose)
     settings = {item.name: getattr(values, item.name) for item in fields(config)}
     return config(**settings), values

@@ -132,7 +132,7 @@ def test_never_replaces_a_run_unless_told(
     [
         (["--task", "regenerate"], "did you mean regeneration"),
         (["--tokens", "16", "4"], "more than the 8 memory tokens"),
-        (["--tokens", "4", "x"], "Expected a <class 'int'>. Got value: x"),
+        (["--tokens", "4", "x"], "must be a whole number"),
         (["--tokens", "0"], "at least 1"),
         (["--lengths", "9", "9"], "differ from each other"),
         (["--lengths", "100000"], "no passage of at least 100000 tokens"),

@@ -532,6 +532,21 @@ def test_no_checkpoint_there(tmp_path: Path) -> None:
         Compressor.from_pretrained("nobody/nothing")
     with pytest.raises(CompressorError, match=r"not a compressor checkpoint: it has no compressor\.json"):
         Compressor.from_pretrained(tmp_path)
+    (tmp_path / "notes.txt").write_text("text")
+    with pytest.raises(CompressorError, match=r"notes\.txt is a file, and a checkpoint is a folder"):
+        Compressor.from_pretrained(tmp_path / "notes.txt")
+
+
+def test_a_checkpoint_with_a_file_cut_or_gone_is_refused_by_its_name(saved: Path) -> None:
+    whole = (saved / "adapter_model.safetensors").read_bytes()
+    (saved / "adapter_model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(
+        CompressorError, match=r"adapter_model\.safetensors is damaged: its checksum .* from its source"
+    ):
+        Compressor.from_pretrained(saved)
+    (saved / "adapter_model.safetensors").unlink()
+    with pytest.raises(CompressorError, match=r"adapter_model\.safetensors is missing; take the checkpoint from"):
+        Compressor.from_pretrained(saved)
 
 
 def test_a_failed_save_leaves_the_old_checkpoint(

@@ -211,4 +211,7 @@ def _snapshot(repository: str, revision: str | None) -> str:
     try:
         return snapshot_download(repository, revision=revision, allow_patterns=list(_OF_MODELS))
     except Exception as error:  # the hub client raises many kinds, offline ones among them
-        raise CompressorError(f"cannot get {repository} from the hub ({type(error).__name__})") from None
+        raise CompressorError(
+            f"cannot get {repository} from the hub ({type(error).__name__}): give a base by name ({', '.join(NAMED)}), "
+            "a folder, or an id of the hub where it can be reached"
+        ) from None

@@ -38,6 +38,7 @@ ADDED_SETTINGS = {"memory_attention": "passage", "writer_rank": 0}
 """What checkpoints from before there were such settings are."""
 TEXT_ENCODER = "text_encoder"
 """Setting with the fingerprint of a frozen text encoder."""
+AGAIN = "take the checkpoint from its source again"
 ADAPTER, ENCODER = "adapter_model.safetensors", "memory_tokens.safetensors"
 CHECKPOINT = FolderKind(
     "a compressor checkpoint",
@@ -134,12 +135,16 @@ def load_weights(model: Network, folder: Path) -> None:
     for name, digest in settings["files"].items():
         try:
             if sha256(folder / name) != digest:
-                raise CompressorError(f"{folder / name} is damaged: its checksum differs from compressor.json's")
+                raise CompressorError(
+                    f"{folder / name} is damaged: its checksum differs from compressor.json's; {AGAIN}"
+                )
             state = load_file(folder / name)
         except PermissionError as error:
             raise unreadable(folder / name, error) from None
+        except FileNotFoundError:
+            raise CompressorError(f"{folder / name} is missing; {AGAIN}") from None
         except (OSError, SafetensorError) as error:
-            raise CompressorError(f"{folder / name} is missing or damaged: {error}") from None
+            raise CompressorError(f"{folder / name} is damaged: {error}; {AGAIN}") from None
         if Path(name).name == ADAPTER:
             which = READER if name == ADAPTER else Path(name).parent.name
             found.update({_adapter_parameter(key, which): value for key, value in state.items()})
@@ -244,17 +249,14 @@ def read_settings(folder: Path) -> dict[str, Any]:
         )
     missing = [name for name in NEEDED_SETTINGS if name not in settings["config"]]
     if missing:
-        raise CompressorError(
-            f"{path} has no {', '.join(missing)} in its config; it may be damaged: take the checkpoint from its source"
-        )
+        raise CompressorError(f"{path} has no {', '.join(missing)} in its config; it may be damaged; {AGAIN}")
     for name, before in ADDED_SETTINGS.items():
         settings["config"].setdefault(name, before)
     try:
         CompressorConfig(**settings["config"])
     except (TypeError, CompressorError) as error:
         raise CompressorError(
-            f"{path} has settings this version does not know ({error}): update the package, or take the checkpoint "
-            "from its source"
+            f"{path} has settings this version does not know ({error}): update the package, or {AGAIN}"
         ) from None
     return settings
 
@@ -263,12 +265,16 @@ def fetch_checkpoint(path: str, revision: str | None = None) -> Path:
     """The folder of a checkpoint, downloaded if `path` is a hub id."""
     if Path(bundled(path)).is_dir():
         return Path(bundled(path))
+    if Path(path).exists():
+        raise CompressorError(
+            f"{path} is a file, and a checkpoint is a folder: name the folder with its compressor.json"
+        )
     from huggingface_hub import snapshot_download  # start-up
 
     try:
         return Path(snapshot_download(path, revision=revision))
     except Exception as error:  # the hub client raises many kinds, offline ones among them
         raise CompressorError(
-            f"no compressor checkpoint at {path!r}: it is neither a folder nor a hub repository that can be reached "
-            f"({type(error).__name__})"
+            f"no compressor checkpoint at {path!r}: there is no such folder, and no repository of that name could be "
+            f"had from the hub ({type(error).__name__}). Give a folder that training wrote, or USER/NAME of the hub"
         ) from None
