@@ -47,6 +47,7 @@ clean:
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
 	  { echo "error: $$($(PYTHON) --version) is not among 3.11-3.13, which constraints.txt is for: make PYTHON=python3.12"; exit 2; }
+	@echo "Installing into $(VENV): some minutes, once; pip prints nothing until it is done. torch is the largest part."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
 	  $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch

@@ -40,7 +40,15 @@ def qa_short() -> str:
     header = ["what the base reads", "k", *(f"{label} {figure}" for label in DATA.values() for figure in ("F1", "EM"))]
     n = {row["dataset"]: row["n"] for row in rows}
     counts = " and ".join(f"{n[name]} questions of {label}" for name, label in DATA.items())
-    return f"{table(header, body)}\n\n{base}; {counts}; F1 and exact match, 95% bootstrap intervals."
+    said = f"{table(header, body)}\n\n{base}; {counts}; F1 and exact match, 95% bootstrap intervals."
+    f1 = {(row["method"], row["tokens"], row["dataset"]): row["f1"] for row in rows}
+    if ("full-tuned", None, next(iter(DATA))) in f1:
+        kept = []
+        for name, label in DATA.items():
+            ours, high, low = (f1[(*way, name)] for way in (("kv", 16), ("full-tuned", None), ("none-tuned", None)))
+            kept.append(f"{(ours - low) / (high - low):.0%} ({label})")
+        said += f"\nOf the F1 between the two trained prefixes, 16 memory tokens keep {' and '.join(kept)}."
+    return said
 
 
 def _answered(rows: list[dict[str, Any]]) -> list[str]:

@@ -139,8 +139,11 @@ def share() -> str:
     lines = []
     for name in (FLAGSHIP, "arxiv-mini"):
         card = (ROOT / "models" / name / "compressor" / "README.md").read_text(encoding="utf-8")
-        found = re.search(r"[\d,]+ trained parameters, [\d.]+% of the base's", card)
-        lines.append(f"- `models/{name}/compressor`: {found[0] if found else 'its card does not say'}.")
+        found = re.search(r"([\d,]+) trained parameters(, [\d.]+% of the base's)?", card)
+        assert found is not None, name
+        of_base = int(found[1].replace(",", "")) / results("base.json")["parameters"]  # arxiv-mini's, an older card
+        share = found[2] or f", {of_base:.1%} of the base's"
+        lines.append(f"- `models/{name}/compressor`: {found[1]} trained parameters{share}.")
     return "\n".join(lines)
 
 
