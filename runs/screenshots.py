@@ -104,17 +104,13 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=Path("docs"))
     parser.add_argument("--browser", default=CHROMIUM)
     options = parser.parse_args()
-    from compressor.commands.demonstration import read_passage
-    from compressor.commands.loading import load_model
     from compressor.commands.options import DemoConfig
-    from compressor.commands.web import beginning, look, page, reach_this_machine
+    from compressor.commands.web import look, page_of, reach_this_machine
 
     if not Path(options.browser).exists():
         raise CompressorError(f"there is no {options.browser}: install Chromium, or name it with --browser")
-    config = DemoConfig(checkpoint=options.checkpoint)
-    model = load_model(config)
     with tempfile.TemporaryDirectory() as folder:
-        made = page(model, Path(folder), beginning(model, read_passage(config)[0]))
+        made = page_of(DemoConfig(checkpoint=options.checkpoint), Path(folder))
         reach_this_machine()
         _, url, _ = made.launch(
             server_name="127.0.0.1", prevent_thread_lock=True, quiet=True, inbrowser=False, **look()
@@ -130,7 +126,7 @@ def main() -> int:
             visit.status("Answered")
             visit.picture(options.output / "page-answers.png")
         with Visit(url, 390, 844, dark=True, browser=options.browser) as visit:
-            visit.status("came back")
+            visit.status(r"Writing: [6-9]\d of")
             visit.picture(options.output / "page-phone.png")
         made.close()
     return 0

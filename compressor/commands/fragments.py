@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from html import escape
 
-from compressor.commands.shown import tokens_named
+from compressor.commands.shown import MANNER, tokens_named
 from compressor.errors import CompressorError
 from compressor.model.memory import Memory
 
@@ -99,7 +99,10 @@ def answers(question: str, found: dict[str, tuple[str, str]]) -> str:
         cards.append(
             f'<section class="kv-{way}"><h4>from {label}</h4><p>{shown}</p><small>{escape(note)}</small></section>'
         )
-    return f'<p class="kv-asked">{escape(question.strip())}</p><div class="kv-answers">{"".join(cards)}</div>'
+    return (
+        f'<p class="kv-asked">{escape(question.strip())}</p><div class="kv-answers">{"".join(cards)}</div>'
+        f'<p class="kv-note">{MANNER}</p>'
+    )
 
 
 def card(label: str, full: float, small: float, units: Sequence[str]) -> str:

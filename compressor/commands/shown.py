@@ -10,6 +10,11 @@ from typing import Any
 SHOWN_ANSWER = 120
 """Most characters of an answer on the terminal: a base that chats goes on."""
 
+MANNER = (
+    "The language model is frozen: from a text it answers in its own manner, which may be to chat or to repeat itself."
+)
+"""Why the whole passage may give a worse answer than its memory."""
+
 
 def differences(passage: str, regeneration: str) -> list[tuple[str, str | None]]:
     """Stretches of words that the passage and its regeneration share (None), or that are "missing" or "added"."""
@@ -102,6 +107,8 @@ def _shown_answers(result: dict[str, Any]) -> list[str]:
             f"   (log-probability {logprob:.1f})"
             for label, answer, logprob in answers_of(result)
         ),
+        "",
+        MANNER,
         "",
     ]
 

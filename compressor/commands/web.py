@@ -31,17 +31,22 @@ def serve(config: DemoConfig) -> None:
     Raises:
         CompressorError: the port is taken, or there is no such checkpoint or text.
     """
-    text, _, asked, most = read_passage(config)
-    model = load_model(config)
-    if length := config.length or most:
-        text = beginning(model, text, length)
     with tempfile.TemporaryDirectory(prefix="kv-compressor-page-") as folder:
-        made = page(model, Path(folder), text, config.question or asked or "")
+        made = page_of(config, Path(folder))
         reach_this_machine()
         try:
             made.launch(server_name="127.0.0.1", server_port=config.port, inbrowser=True, **look())
         except OSError as error:
             raise CompressorError(f"cannot serve the page: {error}. Give another --port") from None
+
+
+def page_of(config: DemoConfig, folder: Path) -> gr.Blocks:
+    """The page as the command's options ask for it; memory files lie in `folder` until they are downloaded."""
+    text, _, asked, most = read_passage(config)
+    model = load_model(config)
+    if length := config.length or most:
+        text = beginning(model, text, length)
+    return page(model, folder, text, config.question or asked or "")
 
 
 def beginning(model: Compressor, text: str, tokens: int) -> str:
@@ -72,7 +77,7 @@ def examples(model: Compressor) -> list[tuple[str, str, str]]:
     code = (
         "def mean(values):\n    if not values:\n        raise ValueError('none')\n    return sum(values) / len(values)"
     )
-    return [*chosen, ("A life, a question", asked, "Where was Marie Curie born?"), ("Code", code, "")]
+    return [*chosen, ("A question", asked, "Where was Marie Curie born?"), ("Code", code, "")]
 
 
 def page(model: Compressor, folder: Path, text: str, question: str = "") -> gr.Blocks:
@@ -104,17 +109,19 @@ def laid_out(model: Compressor, text: str, question: str) -> SimpleNamespace:
                 at.start = gr.Button("Compress", variant="primary", elem_id="kv-compress", min_width=120)
                 at.stop = gr.Button("Stop", variant="stop", elem_id="kv-stop", min_width=80)
             with gr.Row():
-                at.file = gr.DownloadButton("Save the memory", size="sm", interactive=False, elem_id="kv-save")
-                at.load = gr.UploadButton("Load a memory", size="sm", elem_id="kv-load")
+                at.file = gr.DownloadButton(
+                    "Save the memory", size="sm", interactive=False, elem_id="kv-save", min_width=110
+                )
+                at.load = gr.UploadButton("Load a memory", size="sm", elem_id="kv-load", min_width=110)
             with gr.Accordion("Segments and gradient steps", open=False):
                 label = "Most tokens of a segment"
                 at.segment_tokens = gr.Slider(8, limit, min(EXAMPLE_TOKENS, limit), step=8, label=label)
                 at.steps = gr.Slider(0, 50, 0, step=5, label="Gradient steps on the memory: slower, and keeps more")
-            gr.HTML("<p class='kv-note'><kbd>Ctrl</kbd> <kbd>Enter</kbd> compresses, <kbd>Esc</kbd> stops.</p>")
+            gr.HTML("<p class='kv-note kv-keys'><kbd>Ctrl</kbd> <kbd>Enter</kbd> compresses, <kbd>Esc</kbd> stops.</p>")
     at.status = gr.HTML(said("Ready."), elem_id="kv-status")
     at.texts = gr.HTML(elem_id="kv-texts")
     at.costs = gr.HTML(elem_id="kv-costs")
-    with gr.Row(equal_height=True):
+    with gr.Row(equal_height=False, elem_classes="kv-asking"):
         label, hint = "Ask about the passage", "Which data is used?"
         at.question = gr.Textbox(question, label=label, placeholder=hint, elem_id="kv-question", scale=9)
         at.ask = gr.Button("Ask", elem_id="kv-ask", scale=1, min_width=90)
