@@ -321,7 +321,7 @@ def test_the_command_resumes_after_sigkill_and_appends(
     printed = capsys.readouterr().out
     assert f"compressed {9 - kept} passages, {kept} were there already" in printed
     assert "tokens 4, segment_tokens 64, refine_steps 0" in printed
-    assert re.search(r"comes back  \d+\.\d% of a text \(median of 9\)", printed)
+    assert re.search(r"comes back +\d+\.\d% of a text \(median of 9\)", printed)
     store = Store.open(folder)
     assert sorted(store.columns("id")[0]) == sorted(first)
     assert store.load(list(first))[0].compressor.startswith("tiny@")
@@ -331,7 +331,7 @@ def test_the_command_resumes_after_sigkill_and_appends(
     printed = capsys.readouterr().out
     assert "compressed 3 passages, 9 were there already" in printed
     assert "store of 12 memories" in printed
-    assert re.search(r"from corpus.jsonl *9 records \w{12}\n.*from longer.jsonl *12 records \w{12}", printed, re.S)
+    assert re.search(r"from corpus.jsonl +9 records \w{12}\n.*from longer.jsonl +12 records \w{12}", printed, re.S)
     assert f"{sum(file.stat().st_size for file in folder.rglob('*') if file.is_file()):,} bytes" in printed
 
     text = ["regenerate", "--memory", str(folder), "--base", Compressor.from_pretrained(checkpoint).base.name]

@@ -76,7 +76,8 @@ def _described(path: str | Path) -> str:
     rows |= {name: f"{count:,} bytes" for name, count in ledger.items()} | {"total": f"{total:,} bytes"}
     if size:
         rows["passages"] = f"{size:,} bytes; {total / size:.3f} bytes a byte of text"
-    return "\n".join([f"{path}: {head}", *(f"  {name:<12}{text}" for name, text in rows.items())])
+    width = max(map(len, rows), default=0) + 2
+    return "\n".join([f"{path}: {head}", *(f"  {name:<{width}}{text}" for name, text in rows.items())])
 
 
 def _origin(settings: dict[str, Any]) -> dict[str, str]:
