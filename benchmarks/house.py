@@ -16,10 +16,10 @@ from pathlib import Path
 PACKAGE = "compressor"
 
 
-def sources(root: Path) -> dict[Path, ast.Module]:
-    """The parsed files of a checkout, by their path in it; hidden folders and outputs are left out."""
+def sources(root: Path, folder: str = "") -> dict[Path, ast.Module]:
+    """The parsed files of a checkout, or of a folder in it, by their path; hidden folders and outputs are left out."""
     found = {}
-    for path in sorted(root.rglob("*.py")):
+    for path in sorted((root / folder).rglob("*.py")):
         inside = path.relative_to(root)
         if not any(part.startswith(".") or part in ("outputs", "build") for part in inside.parts):
             found[inside] = ast.parse(path.read_text(encoding="utf-8"))
