@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -312,7 +313,7 @@ def test_published_figures_state_their_source_and_base(tmp_path: Path) -> None:
     assert published["methods"]["500xCompressor"]["16"][0] == 0.996
     assert "2408.03094" in published["source"]
     assert "8B" in published_table()
-    assert "| 500xCompressor | 16 | 0.996 |" in published_table(markdown=True)
+    assert re.search(r"500xCompressor +16 +0\.996 ", published_table())
     rows = [
         {"tokens": 4, "length": length, "rouge_l": 0.5, "rouge_l_low": 0.4, "rouge_l_high": 0.6} for length in (96, 192)
     ]

@@ -79,7 +79,7 @@ def load_published() -> dict[str, Any]:
     return read_json(PUBLISHED)
 
 
-def published_table(markdown: bool = False) -> str:
+def published_table() -> str:
     """The published figures as a table with a line that says where they are from and on which base."""
     published = load_published()
     cells = [["method", "tokens", *map(str, published["lengths"])]]
@@ -88,7 +88,7 @@ def published_table(markdown: bool = False) -> str:
             cells.append([method, tokens, *(f"{value:.3f}" for value in values)])
     label = FIGURES[published["figure"]].label
     heading = f"Published {label} by passage length, base {published['base']}. {published['source']}."
-    return f"{heading}\n" + ("\n" + _markdown(cells) if markdown else _aligned(cells))
+    return f"{heading}\n{_aligned(cells)}"
 
 
 def figure(width: float = 7.0, height: float = 4.5) -> tuple[Canvas, Axes]:
