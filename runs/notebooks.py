@@ -31,7 +31,8 @@ def executed(path: Path, folder: Path) -> Any:
     import nbformat
 
     read = nbformat.read(path, as_version=4)
-    return nbclient.NotebookClient(read, timeout=1800, resources={"metadata": {"path": str(folder)}}).execute()
+    place = {"metadata": {"path": str(folder)}}
+    return nbclient.NotebookClient(read, timeout=3600, startup_timeout=600, resources=place).execute()
 
 
 def tidied(notebook: Any) -> Any:
