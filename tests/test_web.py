@@ -217,6 +217,8 @@ def test_the_page_in_a_browser(served: str, tmp_path: Path, project: Path) -> No
         assert not visit.errors
         visit.page.set_viewport_size({"width": 360, "height": 800})
         assert visit.page.evaluate("document.documentElement.scrollWidth") <= 360
+        question, ask = (visit.page.locator(part).bounding_box() for part in ("#kv-question", "#kv-ask"))
+        assert ask["y"] >= question["y"] + question["height"]  # below it, so that the question has the whole width
         # By keys alone: from the passage on, every control is reached.
         visit.page.locator("#kv-passage textarea").focus()
         reached = set()
