@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -118,8 +117,8 @@ class MemoryMethod:
             sizes = [self._memories(passages, count) for count in tokens]
         if self.refine_from == "random":
             sizes = [[random_start(memory) for memory in one] for one in sizes]
-        improve = partial(refine, steps=self.refine_steps, batch_size=self.batch_size, keep=self.refine_keep)
-        sizes = [improve(self.base, one, passages) for one in sizes]
+        if steps := self.refine_steps:
+            sizes = [refine(self.base, one, passages, steps, self.batch_size, keep=self.refine_keep) for one in sizes]
         return [
             [self._pieces(ids, memory) for ids, memory in zip(passages, memories, strict=True)] for memories in sizes
         ]

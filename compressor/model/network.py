@@ -186,7 +186,7 @@ class Network(nn.Module):
             assert part is not None
             grouped[owner].append(part)
         whole = [Memory.concatenate(group) for group in grouped]
-        return refine(self.base, whole, passages, refine_steps, batch_size)
+        return refine(self.base, whole, passages, refine_steps, batch_size) if refine_steps else whole
 
     def trainable_state(self) -> dict[str, Tensor]:
         """Adapter weights and memory tokens by parameter name."""
