@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from compressor.errors import CompressorError, require_texts, require_whole
 from compressor.files import check_no_file
@@ -144,7 +144,7 @@ class Store(MemoryTable):
                 respelled += [names[first + number] for number in odd]
                 done(len(found))
             some = texts[start:end]
-            vectors = [None] * len(some) if self.encoder is None else self.encoder.embed(some).numpy()
+            vectors: Any = [None] * len(some) if self.encoder is None else self.encoder.embed(some).numpy()
             self.write(names[start:end], some, memories, vectors)
         return respelled
 
