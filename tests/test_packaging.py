@@ -44,6 +44,7 @@ def test_they_hold_what_they_should_and_nothing_else(built: tuple[Path, Path], p
         "models/arxiv-mini/base/",
         "models/arxiv-mini/compressor/",
         "models/smollm2-135m/compressor/",
+        "models/smollm2-135m/full-tuned/",
         "configs/",
         "data/",
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,13 @@ import torch
 
 from compressor.commands.cli import evaluate_main, train_main
 from compressor.errors import CompressorError
+from compressor.methods.recite import recited_prefix
 from compressor.methods.table import memory_method
 from compressor.methods.tuned import START
+from compressor.model.bases import FLAGSHIP_BASE, NAMED
+from compressor.model.cartridge import text_prefix
 from compressor.model.decoder import score, token_prefix
+from compressor.model.generation import answer
 
 NAMES = ("full-tuned", "none-tuned")
 
@@ -101,3 +106,41 @@ def test_bounds_train_and_stand_in_the_table(tmp_path: Path, capsys: pytest.Capt
     for name in ("f1", "em"):
         whole = found["full-tuned"][name]
         assert found["kv"][f"retention_{name}_tuned"] == (pytest.approx(found["kv"][name] / whole) if whole else None)
+
+
+def test_recited_texts_are_read_after_the_cartridge_that_ships(
+    make_tiny_compressor: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `full-tuned` reads the same tokens; a base without a cartridge reads texts plainly."""
+    bound = make_tiny_compressor(method="full-tuned")
+    with torch.no_grad():
+        bound.encoder.cartridge.weight.add_(0.1)
+    bound.save_pretrained(tmp_path / "full-tuned")
+    model = make_tiny_compressor()
+    rows = [list(range(20, 50)), [7, 8]]
+    assert torch.equal(text_prefix(model.base, rows).keys[0], token_prefix(model.base, rows).keys[0])
+    with pytest.raises(CompressorError, match=r"none ships for .*: leave it out"):
+        memory_method("recite-tuned")(model)
+
+    named = replace(NAMED[FLAGSHIP_BASE], cartridge=str(tmp_path / "full-tuned"))
+    monkeypatch.setitem(NAMED, FLAGSHIP_BASE, named)
+    (contexts,) = memory_method("full-tuned")(bound).compress(rows, [16])
+    wanted = memory_method("full-tuned")(bound).prefix(contexts)
+    found = text_prefix(model.base, rows)
+    assert torch.equal(found.start, wanted.start)
+    torch.testing.assert_close(found.keys, wanted.keys)
+    torch.testing.assert_close(found.values, wanted.values)
+    method = memory_method("recite-tuned")(model)
+    (recited,) = method.compress(rows, [8])
+    read = method.prefix(recited)
+    assert [method.reach(pieces) for pieces in recited] == read.start.tolist()
+    texts = [[token for piece in pieces for token in piece.held] for pieces in recited]
+    torch.testing.assert_close(read.keys, text_prefix(model.base, texts).keys)
+    memories = model.compress_ids(rows)
+    plain = answer(model.base, recited_prefix(model.base, memories), ["Why?"] * 2, model.config.question_template)
+    assert model.answer(memories, ["Why?"] * 2, recite=True) == [one.text for one in plain]
+
+    weights = tmp_path / "full-tuned" / "memory_tokens.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4] + b"abcd")
+    with pytest.raises(CompressorError, match="is damaged: its checksum differs"):
+        text_prefix(model.base, rows)

@@ -10,9 +10,10 @@ from compressor.data import speech
 from compressor.data.instructions import Prompt, load_prompt
 from compressor.data.prompts import QUESTION, answer_ids, question_ids
 from compressor.errors import CompressorError
-from compressor.methods.recite import recited_prefix
+from compressor.methods.recite import recite
+from compressor.model.cartridge import text_prefix
 from compressor.model.config import BaseConfig
-from compressor.model.decoder import label_scores
+from compressor.model.decoder import label_scores, token_prefix
 from compressor.model.generation import Sampling, after, answer
 from compressor.model.load import load_base
 from compressor.model.memory import memory_prefix
@@ -26,17 +27,19 @@ def run(options: AskOptions, switches: Any) -> None:
     asked = what_is_asked(options, prompt)
     check_output()
     template, hits = prompt.template or options.template, list[Hit]()
+    # A cartridge is trained for questions, and spoils what other instructions ask for.
+    of_texts = text_prefix if options.prompt is None else token_prefix
     if options.store is not None:
         store = Store.open(options.store, base_mismatch=options.base_mismatch)
         path = options.base or store.manifest["base"]["name"]
         store.base = base = load_base(BaseConfig(path=path), options.device)
         hits = store.search(asked, options.top)
         read: Reading = "texts" if options.texts else "recite" if options.recite else "memories"
-        prefix = store.together(hits, read, options.tokens)
+        prefix = store.together(hits, read, options.tokens, of_texts)
         template = store.manifest["template"] if template == QUESTION else template
     else:
         memory, base = memory_and_base(options)
-        prefix = (recited_prefix if options.recite else memory_prefix)(base, [memory])
+        prefix = of_texts(base, recite(base, [memory])) if options.recite else memory_prefix(base, [memory])
     if prompt.answer == "label":
         prompts = after(base, prefix, question_ids(base.tokenizer, [asked], template))
         labels = answer_ids(base.tokenizer, [[label] for label in prompt.labels])

@@ -15,6 +15,7 @@ from compressor.data.examples import Example, example
 from compressor.data.text_files import read_text
 from compressor.evaluation.metrics import bleu, bleu_statistics, chrf, chrf_statistics, rouge_l
 from compressor.methods.recite import recited_prefix
+from compressor.model.cartridge import text_prefix
 from compressor.model.decoder import token_prefix
 from compressor.model.generation import answer
 from compressor.model.memory import Memory, memory_prefix
@@ -131,7 +132,7 @@ def answer_question(
     prefixes = {
         "": memory_prefix(base, [memory]),
         **({"_recite": recited_prefix(base, [memory])} if recited else {}),
-        "_full": token_prefix(base, [passage]),
+        "_full": text_prefix(base, [passage]),
         "_none": token_prefix(base, [[]]),
     }
     answers = {suffix: answer(base, prefix, [question], template)[0] for suffix, prefix in prefixes.items()}

@@ -25,6 +25,7 @@ from compressor.evaluation.metrics import rouge_l
 from compressor.evaluation.studies.efficiency import shape_of
 from compressor.methods.interface import token_prefix
 from compressor.methods.recite import recited_prefix
+from compressor.model.cartridge import text_prefix
 from compressor.model.checkpoint import compressor_name
 from compressor.model.fidelity import edits
 from compressor.model.generation import answer, regeneration_limit, stream
@@ -227,9 +228,9 @@ class Page:
         prefixes: dict[str, Callable[[], Any]] = {
             "memory": lambda: memory_prefix(base, [memory]),
             "recited": lambda: (
-                recited_prefix(base, [memory]) if back is None else token_prefix(base, [self.tokens_of(back)])
+                recited_prefix(base, [memory]) if back is None else text_prefix(base, [self.tokens_of(back)])
             ),
-            "full": lambda: token_prefix(base, [session.ids]),
+            "full": lambda: text_prefix(base, [session.ids]),
             "none": lambda: token_prefix(base, [[]]),
         }
         found: dict[str, tuple[str, str]] = {}

