@@ -22,7 +22,7 @@ for name in full-tuned none-tuned; do
   if [ -d "$models/$name" ]; then bounds+=("$name=$models/$name"); fi
 done
 python evaluate.py --checkpoint $models/compressor --task qa --data squad-dev arxivqa-test --limit "${1:-40}" --batch_size 40 \
-  --methods kv recite full none "${bounds[@]}" --tokens 16 4 1 \
+  --methods kv recite-tuned full none "${bounds[@]}" --tokens 16 4 1 \
   --question_tokens 96 --output "$work/qa-windows"
 cp "$work/qa-windows/metrics.json" results/smollm2-135m/qa-windows.json
 python runs/readme.py --snippet > "$work/snippet.py"

@@ -30,7 +30,7 @@ def qa_short() -> str:
         rows, base = results(f"{FLAGSHIP}/qa-windows.json")["rows"], "SmolLM2-135M-Instruct"
     except FileNotFoundError:
         rows, base = results("qa-windows.json")["rows"], "arxiv-mini, the 7M base"
-    shown = {"kv": (16, 4, 1), "recite": (16,)} | dict.fromkeys(("full", "none", "full-tuned", "none-tuned"), (None,))
+    shown = {"kv": (16, 4, 1), "recite-tuned": (16, 4), "recite": (16,)} | dict.fromkeys(("full", "none", "full-tuned", "none-tuned"), (None,))
     body = []
     for method, sizes in shown.items():
         for k in sizes:

@@ -35,7 +35,7 @@ class NamedBase:
     file: str
     """The GGUF in the package: module, then path."""
     sha256: str
-    cartridge: str
+    cartridge: str | None = None
     """Checkpoint of `full-tuned`, whose trained prefix makes it answer (`cartridge.py`)."""
 
 

@@ -87,8 +87,8 @@ def cartridge_of(base: Base) -> Tensor | None:
     Raises:
         CompressorError: it is damaged.
     """
-    for named in NAMED.values():
-        folder = Path(bundled(named.cartridge))
+    for place in (named.cartridge for named in NAMED.values() if named.cartridge):
+        folder = Path(bundled(place))
         if not folder.is_dir():
             continue
         settings = read_settings(folder)
