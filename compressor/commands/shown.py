@@ -11,8 +11,8 @@ SHOWN_ANSWER = 120
 """Most characters of an answer on the terminal: a base that chats goes on."""
 
 MANNER = (
-    "The language model is frozen: a text it reads after a short trained prefix where one ships for it (SmolLM2); else it "
-    "answers in its own manner, which may be to chat or to repeat itself."
+    "The language model is frozen: a text it reads after a short trained prefix where one ships for it (SmolLM2); else "
+    "it answers in its own manner, which may be to chat or to repeat itself."
 )
 """Why the whole passage may give a worse answer than its memory."""
 
