@@ -59,7 +59,7 @@ def flagship() -> str:
 
 def flagship_logs() -> list[list[dict[str, Any]]]:
     """Rows of the training logs of the flagship's stages, in their order."""
-    names = [f"{FLAGSHIP}/{stage}-log.jsonl" for stage in ("regenerate", "answer", "cued")]
+    names = [f"{FLAGSHIP}/{stage}-log.jsonl" for stage in ("regenerate", "answer", "cued", "low")]
     return [log_rows(name) for name in names if (ROOT / "results" / name).exists()]
 
 
@@ -87,7 +87,7 @@ def flagship_curve() -> str:
         said.append(f"{last[key]['nll_per_token'] * 2**-power:.2f}")
     body.append(["twice as many", *said])
     return table(header, body) + (
-        "\n\nNats a token of unseen abstracts of 96 tokens at the end of each stage. The last began at a high rate "
+        "\n\nNats a token of unseen abstracts of 96 tokens at the end of each stage. The third began at a high rate "
         "again and spent two\nin five passages on cues: it learned to answer, not to regenerate. The last row goes on "
         "as the power of the passages between the\nfirst stage's end and the last's."
     )

@@ -22,9 +22,12 @@ train() { # config, name, options
 train regenerate regenerate "$@"
 train answer answer --data.questions "[$questions]" "$@"
 train cued cued --data.questions "[$questions]" "$@"
+# Once more with other batches, from a third of the rate that cost regeneration before.
+train cued low --data.questions "[$questions]" --init "$output/cued/final" --seed 5 --training.learning-rate 6e-4 \
+  --training.steps 1280 --training.decay-steps 1240 "$@"
 train tuned full-tuned --data.questions "[$questions]" "$@"
 train tuned none-tuned --data.questions "[$questions]" --compressor.method none-tuned "$@"
-for pair in cued:compressor full-tuned:full-tuned none-tuned:none-tuned; do
+for pair in low:compressor full-tuned:full-tuned none-tuned:none-tuned; do
   python -c 'import sys, torch; from compressor import Compressor
 Compressor.from_pretrained(sys.argv[1]).save_pretrained(sys.argv[2], dtype=torch.bfloat16)' \
     "$output/${pair%:*}/final" "models/smollm2-135m/${pair#*:}"
