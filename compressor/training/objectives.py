@@ -101,6 +101,8 @@ def answer_loss(model: Trainee, prefix: Prefix, batch: dict[str, Any]) -> Tensor
     of_answers, of_questions = batch["distillation_weight"], batch["question_distillation_weight"]
     base, answered = model.base, labels != IGNORED
     apart = batch.get("answer_unrelated", torch.zeros_like(owners, dtype=torch.bool))
+    if not (of_answers or of_questions or bool(apart.any())):  # a few rows of logits at a time
+        return batch["answer_weight"] * label_nats(base, prefix.select(owners), inputs, labels).sum()
     places = answered
     if of_questions:
         before = torch.tensor([len(prompt) - 1 for prompt in batch["answer_prompts"]], device=inputs.device)
