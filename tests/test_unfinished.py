@@ -17,8 +17,7 @@ from accelerate import Accelerator
 
 from compressor.commands.cli import evaluate_main
 from compressor.errors import CompressorError
-from compressor.evaluation import batches as batching
-from compressor.evaluation import notes, runner
+from compressor.evaluation import notes, results, runner
 from compressor.unfinished import Unfinished
 
 
@@ -77,7 +76,7 @@ def same(one: Path, other: Path) -> None:
 def batches(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Batches that are run, of which the last is followed by what was appended to `ends`."""
     done: list[Any] = []
-    honest = batching.run_fitting
+    honest = results.run_fitting
 
     def run_fitting(task: Any, method: Any, items: Any, contexts: Any) -> Any:
         if ENDS and len(done) == ENDS[0]:
@@ -85,7 +84,7 @@ def batches(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         done.append(method.name)
         return honest(task, method, items, contexts)
 
-    monkeypatch.setattr(batching, "run_fitting", run_fitting)
+    monkeypatch.setattr(results, "run_fitting", run_fitting)
     yield done
     ENDS.clear()
 
