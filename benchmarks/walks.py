@@ -50,7 +50,9 @@ def passage(folder: Path) -> dict[str, None]:
 
     texts = folder / "texts.jsonl"
     said = "We study the conductivity of {} thin films at low temperature and find that a model with two bands is made."
-    texts.write_text("".join(json.dumps({"id": str(i), "text": said.format(i)}) + "\n" for i in range(9)))
+    texts.write_text(
+        "".join(json.dumps({"id": str(i), "text": said.format(i)}) + "\n" for i in range(9)), encoding="utf-8"
+    )
     settings = {"data.train": texts, "data.validation": texts, "data.lengths": "[{low: 8, high: 16}]"}
     settings |= {"data.validation_limit": 2, "compressor.lora_rank": 2, "training.batch_passages": 2, "output": folder}
     config, _ = parse_config(RunConfig, [f"--{name}={value}" for name, value in settings.items()], "")

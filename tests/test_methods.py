@@ -6,6 +6,7 @@ import math
 import sys
 import types
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from compressor.methods.table import (
 )
 from compressor.model import generation
 from compressor.model.base import Base
+from compressor.model.bases import FLAGSHIP_BASE, NAMED
 from compressor.model.config import BaseConfig
 from compressor.model.decoder import label_nats, score, token_prefix
 from compressor.model.generation import after, generate
@@ -63,7 +65,7 @@ class FakeLLMLingua:
 
 @pytest.fixture
 def make_method(
-    make_tiny_compressor: Make, tiny_base_folder: Path, monkeypatch: pytest.MonkeyPatch
+    make_tiny_compressor: Make, tiny_base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[[str], Method]:
     """Builds a method of the registry over the tiny base."""
     package = types.SimpleNamespace(PromptCompressor=FakeLLMLingua)
@@ -72,6 +74,10 @@ def make_method(
     def make(name: str) -> Method:
         if name in TRAINED:
             return MemoryMethod(make_tiny_compressor(method=name, layout=layouts_of(name)[-1]))
+        if name == "recite-tuned":
+            make_tiny_compressor(method="full-tuned").save_pretrained(tmp_path / "cartridge")
+            named = replace(NAMED[FLAGSHIP_BASE], cartridge=str(tmp_path / "cartridge"))
+            monkeypatch.setitem(NAMED, FLAGSHIP_BASE, named)
         if name in READINGS:
             return memory_method(name)(make_tiny_compressor())
         base = load_base(BaseConfig(path=str(tiny_base_folder)))
