@@ -52,7 +52,7 @@ def qa_short() -> str:
                 shares.append(f"{(ours - low) / (high - low):.0%} ({label})")
             kept[way] = " and ".join(shares)
         said += f"\nOf the F1 between the two trained prefixes, 16 memory tokens keep {kept['kv']}"
-        said += f", the text that they regenerate {kept['recite-tuned']}." if kept["recite-tuned"] else "."
+        said += f",\nthe text that they regenerate {kept['recite-tuned']}." if kept["recite-tuned"] else "."
     return said
 
 

@@ -50,7 +50,7 @@ LABELS = {
     "summary": "extractive summary",
     "kv": "**memory tokens (ours)**",
     "recite": "**text they regenerate (ours)**",
-    "recite-tuned": "**that text after the prefix (ours)**",
+    "recite-tuned": "**text they regenerate, after the prefix (ours)**",
     "refined": "**text they regenerate, refined (ours)**",
     "reference-500x": "published 500x recipe",
     "icae": "ICAE",

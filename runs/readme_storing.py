@@ -73,7 +73,13 @@ def sent() -> str:
         return "Not measured yet: `python runs/sent.py`."
     found = results("sent.json")
     body = [
-        [row["way"], f"{row['bytes']:,}", f"{row['rouge_1']:.2f}", f"{row['rouge_l']:.2f}", row["text"][:160].strip()]
+        [
+            row["way"],
+            f"{row['bytes']:,}",
+            f"{row['rouge_1']:.2f}",
+            f"{row['rouge_l']:.2f}",
+            " ".join(row["text"].split())[:120].replace("|", "\\|"),
+        ]
         for row in found["rows"]
     ]
     shown = table(["what is sent", "bytes", "ROUGE-1", "ROUGE-L", "what comes back begins with"], body)
