@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import importlib.util
 import json
 import os
 import shutil
@@ -35,6 +34,7 @@ for place in (PROJECT / "tests", PROJECT):
         sys.path.insert(0, str(place))
 
 from forked import Program  # noqa: E402
+from scripts import load_script  # noqa: E402
 
 _PARTIAL = {"partial_rotary_factor": 0.5, "rope_type": "default", "rope_theta": 10000.0}
 _SLIDING = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
@@ -189,12 +189,7 @@ def texts() -> list[str]:
 @pytest.fixture(scope="session")
 def from_scratch() -> Any:
     """`examples/from_scratch.py`, which makes a base."""
-    spec = importlib.util.spec_from_file_location("from_scratch", PROJECT / "examples" / "from_scratch.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(PROJECT / "examples" / "from_scratch.py")
 
 
 @pytest.fixture(scope="session")

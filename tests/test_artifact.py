@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
 from dataclasses import replace
@@ -14,6 +13,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from scripts import load_script
 
 from compressor.commands.cli import main as cli
 from compressor.errors import CompressorError
@@ -29,12 +29,7 @@ from compressor.storage.inspection import byte_ledger
 @pytest.fixture(scope="module")
 def fuzzing(project: Path) -> ModuleType:
     """`benchmarks/fuzz_memory.py`, which makes small memories and damages their files."""
-    spec = importlib.util.spec_from_file_location("fuzz_memory", project / "benchmarks" / "fuzz_memory.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(project / "benchmarks" / "fuzz_memory.py")
 
 
 @pytest.fixture(scope="module")

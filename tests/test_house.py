@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import runpy
 import subprocess
 import sys
 from pathlib import Path
+
+from scripts import load_script
 
 ROWS = (
     ("__main__",),
@@ -28,11 +29,7 @@ EXCEPTION = "model.memory", ("storage.memory_file", "storage.codec", "storage.ca
 
 def test_imports_go_down_and_in_no_circle(project: Path) -> None:
     """Those inside functions and for types alone count as much as the others."""
-    spec = importlib.util.spec_from_file_location("house", project / "benchmarks" / "house.py")
-    assert spec is not None
-    assert spec.loader is not None
-    house = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(house)
+    house = load_script(project / "benchmarks" / "house.py")
     trees = {house.module_of(path): tree for path, tree in house.sources(project, "compressor").items()}
     found = {module: house.imported(tree, module, set(trees)) for module, tree in trees.items()}
     del found["compressor"]  # the door from outside: it imports what is asked of it

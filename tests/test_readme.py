@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import contextlib
-import importlib.util
 import io
 import json
 import re
@@ -15,6 +14,7 @@ from typing import Any
 
 import pytest
 import yaml
+from scripts import load_script
 
 from compressor.commands.cli import demo_main, evaluate_main, train_main
 from compressor.commands.cli import main as cli
@@ -61,12 +61,7 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
 @pytest.fixture(scope="module")
 def generator() -> Any:
     """runs/readme.py as a module."""
-    spec = importlib.util.spec_from_file_location("readme", ROOT / "runs" / "readme.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(ROOT / "runs" / "readme.py")
 
 
 def test_figures_are_those_of_the_results(generator: Any, capsys: pytest.CaptureFixture[str]) -> None:

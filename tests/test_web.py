@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from scripts import load_script
 
 from compressor.api import Compressor
 from compressor.commands.cli import demo_main
@@ -179,11 +179,7 @@ def test_the_page_answers_over_http(served: str, texts: list[str]) -> None:
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Chromium")
 def test_the_page_in_a_browser(served: str, tmp_path: Path, project: Path) -> None:
     pytest.importorskip("playwright")
-    spec = importlib.util.spec_from_file_location("screenshots", project / "runs" / "screenshots.py")
-    assert spec is not None
-    assert spec.loader is not None
-    screenshots = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(screenshots)
+    screenshots = load_script(project / "runs" / "screenshots.py")
     with screenshots.Visit(served) as visit:
         visit.status("came back")
         visit.type("A text that somebody wrote, of a few more words than there are memory tokens.")
