@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from compressor.data.sources import read_rows
+from compressor.data.rows import read_rows
 from compressor.data.sources import resolve as resolve_data
 from compressor.errors import CompressorError
 from compressor.files import bundled, write_json

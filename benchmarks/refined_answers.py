@@ -16,9 +16,9 @@ from typing import Any
 import torch
 
 from compressor.api import Compressor
-from compressor.data.left_out import LeftOut
 from compressor.data.prompts import answer_ids, question_ids
 from compressor.data.questions import load_questions
+from compressor.data.rows import LeftOut
 from compressor.data.windows import Placed, place_questions
 from compressor.evaluation.metrics import answer_scores, bootstrap, ratio, rouge_l
 from compressor.files import write_json

@@ -29,7 +29,7 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from compressor.data.prompts import start_token, tokenise
+from compressor.data.batches import start_token, tokenise
 from compressor.data.records import load_texts
 from compressor.errors import CompressorError
 from compressor.files import write_json

@@ -29,7 +29,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from compressor.data.batches import pad, padded_width, regeneration_pair, stack_pairs
-from compressor.data.passages import load_passages
+from compressor.data.records import load_passages
 from compressor.files import write_json
 from compressor.model.config import BaseConfig, CompressorConfig
 from compressor.model.load import load_base

@@ -16,7 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from compressor.data.questions import load_questions
-from compressor.data.sources import kind_of, read_document, read_rows
+from compressor.data.rows import read_document, read_rows
+from compressor.data.sources import kind_of
 from compressor.files import atomic_file
 
 WANTED = 300

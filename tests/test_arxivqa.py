@@ -21,7 +21,7 @@ from compressor.data.builders.arxivqa import ArxivQAConfig, build_questions
 from compressor.data.builders.cloze import cloze_questions
 from compressor.data.builders.endpoint import SCHEMA, EndpointConfig, Pair, check_pair, read_pairs
 from compressor.data.questions import load_questions
-from compressor.data.sources import read_rows
+from compressor.data.rows import read_rows
 from compressor.errors import CompressorError
 from compressor.files import read_json, sha256
 

@@ -13,9 +13,9 @@ import pytest
 
 from compressor.commands.cli import evaluate_main, train_main
 from compressor.commands.cli import main as cli
-from compressor.data.left_out import LeftOut
 from compressor.data.questions import load_questions
 from compressor.data.records import load_texts
+from compressor.data.rows import LeftOut
 from compressor.errors import CompressorError
 from compressor.storage.store import Store
 

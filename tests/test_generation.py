@@ -16,17 +16,19 @@ from compressor.api import Compressor
 from compressor.data.batches import IGNORED
 from compressor.errors import CompressorError
 from compressor.model.base import Base
-from compressor.model.decoder import Prefix, decode, empty_prefix, label_nats, logits_at, score, shared
-from compressor.model.decoding import BLOCK, roomy_cache
-from compressor.model.generation import (
-    Sampling,
-    generate,
-    regenerate,
-    regenerate_ids,
-    regeneration_limit,
-    rewrite,
-    stream,
+from compressor.model.decoder import (
+    BLOCK,
+    Prefix,
+    decode,
+    empty_prefix,
+    label_nats,
+    logits_at,
+    roomy_cache,
+    score,
+    shared,
 )
+from compressor.model.fidelity import rewrite
+from compressor.model.generation import Sampling, generate, regenerate, regenerate_ids, regeneration_limit, stream
 from compressor.model.memory import Memory, memory_prefix
 
 PASSAGES = [[(7 * i + j) % 400 + 5 for i in range(n)] for j, n in enumerate((30, 9, 17))]

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from compressor.data.batches import BatchPlan, Piece
 from compressor.data.config import DataConfig, LengthRange
-from compressor.data.passages import BatchPlan, Piece, load_passages
+from compressor.data.records import load_passages
 from compressor.errors import CompressorError
 
 RECORDS = np.array([5, 40, 200, 17, 90, 300, 64, 0, 33, 120])

@@ -13,8 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from compressor.data.left_out import LeftOut
 from compressor.data.questions import Question, load_questions
+from compressor.data.rows import LeftOut
 from compressor.errors import CompressorError
 
 RECORD = {"id": "1", "context": "A b c.", "question": "q?", "answers": ["b", "c"], "dataset": "set"}

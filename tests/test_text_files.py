@@ -16,8 +16,8 @@ from compressor.commands.compress import is_corpus
 from compressor.commands.demonstration import read_passage
 from compressor.commands.options import DemoConfig
 from compressor.data.records import load_texts
-from compressor.data.sources import read_rows
-from compressor.data.text_files import read_text, text_lines
+from compressor.data.rows import read_rows
+from compressor.data.sources import read_text, text_lines
 from compressor.errors import CompressorError
 
 

@@ -11,8 +11,7 @@ from compressor.commands.loading import load_model
 from compressor.commands.options import CompressOptions, MakeOptions
 from compressor.commands.shown import tokens_named
 from compressor.data import speech
-from compressor.data.sources import kind_of, shipped_names
-from compressor.data.text_files import read_text
+from compressor.data.sources import kind_of, read_text, shipped_names
 from compressor.errors import CompressorError
 from compressor.model.checkpoint import compressor_name
 from compressor.model.memory import signed

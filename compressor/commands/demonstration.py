@@ -12,7 +12,7 @@ from compressor.api import Compressor
 from compressor.commands.loading import load_model
 from compressor.commands.options import DemoConfig
 from compressor.data.examples import Example, example
-from compressor.data.text_files import read_text
+from compressor.data.sources import read_text
 from compressor.evaluation.metrics import bleu, bleu_statistics, chrf, chrf_statistics, rouge_l
 from compressor.methods.recite import recited_prefix
 from compressor.model.cartridge import text_prefix

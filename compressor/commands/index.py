@@ -12,8 +12,8 @@ from accelerate.utils import gather_object
 from compressor.commands.compress import warn_of_losses
 from compressor.commands.loading import load_model
 from compressor.commands.options import IndexOptions
-from compressor.data.left_out import LeftOut
 from compressor.data.records import load_texts
+from compressor.data.rows import LeftOut
 from compressor.files import check_no_file
 from compressor.model.fingerprints import public_name
 from compressor.processes import make_accelerator

@@ -15,7 +15,8 @@ import torch
 from transformers import AutoConfig, AutoTokenizer
 
 from compressor.commands.options import ServeOptions
-from compressor.data.prompts import chat_arguments, start_token
+from compressor.data.batches import start_token
+from compressor.data.prompts import chat_arguments
 from compressor.errors import CompressorError, lacking
 from compressor.model.bases import locate
 from compressor.model.checkpoint import base_of, fetch_checkpoint, read_settings

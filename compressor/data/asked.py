@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from compressor.data.batches import ROUND, Rounds, equal_segments
-from compressor.data.left_out import LeftOut
 from compressor.data.prompts import answer_ids, question_ids
 from compressor.data.questions import Question
+from compressor.data.rows import LeftOut
 from compressor.data.windows import place_questions
 from compressor.errors import CompressorError
 

@@ -1,16 +1,19 @@
-"""Micro-batches: which items are in number 0, 1, 2, ..., and the tensors that are made of them.
+"""Token ids, what the decoder reads and is asked for, and micro-batches: which items are in number 0, 1, 2, ...
 
-The first is a pure function of data, settings and seed, so that a resumed run repeats them.
+The last is a pure function of data, settings and seed, so that a resumed run repeats them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, Generic, Protocol, TypeVar
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from compressor.data.config import DataConfig
+from compressor.errors import CompressorError
 
 IGNORED = -100
 """Label of positions without a loss."""
@@ -18,6 +21,18 @@ ROUND = 2048
 """Items drawn and sorted by length at a time."""
 CUED = 48
 """Most tokens that are written after a cue."""
+
+
+def tokenise(tokenizer: Any, texts: Iterable[str]) -> list[list[int]]:
+    """Token ids of texts, without special tokens."""
+    texts = list(texts)
+    encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+    return [list(ids) for ids in encoded]
+
+
+def start_token(tokenizer: Any) -> int:
+    """BOS or, where there is none, the end-of-text token."""
+    return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
 
 
 def padded_width(longest: int) -> int:
@@ -141,3 +156,61 @@ class Rounds(Generic[T]):
         if self._cached[0] != number:
             self._cached = (number, self._round(number))
         return self._cached[1][index - (self._ends[number - 1] if number else 0)]
+
+
+class Piece(NamedTuple):
+    """A stretch of a record: tokens `start .. start + length - 1`."""
+
+    record: int
+    start: int
+    length: int
+
+
+class BatchPlan(Rounds[Piece]):
+    """Which pieces make up micro-batch 0, 1, 2, ...: a pure function of data, configuration and seed.
+
+    A length is drawn from the configured mixture, then a record among those that are long enough, so that the mixture
+    of lengths is what the configuration says whatever the corpus. Micro-batches are made by `Rounds`.
+    """
+
+    def __init__(
+        self,
+        lengths: np.ndarray,
+        data: DataConfig,
+        batch_tokens: int,
+        batch_passages: int,
+        seed: int,
+        source: str = "data.train",
+    ):
+        """`lengths` is the number of tokens of each record, int `[records]`; `source` names them in messages."""
+        if not len(lengths) or int(lengths.max()) < 1:
+            raise CompressorError("there is no passage with at least one token to train on")
+        longest, least = int(lengths.max()), min(share.low for share in data.lengths)
+        if longest < least:
+            raise CompressorError(
+                f"none of the {len(lengths):,} passages of {source} is as long as data.lengths asks for: the longest "
+                f"has {longest} tokens, the shortest range begins at {least}. Give longer passages or shorter ranges"
+            )
+        self.order = np.argsort(lengths, kind="stable")
+        self.sorted = lengths[self.order]
+        super().__init__(batch_tokens, batch_passages, seed)
+        self.data = data
+
+    def draw(self, rng: np.random.Generator, count: int) -> list[Piece]:
+        """`count` pieces at random."""
+        weights = np.array([share.weight for share in self.data.lengths])
+        kind = rng.choice(len(weights), size=count, p=weights / weights.sum())
+        low = np.array([share.low for share in self.data.lengths])[kind]
+        high = np.array([share.high for share in self.data.lengths])[kind]
+        wanted = np.minimum(rng.integers(low, high + 1), self.sorted[-1])
+        first = np.searchsorted(self.sorted, wanted)
+        place = first + (rng.random(count) * (len(self.sorted) - first)).astype(np.int64)
+        spare = self.sorted[place] - wanted
+        start = np.where(
+            rng.random(count) < self.data.random_start, (rng.random(count) * (spare + 1)).astype(np.int64), 0
+        )
+        columns = (self.order[place].tolist(), start.tolist(), wanted.tolist())
+        return [Piece(*row) for row in zip(*columns, strict=True)]
+
+    def draw_round(self, rng: np.random.Generator, number: int) -> list[Piece]:
+        return self.draw(rng, ROUND)

@@ -14,8 +14,7 @@ from typing import Any, Literal
 
 import yaml
 
-from compressor.data.left_out import BadRecord
-from compressor.data.sources import Row, type_name
+from compressor.data.rows import BadRecord, Row, type_name
 from compressor.errors import CompressorError, require
 from compressor.files import PROJECT
 

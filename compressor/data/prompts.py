@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
+from compressor.data.batches import tokenise
 from compressor.errors import CompressorError
 
 QUESTION = "\nQuestion: {question} Answer:"
@@ -15,18 +16,6 @@ CHAT = "chat"
 """Template that stands for the base's own chat template; arguments may follow: chat {"enable_thinking": false}."""
 _PLACE = "\ue000question\ue001"
 """Stands for a question while a chat template is rendered; of private characters, which no template has."""
-
-
-def tokenise(tokenizer: Any, texts: Iterable[str]) -> list[list[int]]:
-    """Token ids of texts, without special tokens."""
-    texts = list(texts)
-    encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
-    return [list(ids) for ids in encoded]
-
-
-def start_token(tokenizer: Any) -> int:
-    """BOS or, where there is none, the end-of-text token."""
-    return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
 
 
 def question_ids(tokenizer: Any, questions: Sequence[str], template: str = QUESTION) -> list[list[int]]:

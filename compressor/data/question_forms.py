@@ -11,8 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from compressor.data.left_out import BadRecord
-from compressor.data.sources import Row, type_name
+from compressor.data.rows import BadRecord, Row, type_name
 
 NO_ANSWER = "CANNOTANSWER"
 """What QuAC says, and ends its contexts with, where the context does not answer."""

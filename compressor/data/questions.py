@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from compressor.data.instructions import Prompt, either
-from compressor.data.left_out import BadRecord, BadRecords, LeftOut
 from compressor.data.question_forms import Question, answer_texts, context_text, question_text, rows_of_questions
 from compressor.data.records import hub_rows, load_hub, record_id, string_value, text_value
-from compressor.data.sources import Hub, Row, kind_of, read_document, read_rows, resolve, stem_of, type_name
+from compressor.data.rows import BadRecord, BadRecords, LeftOut, Row, read_document, read_rows, type_name
+from compressor.data.sources import Hub, kind_of, resolve, stem_of
 from compressor.errors import CompressorError
 from compressor.progress import note
 

@@ -1,4 +1,4 @@
-"""Passages: what a record must look like, and `load_texts`, which reads them from anywhere.
+"""Passages: what a record must look like, `load_texts`, which reads them from anywhere, and their tokens.
 
 A passage is `{"id": str, "text": str}`, with `"date"` (yyyy-mm-dd) where the source has one.
 """
@@ -17,13 +17,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
+import numpy as np
 
-from compressor.data.left_out import REASON, BadRecord, BadRecords, LeftOut
-from compressor.data.sources import Hub, Row, kind_of, read_rows, resolve, type_name
+from compressor.data.batches import tokenise
+from compressor.data.rows import REASON, BadRecord, BadRecords, LeftOut, Row, read_rows, type_name
+from compressor.data.sources import Hub, kind_of, resolve
 from compressor.errors import CompressorError, first_line
 from compressor.processes import bars_on_terminals
 
 TEXT_FIELDS = ("text", "abstract")
+DIGESTED = 20_000
+"""Records whose tokens a digest reads at least, where there are so many."""
 
 # Part of the cache key: raise it when the rows made from the same file change.
 _READER_VERSION = 4
@@ -80,6 +84,53 @@ def load_texts(
     common = [name for name in ("id", "text", "date") if all(name in part.column_names for part in parts)]
     parts = [part.select_columns(common) for part in parts]
     return parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
+
+
+def load_passages(
+    sources: Sequence[str],
+    tokenizer: Any,
+    split: str | None = None,
+    field: str | None = None,
+    limit: int | None = None,
+    workers: int = 1,
+    skip_bad_records: bool = False,
+    left_out: LeftOut | None = None,
+) -> datasets.Dataset:
+    """Tokenise passages, in parallel and cached by `datasets` on disk, from where they are memory-mapped.
+
+    Args:
+        sources: corpus folders, files or hub ids (`load_texts`).
+        split: the split of those that have several.
+        skip_bad_records, left_out: see `load_texts`.
+
+    Returns:
+        A data set with `id`, `input_ids` (no special tokens) and `tokens` (their number).
+    """
+    texts = load_texts(
+        sources, split=split, field=field, limit=limit, skip_bad_records=skip_bad_records, left_out=left_out
+    ).select_columns(["id", "text"])
+
+    def tokenised(batch: dict[str, list[str]]) -> dict[str, Any]:
+        ids = tokenise(tokenizer, batch["text"])
+        return {"id": batch["id"], "input_ids": ids, "tokens": [len(one) for one in ids]}
+
+    with bars_on_terminals():
+        return texts.map(
+            tokenised,
+            batched=True,
+            num_proc=workers if workers > 1 else None,
+            remove_columns=texts.column_names,
+            desc="tokenising",
+        )
+
+
+def passages_digest(passages: datasets.Dataset) -> str:
+    """Number of records, and a hash over their token counts and the tokens of evenly spaced ones (at least 20,000)."""
+    found = hashlib.sha256(np.asarray(passages["tokens"], dtype=np.int64).tobytes())
+    chosen = passages.select(range(0, len(passages), max(1, len(passages) // DIGESTED)))
+    for batch in chosen.select_columns(["input_ids"]).with_format("arrow").iter(batch_size=1000):
+        found.update(batch["input_ids"].combine_chunks().flatten().to_numpy().astype(np.int64).tobytes())
+    return f"{len(passages):,} records {found.hexdigest()[:16]}"
 
 
 class _Reading(NamedTuple):

@@ -1,43 +1,43 @@
-"""Where records come from: names become files, and files become rows that know their line.
+"""Where data comes from: names become files, and files of text become lines.
 
-Every reader here names the file and the line (row, item) of what it cannot read, as a `CompressorError`.
+All text is read here: encodings, gzip, line ends, and errors that name file and line.
 """
 
 from __future__ import annotations
 
-import csv
+import codecs
 import glob
-import json
+import gzip
+import io
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache, partial
+import zlib
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, NamedTuple, cast
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from compressor.data.left_out import BadRecord, BadRecords
-from compressor.data.text_files import MOST_LINE, raw_lines, read_text, text_lines
 from compressor.errors import CompressorError
-from compressor.files import PROJECT, read_json, unreadable
+from compressor.files import PROJECT, read_json
+from compressor.streams import input_stream
 
 SHIPPED = PROJECT / "data"
 SPLITS = ("train", "validation", "test")
 MANIFEST = "manifest.json"
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt")
-
+KINDS = f"known: {', '.join(SUFFIXES)}, each also with .gz except .parquet"
+"""For messages."""
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(:[\w.-]+)?")
-
-
-class Row(NamedTuple):
-    """One record as it was read: `where` names its file and place, `values` maps fields to values."""
-
-    number: int
-    where: str
-    values: dict[str, Any]
+MOST_LINE = 1 << 26
+"""A longer line is not text; without a limit, binary junk is read into memory whole."""
+_MARKS = {
+    codecs.BOM_UTF32_LE: "utf-32",  # before UTF-16, whose mark it begins with
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+_ADVICE = "binary data, or UTF-16 without a byte order mark; give UTF-8 text"
 
 
 class Hub(NamedTuple):
@@ -102,13 +102,13 @@ def _resolve_one(text: str, split: str | None, every_split: bool) -> list[Path |
         return list(_folder_files(path, split, every_split))
     if text and path.exists():
         if kind_of(path) is None:
-            raise CompressorError(f"{path} is not a kind of file that can be read: {_kinds()}")
+            raise CompressorError(f"{path} is not a kind of file that can be read: {KINDS}")
         return [path]
     if any(mark in text for mark in "*?["):
         matches = sorted(Path(name) for name in glob.glob(str(path), recursive=True))
         files: list[Path | Hub] = [match for match in matches if match.is_file() and kind_of(match)]
         if not files:
-            raise CompressorError(f"no data file matches {text!r} ({_kinds()})")
+            raise CompressorError(f"no data file matches {text!r} ({KINDS})")
         return files
     if text in (names := shipped_names()):
         return [next(path for path in sorted(SHIPPED.iterdir()) if kind_of(path) and stem_of(path) == text)]
@@ -119,10 +119,6 @@ def _resolve_one(text: str, split: str | None, every_split: bool) -> list[Path |
         f"{text!r} is not there: it is neither a file nor a folder, nor one of the sets that come with the "
         f"project ({', '.join(names) or 'none here'}), nor a hub id (owner/name)"
     )
-
-
-def _kinds() -> str:
-    return f"known: {', '.join(SUFFIXES)}, each also with .gz except .parquet"
 
 
 def _folder_files(folder: Path, split: str | None, every_split: bool) -> list[Path]:
@@ -152,7 +148,7 @@ def _folder_files(folder: Path, split: str | None, every_split: bool) -> list[Pa
             _say_not_read(folder, tuple(others))
     by_split = {name: files for name, files in by_split.items() if files}
     if not by_split:
-        raise CompressorError(f"{folder} holds no data ({_kinds()})")
+        raise CompressorError(f"{folder} holds no data ({KINDS})")
     if split is None and len(by_split) == 1:
         split = next(iter(by_split))
     if not every_split and (split is None or split not in by_split):
@@ -171,165 +167,86 @@ def _folder_files(folder: Path, split: str | None, every_split: bool) -> list[Pa
 def _say_not_read(folder: Path, names: tuple[str, ...]) -> None:
     """A line, once, on what lies in a folder of data and is none."""
     shown = ", ".join(names[:3]) + ("" if len(names) <= 3 else ", ...")
-    print(f"note: {len(names)} of what {folder} holds is not read ({_kinds()}): {shown}", file=sys.stderr)
+    print(f"note: {len(names)} of what {folder} holds is not read ({KINDS}): {shown}", file=sys.stderr)
 
 
-def read_rows(path: Path, *, documents: bool = False, bad: BadRecords | None = None) -> Iterator[Row]:
-    """Read a data file record by record, in constant memory (a JSON array is read whole).
-
-    JSON lines (also under the name .json), JSON arrays of objects, CSV and TSV with a header line,
-    Parquet, and text, where each paragraph (separated by blank lines) becomes `{"text": ...}`.
-    All but Parquet may be compressed with gzip.
+def read_text(path: str | Path, *, as_written: bool = False) -> str:
+    """The text of a file (also .gz), or of standard input for "-".
 
     Args:
-        documents: a text file is one record, as `read_text` reads it, and not its paragraphs.
-        bad: takes lines and items that are no records; by default the first of them is an error.
+        as_written: keep line ends (otherwise all become "\\n") and the white space around the text.
 
     Raises:
-        CompressorError: names the file and line of whatever is broken; also when there is no record.
+        CompressorError: the file is missing, blank or not text.
     """
-    bad = BadRecords() if bad is None else bad
-    readers: dict[str, Callable[[Path], Iterator[Row]]] = {
-        **dict.fromkeys((".jsonl", ".ndjson", ".json"), partial(_json_rows, bad=bad)),
-        **dict.fromkeys((".csv", ".tsv"), partial(_csv_rows, bad=bad)),
-        ".parquet": _parquet_rows,
-        ".txt": _document_rows if documents else _text_rows,
-    }
-    kind = kind_of(path)
-    if kind is None:
-        raise CompressorError(f"{path} is not a kind of file that can be read: {_kinds()}")
+    name = "standard input" if str(path) == "-" else str(path)
     try:
-        if path.stat().st_size == 0:
-            raise CompressorError(f"{path} is empty")
-        row = None
-        for row in readers[kind](path):
-            yield row
-        if row is None:
-            raise CompressorError(f"{path} holds no records")
+        lines = _decoded(input_stream(), name) if str(path) == "-" else raw_lines(Path(path))
+        text = "".join(line for _, line in lines)
     except OSError as error:
-        raise CompressorError(f"{path} cannot be read: {error.strerror or error}") from None
+        raise CompressorError(f"cannot read {name}: {error.strerror or error}") from None
+    if not text.strip():
+        raise CompressorError(f"{name} is empty: give a text of at least one word")
+    return text if as_written else _plain_ends(text).strip()
 
 
-def _parse_json(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        place = f"character {error.colno}" if error.lineno == 1 else f"line {error.lineno} of it"
-        raise CompressorError(f"{where} is not valid JSON: {error.msg} at {place}") from None
-    except (ValueError, RecursionError) as error:
-        raise CompressorError(f"{where} is not valid JSON: {error}") from None
-
-
-def read_document(path: Path) -> Any:
-    """The one JSON value that a file (also .gz) holds."""
-    return _parse_json("".join(line for _, line in raw_lines(path)), str(path))
-
-
-def _json_rows(path: Path, bad: BadRecords) -> Iterator[Row]:
-    lines = raw_lines(path)
-    first = True
-    for number, line in lines:
-        where = f"{path} line {number}"
-        if not line.strip():
-            continue
-        if first and line.lstrip().startswith("[") and kind_of(path) == ".json":
-            items = _parse_json(line + "".join(rest for _, rest in lines), f"the array from {where} on")
-            for index, item in enumerate(items, start=1):
-                yield from bad.caught(partial(_object_row, index, f"{path} item {index}", item))
-            return
-        first = False
-        yield from bad.caught(partial(_line_row, number, where, line))
-
-
-def _line_row(number: int, where: str, line: str) -> Row:
-    try:
-        return _object_row(number, where, _parse_json(line, where))
-    except CompressorError as error:
-        raise BadRecord(str(error)) from None
-
-
-def _object_row(number: int, where: str, value: Any) -> Row:
-    if not isinstance(value, dict):
-        raise BadRecord(f"{where} is {type_name(value)}, not an object of fields like {{'text': ...}}")
-    return Row(number, where, value)
-
-
-def _csv_rows(path: Path, bad: BadRecords) -> Iterator[Row]:
-    # The csv module refuses fields of more than 128 KiB by default; a long passage is no error.
-    csv.field_size_limit(max(csv.field_size_limit(), MOST_LINE))
-    delimiter = "\t" if kind_of(path) == ".tsv" else ","
-    reader = csv.reader((line for _, line in raw_lines(path)), delimiter=delimiter, strict=True)
-    header: list[str] | None = None
-    while True:
-        first = reader.line_num + 1
-        where = f"{path} line {first}"
-        try:
-            cells = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            raise CompressorError(f"{where} is not valid CSV: {error}") from None
-        if not cells:
-            continue
-        if header is None:
-            header = [cell.strip() for cell in cells]
-            if len(set(header)) < len(header):
-                raise CompressorError(f"{where}: the header names a column twice: {', '.join(header)}")
-        elif len(cells) != len(header):
-            bad.add(
-                f"{where} has {len(cells)} cells but the header has {len(header)} ({', '.join(header)}); "
-                "quote cells that hold the separator or a line break"
-            )
-        else:
-            yield Row(first, where, dict(zip(header, cells, strict=True)))
-
-
-def _text_rows(path: Path) -> Iterator[Row]:
-    paragraph: list[str] = []
-    start = 1
-    for number, line in text_lines(path):
-        if line.strip():
-            if not paragraph:
-                start = number
-            paragraph.append(line)
-        elif paragraph:
-            yield Row(start, f"{path} line {start}", {"text": "".join(paragraph).rstrip("\n")})
-            paragraph = []
-    if paragraph:
-        yield Row(start, f"{path} line {start}", {"text": "".join(paragraph).rstrip("\n")})
-
-
-def _document_rows(path: Path) -> Iterator[Row]:
-    yield Row(1, str(path), {"id": path.name, "text": read_text(path)})
-
-
-def _parquet_rows(path: Path) -> Iterator[Row]:
+def text_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Numbers (from 1) and lines of a text file, whose ends are all "\\n"."""
+    before = ""
     number = 0
-    with _open_parquet(path) as file:
-        try:
-            for batch in file.iter_batches(batch_size=2048):
-                for values in batch.to_pylist():
-                    number += 1
-                    yield Row(number, f"{path} row {number}", values)
-        except (pa.ArrowException, OSError, ValueError) as error:
-            if isinstance(error, CompressorError):
-                raise
-            raise CompressorError(f"{path} is damaged after row {number}: {error}") from None
+    for _, line in raw_lines(path):
+        # A file may end its lines with "\\r" alone: for the reader of bytes it is all one line.
+        *whole, rest = _plain_ends(before + line).split("\n")
+        for one in whole:
+            number += 1
+            yield number, one + "\n"
+        before = rest
+    if before:
+        yield number + 1, before
 
 
-def _open_parquet(path: Path) -> Any:
-    """`pyarrow.parquet.ParquetFile`, or a `CompressorError` when `path` is not one."""
+def raw_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Numbers (from 1) and lines of a text file (also .gz), with their ends as they are, without a byte order mark.
+
+    Raises:
+        CompressorError: not UTF-8 (UTF-16 and UTF-32 have a byte order mark), or not text; names file and line.
+        OSError: it cannot be read.
+    """
+    with open(path, "rb") as probe:
+        compressed = probe.read(2) == b"\x1f\x8b"
+    with cast("IO[bytes]", gzip.open(path, "rb") if compressed else open(path, "rb")) as file:
+        yield from _decoded(file, str(path))
+
+
+def _decoded(file: IO[bytes], name: str) -> Iterator[tuple[int, str]]:
+    """Lines, decoded one by one so that errors have a line."""
+    number = 0
     try:
-        return pq.ParquetFile(path)
-    except PermissionError as error:
-        raise unreadable(path, error) from None
-    except (pa.ArrowException, OSError) as error:
-        raise CompressorError(f"{path} is not a readable Parquet file: {error}") from None
+        first = file.readline(MOST_LINE + 1)
+        for mark, encoding in _MARKS.items():
+            if first.startswith(mark):
+                whole = io.StringIO((first + file.read()).decode(encoding), newline="")
+                yield from enumerate(whole, start=1)
+                return
+        line = first
+        while line:
+            number += 1
+            if len(line) > MOST_LINE:
+                raise CompressorError(f"{name} line {number} is longer than {MOST_LINE:,} bytes: not text?")
+            if b"\0" in line:
+                raise CompressorError(f"{name} line {number} holds a zero byte: {_ADVICE}")
+            yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
+            line = file.readline(MOST_LINE + 1)
+    except UnicodeDecodeError as error:
+        encoding = "UTF-8" if error.encoding.startswith("utf-8") else error.encoding.upper()
+        where = f"line {number} " if encoding == "UTF-8" else ""
+        raise CompressorError(
+            f"{name} {where}is not {encoding} (byte {error.start + 1}: {error.reason}); convert the file, or it is "
+            "damaged"
+        ) from None
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise CompressorError(f"{name} is a damaged gzip file after line {number}: {error}") from None
 
 
-def type_name(value: Any) -> str:
-    """The type of a value as people name it, for messages."""
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return f"a number ({value!r})"[:60]
-    names = {dict: "an object", list: "a list", str: "text", type(None): "null", bool: "a boolean"}
-    return names.get(type(value), type(value).__name__)
+def _plain_ends(text: str) -> str:
+    return text.replace("\r\n", "\n").replace("\r", "\n")

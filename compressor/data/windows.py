@@ -14,8 +14,8 @@ from itertools import pairwise
 from math import exp
 from typing import Any, NamedTuple
 
-from compressor.data.left_out import LeftOut
 from compressor.data.questions import Question
+from compressor.data.rows import LeftOut
 
 NEAR = 100
 """Characters over which the weight of a question's word beside an answer falls to 1/e."""

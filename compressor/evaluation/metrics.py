@@ -6,6 +6,7 @@ numbers, any process can compute them, and resampling passages is a product of m
 
 from __future__ import annotations
 
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,13 +14,13 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
+import regex
 from rouge_score.rouge_scorer import RougeScorer
 from rouge_score.tokenizers import Tokenizer
 from sacrebleu.metrics.bleu import BLEU
 from sacrebleu.metrics.chrf import CHRF
 from sacrebleu.metrics.helpers import extract_all_char_ngrams
 
-from compressor.evaluation.words import answer_words, plain_words, words
 from compressor.model.fidelity import edits
 
 RESAMPLES = 1000
@@ -36,6 +37,24 @@ CHRF_COLUMNS = tuple(
     f"chrf_{what}_{n}" for what in ("written", "wanted", "match") for n in range(1, CHRF.CHAR_ORDER + 1)
 )
 """What a passage adds to corpus chrF: for each order the character n-grams written, wanted and in both."""
+
+UNSPACED = "".join(
+    rf"\p{{Script={name}}}"
+    for name in (
+        *("Han", "Hiragana", "Katakana", "Bopomofo", "Yi", "Thai", "Lao", "Khmer", "Myanmar"),
+        *("Javanese", "Balinese", "Tai_Tham", "New_Tai_Lue", "Tai_Le", "Tai_Viet"),
+    )
+)
+"""Scripts that are written without spaces between words."""
+_UNSPACED = regex.compile(rf"[{UNSPACED}]")
+_WORD = regex.compile(
+    rf"(?V1)[{UNSPACED}]\p{{M}}*"  # a character of a script without spaces, with its marks
+    rf"|[[\p{{L}}\p{{N}}]--[{UNSPACED}]][[\p{{L}}\p{{M}}\p{{N}}]--[{UNSPACED}]]*"  # letters and digits of any other
+    r"|\p{So}\p{M}*"  # a symbol that says something by itself, emoji above all
+)
+_PIECE = regex.compile(rf"(?V1)[{UNSPACED}]\p{{M}}*|(?:(?![{UNSPACED}]).)+", regex.DOTALL)
+_PUNCTUATION = regex.compile(r"[\p{P}$+<=>^`|~]")
+_ARTICLES = regex.compile(r"\b(?:a|an|the)\b")
 
 Sums = Mapping[str, np.ndarray]
 """For each column its sum over the passages of every resample, float64 `[resamples]`."""
@@ -123,13 +142,13 @@ class ItemFigure(FigureOf):
 
 def ratio(above: str, below: str, scale: float = 1.0) -> FigureOf:
     """The figure that divides the sum of one column by the sum of another; NaN where there is nothing to divide by."""
-    return FigureOf((above, below), lambda sums: scale * _divided(sums[above], sums[below]))
+    return FigureOf((above, below), lambda sums: scale * divided(sums[above], sums[below]))
 
 
 def difference(first: str, second: str, count: str, scale: float = 1.0) -> FigureOf:
     """The mean over items of one column minus another: a paired difference."""
     needs = (first, second, count)
-    return FigureOf(needs, lambda sums: scale * _divided(sums[first] - sums[second], sums[count]))
+    return FigureOf(needs, lambda sums: scale * divided(sums[first] - sums[second], sums[count]))
 
 
 def retained(score: str, least: str, most: str, direction: int = 1) -> FigureOf:
@@ -143,42 +162,13 @@ def retained(score: str, least: str, most: str, direction: int = 1) -> FigureOf:
 
     def share(sums: Sums) -> np.ndarray:
         gain = np.maximum(direction * (sums[most] - sums[least]), 0)
-        return _divided(direction * (sums[score] - sums[least]), gain)
+        return divided(direction * (sums[score] - sums[least]), gain)
 
     return FigureOf((score, least, most), share)
 
 
-def compared(name: str, figure: FigureOf) -> dict[str, FigureOf]:
-    """A figure, its paired difference to the full passage's, and the share it keeps of what the passage adds.
-
-    The share, (M - Mnone) / (Mfull - Mnone) (arXiv 2510.20797), is there against the bounds as they are and tuned.
-    Higher scores are better.
-    """
-
-    def under(bound: str, columns: Sums, times: tuple[np.ndarray, ...]) -> np.ndarray:
-        return figure({one: columns[f"{bound}_{one}"] for one in figure.needs}, *times)
-
-    def share(none: str, full: str) -> Callable[..., np.ndarray]:
-        def compute(columns: Sums, *times: np.ndarray) -> np.ndarray:
-            least = under(none, columns, times)
-            gain = np.maximum(under(full, columns, times) - least, 0)
-            return _divided(figure(columns, *times) - least, gain)
-
-        return compute
-
-    def needs(*bounds: str) -> tuple[str, ...]:
-        return (*figure.needs, *(f"{bound}_{one}" for bound in bounds for one in figure.needs))
-
-    kind = type(figure)
-    return {
-        name: figure,
-        f"{name}_difference": kind(needs("full"), lambda c, *times: figure(c, *times) - under("full", c, times)),
-        f"normalised_{name}": kind(needs("none", "full"), share("none", "full")),
-        f"normalised_{name}_tuned": kind(needs("none_tuned", "full_tuned"), share("none_tuned", "full_tuned")),
-    }
-
-
-def _divided(above: np.ndarray, below: np.ndarray) -> np.ndarray:
+def divided(above: np.ndarray, below: np.ndarray) -> np.ndarray:
+    """The quotient, NaN where there is nothing to divide by."""
     return np.divide(above, below, out=np.full_like(above, np.nan), where=below != 0)
 
 
@@ -309,3 +299,37 @@ def answer_scores(written: str, answers: Sequence[str]) -> tuple[float, float]:
         shared = (Counter(ours) & Counter(theirs)).total()
         found.append((float(ours == theirs), 2 * shared / max(1, len(ours) + len(theirs))))
     return max(exact for exact, _ in found), max(f1 for _, f1 in found)
+
+
+def words(text: str) -> list[str]:
+    """The words of a text in lower case: runs of letters and digits, marks included, each emoji or such symbol, and in
+    scripts without spaces each character.
+
+    On text of ASCII these are the words of the rouge-score package.
+    """
+    return _WORD.findall(unicodedata.normalize("NFC", text).lower())
+
+
+def answer_words(text: str) -> list[str]:
+    """The words that answers are compared by: SQuAD's normalisation (arXiv 1606.05250) in any script.
+
+    Lower case, no punctuation, no English articles, split at white space; beyond the official script, punctuation is
+    Unicode's, compatible characters (full-width digits, composed letters) are alike, and in scripts without spaces each
+    character is a word, as in MLQA's evaluation (arXiv 1910.07475).
+    """
+    kept = _ARTICLES.sub(" ", _PUNCTUATION.sub("", _alike(text)))
+    return [piece for word in kept.split() for piece in _PIECE.findall(word)]
+
+
+def plain_words(text: str) -> list[str]:
+    """Words with their punctuation and articles, for answers of which nothing else is left ("%", "A")."""
+    return _alike(text).split()
+
+
+def unspaced(text: str) -> bool:
+    """Whether the text has characters of a script without spaces."""
+    return _UNSPACED.search(text) is not None
+
+
+def _alike(text: str) -> str:
+    return unicodedata.normalize("NFKC", text).casefold()

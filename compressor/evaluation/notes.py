@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from compressor.data.left_out import LeftOut
+from compressor.data.rows import LeftOut
 from compressor.evaluation.figures import FIGURES
 from compressor.evaluation.methods import Methods
 from compressor.evaluation.metrics import LEVEL

@@ -16,7 +16,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 
-from compressor.data.left_out import LeftOut
+from compressor.data.rows import LeftOut
 from compressor.errors import CompressorError
 from compressor.evaluation.methods import Methods
 from compressor.evaluation.metrics import LEVEL, bleu_signature, chrf_signature

@@ -17,15 +17,45 @@ from compressor.evaluation.metrics import (
     ItemFigure,
     Sums,
     answer_scores,
+    answer_words,
     bleu_statistics,
     chrf_statistics,
-    compared,
+    divided,
     ratio,
     rouge_l,
     rouge_scores,
     word_errors,
 )
-from compressor.evaluation.words import answer_words
+
+
+def compared(name: str, figure: FigureOf) -> dict[str, FigureOf]:
+    """A figure, its paired difference to the full passage's, and the share it keeps of what the passage adds.
+
+    The share, (M - Mnone) / (Mfull - Mnone) (arXiv 2510.20797), is there against the bounds as they are and tuned.
+    Higher scores are better.
+    """
+
+    def under(bound: str, columns: Sums, times: tuple[np.ndarray, ...]) -> np.ndarray:
+        return figure({one: columns[f"{bound}_{one}"] for one in figure.needs}, *times)
+
+    def share(none: str, full: str) -> Callable[..., np.ndarray]:
+        def compute(columns: Sums, *times: np.ndarray) -> np.ndarray:
+            least = under(none, columns, times)
+            gain = np.maximum(under(full, columns, times) - least, 0)
+            return divided(figure(columns, *times) - least, gain)
+
+        return compute
+
+    def needs(*bounds: str) -> tuple[str, ...]:
+        return (*figure.needs, *(f"{bound}_{one}" for bound in bounds for one in figure.needs))
+
+    kind = type(figure)
+    return {
+        name: figure,
+        f"{name}_difference": kind(needs("full"), lambda c, *times: figure(c, *times) - under("full", c, times)),
+        f"normalised_{name}": kind(needs("none", "full"), share("none", "full")),
+        f"normalised_{name}_tuned": kind(needs("none_tuned", "full_tuned"), share("none_tuned", "full_tuned")),
+    }
 
 
 class Answered(NamedTuple):

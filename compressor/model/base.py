@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from compressor.data.prompts import start_token, tokenise
+from compressor.data.batches import start_token, tokenise
 from compressor.errors import CompressorError, first_line
 from compressor.model.fingerprints import fingerprint
 from compressor.model.kernels import GROUPED

@@ -51,7 +51,7 @@ class BaseConfig:
     attention: Literal["auto", "sdpa", "eager"] = "auto"
     """Attention implementation; `sdpa` is eager for bases that have no other (Gemma 2), `auto` is torch's on
     an accelerator, and on a CPU one whose backward pass is several times as fast; rows that read one context share it
-    (`compressor/model/kernels.py`, `decoding.py`)."""
+    (`compressor/model/kernels.py`)."""
     quantization: Literal["none", "int8", "int4"] = "none"
     """Load the frozen weights in 8 or 4 bits (needs the `quantised-base` extra): int8 anywhere, int4 on a
     GPU alone."""

@@ -17,13 +17,14 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from compressor.data.batches import by_length
 from compressor.errors import CompressorError
 from compressor.model.base import Base
 from compressor.model.decoder import Prefix, score
-from compressor.model.generation import rewrite
+from compressor.model.generation import Generation, generate, regeneration_limit
 from compressor.model.memory import Memory, memory_prefix
 from compressor.model.network import Network
 from compressor.model.refinement import refine
@@ -35,6 +36,30 @@ LITTLE = 0.9
 def passage_scores(base: Base, prefix: Prefix, passages: Sequence[Sequence[int]]) -> list[Tensor]:
     """Scores (`decoder.score`) of each passage and its EOS after a prefix, as a regeneration begins: with BOS."""
     return score(base, prefix, [[base.bos]] * len(passages), [[*ids, base.eos] for ids in passages])
+
+
+def rewrite(
+    base: Base, prefix: Prefix, passages: Sequence[Sequence[int]], scores: Sequence[Tensor]
+) -> list[Generation]:
+    """What greedy regeneration writes for passages that are known, without log-probabilities.
+
+    Only what comes from the first token on that the base would write otherwise is generated.
+
+    Args:
+        scores: what `score` says of each passage and EOS after BOS.
+    """
+    written = [Generation(list(ids), finished=True) for ids in passages]
+    right = {row: int(one[:, 1].argmin()) for row, one in enumerate(scores) if not bool(one[:, 1].all())}
+    if right:
+        rest = generate(
+            base,
+            prefix.select(torch.tensor(list(right), device=base.device)),
+            [[base.bos, *passages[row][:place]] for row, place in right.items()],
+            [regeneration_limit(len(passages[row])) - place for row, place in right.items()],
+        )
+        for (row, place), one in zip(right.items(), rest, strict=True):
+            written[row] = Generation([*passages[row][:place], *one.ids], finished=one.finished)
+    return written
 
 
 def fidelities(

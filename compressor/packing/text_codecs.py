@@ -21,8 +21,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from compressor.data.batches import equal_segments, pad
-from compressor.data.prompts import start_token, tokenise
+from compressor.data.batches import equal_segments, pad, start_token, tokenise
 from compressor.errors import CompressorError, first_line
 from compressor.methods.interface import TextMethod
 from compressor.methods.keywords import Keywords

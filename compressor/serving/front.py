@@ -22,7 +22,7 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 
 from compressor.api import Compressor
-from compressor.data.prompts import tokenise
+from compressor.data.batches import tokenise
 from compressor.errors import CompressorError, require_texts, require_whole
 from compressor.model.checkpoint import compressor_name
 from compressor.model.decoder import score

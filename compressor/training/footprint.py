@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from compressor.data.passages import Piece
+from compressor.data.batches import Piece
 from compressor.model.decoder import HEAD_ROWS
 from compressor.training.config import RunConfig
 from compressor.training.regenerate import CompressionStage

@@ -12,9 +12,18 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from compressor.data.batches import continuation_pair, cued_pair, pad, padded_width, regeneration_pair, stack_pairs
-from compressor.data.left_out import LeftOut
-from compressor.data.passages import BatchPlan, Piece, load_passages, passages_digest
+from compressor.data.batches import (
+    BatchPlan,
+    Piece,
+    continuation_pair,
+    cued_pair,
+    pad,
+    padded_width,
+    regeneration_pair,
+    stack_pairs,
+)
+from compressor.data.records import load_passages, passages_digest
+from compressor.data.rows import LeftOut
 from compressor.errors import CompressorError
 from compressor.model.decoder import label_nats
 from compressor.model.fingerprints import tokenizer_fingerprint

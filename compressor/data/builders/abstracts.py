@@ -11,9 +11,8 @@ from typing import Any
 
 from compressor.data.builders.choice import CorpusConfig
 from compressor.data.examples import PUBLISHED_ID
-from compressor.data.left_out import BadRecord
 from compressor.data.records import date_value, record_id, string_value, text_field
-from compressor.data.sources import Row, type_name
+from compressor.data.rows import BadRecord, Row, type_name
 
 ARXIV_ID = re.compile(r"(?:(\d\d)(\d\d)\.\d{4,5}|[a-z-]+(?:\.[A-Z]{2})?/(\d\d)(\d\d)\d{3})(v\d+)?")
 

@@ -19,9 +19,9 @@ import pyarrow as pa
 from compressor.data.builders.abstracts import base_id, comparable, read_abstract
 from compressor.data.builders.choice import CorpusConfig
 from compressor.data.builders.shards import Sample, SplitWriter
-from compressor.data.left_out import BadRecords, LeftOut
 from compressor.data.records import rows_of
-from compressor.data.sources import MANIFEST, SPLITS, Hub, Row, resolve, split_of
+from compressor.data.rows import BadRecords, LeftOut, Row
+from compressor.data.sources import MANIFEST, SPLITS, Hub, resolve, split_of
 from compressor.errors import CompressorError
 from compressor.files import FolderKind, atomic_folder, check_folder, owned, write_json
 from compressor.progress import Progress

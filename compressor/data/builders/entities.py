@@ -15,8 +15,8 @@ from typing import Any, Literal, NamedTuple
 
 from compressor.data.questions import load_questions
 from compressor.data.records import load_texts, text_value
-from compressor.data.sources import read_rows
-from compressor.data.text_files import text_lines
+from compressor.data.rows import read_rows
+from compressor.data.sources import text_lines
 from compressor.errors import CompressorError, require
 from compressor.files import atomic_file
 from compressor.progress import counted

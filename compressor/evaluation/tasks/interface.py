@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from compressor.data.left_out import LeftOut
-from compressor.data.prompts import tokenise
+from compressor.data.batches import tokenise
+from compressor.data.rows import LeftOut
 from compressor.evaluation.metrics import FigureOf
 from compressor.methods.interface import Method, Piece
 

@@ -6,8 +6,9 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from compressor.data.batches import tokenise
 from compressor.data.instructions import Prompt, load_prompt
-from compressor.data.prompts import QUESTION, answer_ids, question_ids, tokenise
+from compressor.data.prompts import QUESTION, answer_ids, question_ids
 from compressor.data.questions import Question, load_questions
 from compressor.errors import CompressorError
 from compressor.evaluation.metrics import ratio, retained

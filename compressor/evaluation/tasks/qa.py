@@ -10,9 +10,8 @@ import numpy as np
 from compressor.data.prompts import QUESTION, answer_ids, question_ids
 from compressor.data.questions import Question, load_questions
 from compressor.data.windows import place_questions
-from compressor.evaluation.metrics import FigureOf, answer_scores, difference, ratio, retained
+from compressor.evaluation.metrics import FigureOf, answer_scores, answer_words, difference, ratio, retained
 from compressor.evaluation.tasks.interface import Item, Result, Task
-from compressor.evaluation.words import answer_words
 from compressor.methods.interface import Method, Piece
 from compressor.model.decoder import score, shared
 from compressor.model.generation import ANSWER_TOKENS, after, generate

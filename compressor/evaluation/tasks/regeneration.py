@@ -19,12 +19,14 @@ from compressor.evaluation.metrics import (
     chrf_statistics,
     ratio,
     rouge_l,
+    unspaced,
+    words,
 )
 from compressor.evaluation.tasks.interface import Item, Result, Task, tokenised
-from compressor.evaluation.words import unspaced, words
 from compressor.methods.interface import Method, Piece
 from compressor.model.decoder import score
-from compressor.model.generation import after, regeneration_limit, rewrite
+from compressor.model.fidelity import rewrite
+from compressor.model.generation import after, regeneration_limit
 
 
 def says(tokenizer: Any, ids: Sequence[int], text: str) -> bool:

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from compressor.data.instructions import Prompt
-from compressor.data.left_out import BadRecords
 from compressor.data.questions import HUB_NAMES, load_questions
 from compressor.data.records import TEXT_FIELDS, rows_of
+from compressor.data.rows import BadRecords
 from compressor.data.sources import resolve
 from compressor.errors import CompressorError
 from compressor.evaluation.metrics import FigureOf, ratio
