@@ -113,12 +113,21 @@ def grouped_attention(
         attention_mask = torch.zeros_like(attention_mask, dtype=scores.dtype).masked_fill(~attention_mask, lowest)
     # torch sums a bfloat16 softmax in float32.
     weights = (scores + attention_mask[:, :, None]).softmax(-1)
-    weights = nn.functional.dropout(weights, dropout, module.training)
+    if dropout and module.training:  # even without effect the call would cost as much as a product of a single token
+        weights = nn.functional.dropout(weights, dropout)
     weights = weights.view(batch, -1, groups * queries, scores.shape[-1])
-    read = weights[..., -key.shape[2] :] @ value
-    if context is not None:
-        read = read + context.read(weights[..., : -key.shape[2]])
+    if context is None:
+        read = weights @ value
+    else:
+        read = weights[..., -key.shape[2] :] @ value + context.read(weights[..., : -key.shape[2]])
     return read.view(batch, heads, queries, value.shape[3]).transpose(1, 2), None
+
+
+def _rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """`x / rms(x) * weight` of `[..., hidden]` and `1 / rms(x)`; sums in float32, as transformers has them."""
+    wide = x.float()
+    scale = wide.square().mean(-1, keepdim=True).add_(epsilon).rsqrt_()
+    return weight * (wide * scale).to(x.dtype), scale
 
 
 class _FrozenRMSNorm(torch.autograd.Function):
@@ -126,11 +135,10 @@ class _FrozenRMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-        """`x` `[..., hidden]`; sums in float32, as transformers has them."""
-        wide = x.float()
-        scale = wide.square().mean(-1, keepdim=True).add_(epsilon).rsqrt_()
+        """See `_rms_norm`."""
+        normalised, scale = _rms_norm(x, weight, epsilon)
         ctx.save_for_backward(x, weight, scale)
-        return weight * (wide * scale).to(x.dtype)
+        return normalised
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
@@ -160,6 +168,8 @@ def lighten_norms(model: nn.Module) -> int:
 
 
 def _normalised(module: Any, epsilon: float, x: Tensor) -> Tensor:
+    if not x.requires_grad:  # an autograd function takes as long as the norm of a few rows
+        return _rms_norm(x, module.weight, epsilon)[0]
     return _FrozenRMSNorm.apply(x, module.weight, epsilon)
 
 
