@@ -364,11 +364,16 @@ def corpus(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> tuple[
 
 
 @pytest.fixture(scope="session")
-def training_options(tiny_base_folder: Path, corpus: tuple[str, str]) -> list[str]:
-    """Command line of a run that does a step in a few hundredths of a second; `--output` is missing."""
-    from compressor.training import footprint
+def no_estimate() -> None:
+    """A third of a run's start goes into the estimate of its memory, and runs start by the dozen."""
+    from compressor.commands import train
 
-    footprint.LOOKED_AT = 8  # of 200 micro-batches: runs start by the dozen, and no test asks for the estimate
+    train.step_bytes = lambda *_: 0
+
+
+@pytest.fixture(scope="session")
+def training_options(tiny_base_folder: Path, corpus: tuple[str, str], no_estimate: None) -> list[str]:
+    """Command line of a run that does a step in a few hundredths of a second; `--output` is missing."""
     options = {
         "base.path": str(tiny_base_folder),
         "compressor.memory_tokens": "4",

@@ -55,6 +55,8 @@ def _run(argv: list[str], folder: str, environment: dict[str, str], out: str, er
 
         warnings.simplefilter("ignore")
     sys.path[:0] = environment.get("PYTHONPATH", "").split(os.pathsep)
+    if (train := sys.modules.get("compressor.commands.train")) is not None:
+        train.step_bytes = lambda *_: 0  # as `no_estimate`
     try:
         if argv[0] == "-m":
             sys.argv = argv[1:]

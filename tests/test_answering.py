@@ -22,6 +22,7 @@ from compressor.parsing import parse_config
 from compressor.processes import make_accelerator
 from compressor.training.answer import AnswerStage
 from compressor.training.config import RunConfig
+from compressor.training.footprint import kept_of_answers
 from compressor.training.loop import start_run
 from compressor.training.objectives import answer_loss
 
@@ -324,6 +325,11 @@ def test_a_run_learns_validates_and_resumes_exactly(
     ]
     assert again[-1] == whole[-1]
     assert Compressor.from_pretrained(tmp_path / "whole" / "final").answer([], []) == []
+
+
+def test_what_questions_take_of_memory_is_measured(make_stage: Callable[..., AnswerStage]) -> None:
+    stage = make_stage()
+    assert kept_of_answers(stage, [stage.micro_batch(index) for index in range(3)]) > 0
 
 
 def test_settings_that_cannot_train_are_refused(options: list[str]) -> None:

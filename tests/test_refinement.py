@@ -29,6 +29,12 @@ def passages(tiny_compressor: Compressor, texts: list[str]) -> list[list[int]]:
     return [ids[:length] for ids, length in zip(encoded, (40, 17, 29), strict=True)]
 
 
+@pytest.fixture(scope="module")
+def mini(project: Path) -> Compressor:
+    """The bundled compressor: random weights hold nothing."""
+    return Compressor.from_pretrained(project / "models" / "arxiv-mini" / "compressor")
+
+
 def nats(model: Compressor, memories: Sequence[Memory], passages: Sequence[Sequence[int]]) -> list[float]:
     scored = passage_scores(model.base, memory_prefix(model.base, memories), passages)
     return [-float(one[:, 0].sum()) for one in scored]
@@ -53,9 +59,9 @@ def test_every_passage_becomes_likelier_and_nothing_else_changes(
         assert other.keys.dtype == one.keys.dtype
 
 
-def test_a_step_too_large_does_not_lose_what_is_held(project: Path) -> None:
+def test_a_step_too_large_does_not_lose_what_is_held(mini: Compressor) -> None:
     """Two steps, both large, from memories that hold their short passages almost whole."""
-    model = Compressor.from_pretrained(project / "models" / "arxiv-mini" / "compressor")
+    model = mini
     passages = model.base.tokenise(["We study graphs.", "We show that the sum of two such numbers is even."])
     plain = model.compress_ids(passages, 4)
     refined = model.compress_ids(passages, 4, refine_steps=2)
@@ -63,11 +69,11 @@ def test_a_step_too_large_does_not_lose_what_is_held(project: Path) -> None:
     assert all(late <= early + 1e-3 for early, late in zip(before, after, strict=True)), (before, after)
 
 
-def test_what_is_answered_from_a_memory_is_kept(project: Path) -> None:
+def test_what_is_answered_from_a_memory_is_kept(mini: Compressor) -> None:
     """Of questions that it is not held to; regeneration gains all the same."""
-    model = Compressor.from_pretrained(project / "models" / "arxiv-mini" / "compressor")
-    passages = model.base.tokenise(load_texts("arxiv-test")["text"][3:6])
-    passages = [ids[:64] for ids in passages]
+    model = mini
+    passages = model.base.tokenise(load_texts("arxiv-test")["text"][3:5])
+    passages = [ids[:48] for ids in passages]
     prompts = question_ids(model.base.tokenizer, ["Which method is used?", "What is shown?", "Where is it found?"])
 
     def distributions(memories: Sequence[Memory]) -> torch.Tensor:
@@ -82,7 +88,7 @@ def test_what_is_answered_from_a_memory_is_kept(project: Path) -> None:
     before, wanted = nats(model, plain, passages), distributions(plain)
     far = {}
     for keep in (0.0, KEEP):
-        refined = refine(model.base, plain, passages, 10, keep=keep)
+        refined = refine(model.base, plain, passages, 6, keep=keep)
         after = nats(model, refined, passages)
         assert all(late < 0.8 * early for early, late in zip(before, after, strict=True)), (keep, before, after)
         found = distributions(refined)
@@ -142,13 +148,12 @@ def test_refined_memories_are_saved_and_read_like_others(tiny_compressor: Compre
     assert tiny_compressor.regenerate(loaded) == tiny_compressor.regenerate(memory)
 
 
-def test_fewer_tokens_suffice_for_a_fidelity(project: Path, texts: list[str]) -> None:
-    """The bundled compressor: random weights hold nothing."""
-    model = Compressor.from_pretrained(project / "models" / "arxiv-mini" / "compressor")
-    text = " ".join(texts[0].split()[:24])
+def test_fewer_tokens_suffice_for_a_fidelity(mini: Compressor, texts: list[str]) -> None:
+    model = mini
+    text = " ".join(texts[0].split()[:14])
     ids = model.base.tokenizer(text, add_special_tokens=False)["input_ids"]
     plain = model.compress(text, target_fidelity=0.95)
-    refined = model.compress(text, target_fidelity=0.95, refine_steps=10)
+    refined = model.compress(text, target_fidelity=0.95, refine_steps=6)
     assert refined.tokens < plain.tokens
     assert fidelities(model, [refined], [ids])[0] >= 0.95
 

@@ -91,7 +91,7 @@ def store(model: Compressor, passages: dict[str, str], tmp_path: Path) -> Store:
 
 @pytest.mark.parametrize("codec", ["float32", "int4+ans"])
 def test_memories_by_their_ids(model: Compressor, passages: dict[str, str], codec: str, tmp_path: Path) -> None:
-    store = Store.open(tmp_path / "s", model, making=Making(codec=codec, tokens=2, batch_size=1), encoder="bm25")
+    store = Store.open(tmp_path / "s", model, making=Making(codec=codec, tokens=2, batch_size=3), encoder="bm25")
     store.add(dict(list(passages.items())[:5]))
     names = list(passages)[3:1:-1]
     for name, found in zip(names, Store.open(tmp_path / "s").load(names), strict=True):

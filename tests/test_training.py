@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 import signal
 from collections.abc import Callable, Iterator
@@ -29,6 +30,7 @@ from compressor.data.batches import padded_width
 from compressor.errors import CompressorError
 from compressor.files import FolderKind, atomic_folder
 from compressor.parsing import parse_config
+from compressor.training import footprint
 from compressor.training.checkpoints import Checkpoints
 from compressor.training.config import RunConfig, TrainingConfig
 from compressor.training.loop import learning_rate, start_run, train
@@ -628,11 +630,14 @@ def test_the_reported_validation_loss_is_that_of_the_saved_model(configure: Call
 
 
 def test_a_dry_run_writes_nothing(
-    training_options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    training_options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr(footprint, "LOOKED_AT", 8)
+    monkeypatch.setattr("compressor.commands.train.step_bytes", footprint.step_bytes)
     assert train_main([*training_options, f"--output={tmp_path / 'run'}", "--dry_run"]) == 0
     printed = capsys.readouterr().out
     assert "trainable" in printed
+    assert re.search(r"memory for each device, estimated: (0\.[1-9]|\d\d?\.\d) GiB", printed)
     assert yaml.safe_load(printed.split("\nstage ")[0])["compressor"]["memory_tokens"] == 4
     assert not (tmp_path / "run").exists()
 
@@ -644,13 +649,13 @@ def test_a_loss_of_nan_ends_the_command_with_status_2_and_record_ids(
 
     def spoiled(*given: Any) -> Tensor:
         calls.append(1)
-        return honest(*given) * (math.nan if len(calls) == 9 else 1.0)
+        return honest(*given) * (math.nan if len(calls) == 5 else 1.0)
 
     monkeypatch.setattr(compressor.training.objectives, "loss", spoiled)
     argv = [*training_options, f"--output={tmp_path}", "--training.steps=9", "--training.checkpoint_every=2"]
     assert train_main(argv) == 2
     error = capsys.readouterr().err
-    assert "error: the loss is nan at step 4" in error  # one call looks for dead parameters, four for memory
+    assert "error: the loss is nan at step 4" in error  # one call looks for dead parameters
     assert "train-" in error
     assert "Traceback" not in error
     assert kept(tmp_path) == [2]

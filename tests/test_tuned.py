@@ -50,6 +50,7 @@ def test_a_bound_makes_no_memories(make_tiny_compressor: Callable[..., Any]) -> 
         make_tiny_compressor(method="full-tuned").compress("A text.")
 
 
+@pytest.mark.usefixtures("no_estimate")
 def test_bounds_train_and_stand_in_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """On the bundled base, through the commands."""
     questions = tmp_path / "questions.jsonl"
@@ -75,11 +76,11 @@ def test_bounds_train_and_stand_in_the_table(tmp_path: Path, capsys: pytest.Capt
             "data.lengths": '[{"low": 6, "high": 12}]',
             "objective.tokens": '[{"tokens": 4}]',
             "objective.answer": "1.0",
-            "training.steps": "12",
+            "training.steps": "8",
             "training.batch_tokens": "128",
             "training.warmup_steps": "2",
             "training.learning_rate": "2e-2",
-            "training.validate_every": "12",
+            "training.validate_every": "8",
             "training.log_every": "1",
             "training.mixed_precision": "no",
             "training.threads": "1",
