@@ -85,7 +85,7 @@ def main() -> int:
     modules = {module_of(path) for path in package}
     graph = {module_of(path): imported(tree, module_of(path), modules) for path, tree in package.items()}
     found = circles(graph)
-    print(f"circles of imports: {', '.join(str(len(circle)) for circle in found) or 'none'}")
+    print(f"circles of imports, files in each: {', '.join(str(len(circle)) for circle in found) or 'none'}")
     for circle in found:
         print(f"  {', '.join(module.removeprefix(PACKAGE + '.') for module in circle)}")
     print(f"imports inside functions: {sum(map(local_imports, package.values()))}")

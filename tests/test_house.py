@@ -67,7 +67,7 @@ def test_circles_and_counts(project: Path, tmp_path: Path) -> None:
     lines = [" ".join(line.split()) for line in printed.splitlines()]
     assert "compressor 4 files 5 lines" in lines
     assert "compressor/part 2 files 4 lines" in lines
-    assert "circles of imports: 3" in lines
+    assert "circles of imports, files in each: 3" in lines
     assert "a, b, part.c" in lines
     assert "imports inside functions: 1" in lines
     assert "longest function: compressor/b.py:1 f, 3 lines" in lines

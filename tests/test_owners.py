@@ -52,10 +52,11 @@ def commands(tmp_path: Path, training_options: list[str], tiny_compressor: Any, 
     """Commands that write folders, each but for its output."""
     checkpoint, base = tmp_path / "checkpoint", tiny_compressor.base.name
     tiny_compressor.save_pretrained(checkpoint)
+    quick = ["--no-measure", "--limit=2"]
     model = ["--checkpoint", str(checkpoint), "--base", base]
     return {
         "train": lambda output: train_main([*training_options, "--training.steps=1", f"--output={output}"]),
-        "index": lambda output: cli(["index", corpus[1], f"--output={output}", "--encoder=bm25", *model]),
+        "index": lambda output: cli(["index", corpus[1], f"--output={output}", "--encoder=bm25", *quick, *model]),
         "evaluate": lambda output: evaluate_main(
             [*model, f"--data={corpus[1]}", "--lengths", "12", "--limit", "1", f"--output={output}"]
         ),

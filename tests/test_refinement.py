@@ -172,7 +172,7 @@ def test_refinement_in_every_family(family: str, make_family_base: Callable[...,
     base = make_family_base(family)
     model = Compressor(base, CompressorConfig(memory_tokens=4, lora_rank=2, max_passage_tokens=32))
     ids = [list(range(10, 34))]
-    before, after = (model.compress_ids(ids, 4, refine_steps=steps) for steps in (0, 12))
+    before, after = (model.compress_ids(ids, 4, refine_steps=steps) for steps in (0, 4))
     assert nats(model, after, ids)[0] < nats(model, before, ids)[0]
 
 
