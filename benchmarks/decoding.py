@@ -51,11 +51,10 @@ def library(base: Base, memories: list[Memory], tokens: int) -> None:
     base.model.generate(ids, attention_mask=mask, past_key_values=prefix.to_cache(), pad_token_id=base.eos, **limits)
 
 
-def ours(base: Base, memories: list[Memory], tokens: int, compiled: bool = False) -> None:
+def ours(base: Base, memories: list[Memory], tokens: int, decoding: str = "auto") -> None:
     """`compressor/model/generation.py`."""
-    rows = len(memories)
-    steps = stream(base, memory_prefix(base, memories), [[base.bos]] * rows, [tokens] * rows, None, False, compiled)
-    for _ in steps:
+    rows, base.decoding = len(memories), decoding
+    for _ in stream(base, memory_prefix(base, memories), [[base.bos]] * rows, [tokens] * rows, ends=False):
         pass
 
 
@@ -79,8 +78,8 @@ def measure(checkpoint: str, dtype: str, options: argparse.Namespace, device: to
         rows = [made[i % 3].truncate((16, 8, 4)[i % 3]) for i in range(size)]
         work[OURS, size] = lambda rows=rows: ours(model.base, rows, options.tokens)  # type: ignore[misc]
         work[LIBRARY, size] = lambda rows=rows: library(model.base, rows, options.tokens)  # type: ignore[misc]
-        if options.compiled:
-            work["compiled", size] = lambda rows=rows: ours(model.base, rows, options.tokens, True)  # type: ignore[misc]
+        for way in options.decoding:
+            work[way, size] = lambda rows=rows, way=way: ours(model.base, rows, options.tokens, way)  # type: ignore[misc]
     for one in work.values():
         one()
     taken: dict[tuple[str, int], list[float]] = {key: [] for key in work}
@@ -123,7 +122,7 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--compiled", action="store_true", help="compiled steps, too")
+    parser.add_argument("--decoding", nargs="+", default=[], choices=["static", "compiled"], help="these, too")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

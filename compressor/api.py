@@ -197,6 +197,7 @@ class Compressor(Network):
         attention: str = "auto",
         quantization: str | None = None,
         base_mismatch: str = "refuse",
+        decoding: str = "auto",
     ) -> Self:
         """Load a checkpoint.
 
@@ -209,11 +210,15 @@ class Compressor(Network):
             attention: attention implementation of the base.
             quantization: of the base; by default as it was in training.
             base_mismatch: `allow` takes a base with other weights than the checkpoint was trained on, with a warning.
+            decoding: how the base writes: `auto`, `static` (caches of a fixed width) or `compiled` (these, and the step
+                of a token by `torch.compile`).
 
         Raises:
             CompressorError: no such checkpoint, a damaged one, or another base than it was trained with.
         """
-        folder, chosen = find_base(path, base, device, dtype, revision, attention, quantization, base_mismatch)
+        folder, chosen = find_base(
+            path, base, device, dtype, revision, attention, quantization, base_mismatch, decoding
+        )
         settings = read_settings(folder)
         model = cls(chosen, CompressorConfig(**settings["config"]))
         model.about = dict(settings.get("about", {}))

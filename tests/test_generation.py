@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from compressor.api import Compressor
 from compressor.data.batches import IGNORED
 from compressor.errors import CompressorError
 from compressor.model.base import Base
+from compressor.model.config import CompressorConfig
 from compressor.model.decoder import (
     BLOCK,
     Prefix,
@@ -173,17 +175,77 @@ def test_questions_about_one_memory_are_answered_together(tiny_compressor: Compr
     assert tiny_compressor.answer(memory, questions, limit=6, batch_size=2) == wanted
 
 
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+def test_static_caches_give_the_same_tokens(kind: str, make_family_base: Callable[..., Base]) -> None:
+    base = make_family_base(kind)
+    model = Compressor(base, CompressorConfig(memory_tokens=4, lora_rank=2, max_passage_tokens=64))
+    memories = [one.truncate(k) for one, k in zip(model.compress_ids(PASSAGES), (4, 2, 1), strict=True)]
+    for sampling in (Sampling(), HOT):
+        # Rows end at other times, one of them by a token that ends what is written.
+        free = generate(base, memory_prefix(base, memories), PROMPTS, LIMITS, sampling)
+        base.model.generation_config.eos_token_id = [base.eos, free[0].ids[3]]
+        found = []
+        for base.decoding in ("auto", "static"):
+            apart = generate(base, memory_prefix(base, memories), PROMPTS, LIMITS, sampling)
+            together = generate(base, shared([memories[0]] * 3, partial(memory_prefix, base)), PROMPTS, LIMITS)
+            nothing = generate(base, empty_prefix(base, 3), PROMPTS, LIMITS)
+            found.append([*apart, *together, *nothing])
+        base.decoding = "auto"
+        assert found[0][0].finished
+        assert [(one.ids, one.finished) for one in found[1]] == [(one.ids, one.finished) for one in found[0]]
+        for one, other in zip(found[1], found[0], strict=True):
+            assert one.logprobs == pytest.approx(other.logprobs, abs=1e-3)
+
+
+def test_decoding_is_one_setting_of_a_base(
+    tiny_compressor: Compressor, make_tiny_base: Callable[[], Base], tmp_path: Path
+) -> None:
+    checkpoint, base = tmp_path / "checkpoint", make_tiny_base()
+    tiny_compressor.save_pretrained(checkpoint)
+    assert Compressor.from_pretrained(checkpoint, decoding="static").base.decoding == "static"
+    base.decoding = "static"
+    assert Compressor.from_pretrained(checkpoint, base=base).base.decoding == "static"  # a base keeps its own
+    with pytest.raises(CompressorError, match=r"decoding = 'fast' .*auto, static, compiled"):
+        Compressor.from_pretrained(checkpoint, decoding="fast")
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # torch's own import of its compiler
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated")  # its compiler does, to trace our backward pass
 def test_compiled_steps_equal_plain_ones(decoder: tuple[Base, list[Memory]]) -> None:
     base, memories = decoder
-    plain, compiled = (
-        generate(base, memory_prefix(base, memories), PROMPTS, LIMITS, HOT, compiled=on) for on in (False, True)
-    )
+    found = []
+    for base.decoding in ("auto", "compiled"):
+        found.append(generate(base, memory_prefix(base, memories), PROMPTS, LIMITS, HOT))
+    plain, compiled = found
+    assert base.decoding == "compiled"  # it was not given up
     assert [one.ids for one in compiled] == [one.ids for one in plain]
     for one, other in zip(compiled, plain, strict=True):
         assert one.logprobs == pytest.approx(other.logprobs, abs=1e-3)
+
+
+def test_what_cannot_be_compiled_is_written_without(
+    decoder: tuple[Base, list[Memory]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, memories = decoder
+    wanted = generate(base, memory_prefix(base, memories), PROMPTS, LIMITS)
+
+    def broken(**inputs: Any) -> None:
+        """Fails where a part of the layers has read the token, as after a break of the graph."""
+        base.model.model.layers[0](
+            torch.zeros(3, 1, 32),
+            position_embeddings=(torch.ones(3, 1, 8), torch.zeros(3, 1, 8)),
+            past_key_values=inputs["past_key_values"],
+        )
+        raise ZeroDivisionError("no kernel")
+
+    monkeypatch.setattr(base, "compiled_model", lambda: broken)
+    base.decoding = "compiled"
+    found = generate(base, memory_prefix(base, memories), PROMPTS, LIMITS)
+    assert [one.ids for one in found] == [one.ids for one in wanted]
+    assert base.decoding == "static"
+    assert "cannot compile a step" in (said := capsys.readouterr().err)
+    assert "ZeroDivisionError: no kernel" in said
 
 
 # -- batches, streams ----------------------------------------------------------------------------------------------

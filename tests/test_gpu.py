@@ -99,6 +99,24 @@ def test_batches_equal_singles_on_the_gpu(tiny_base_folder: Path, make_tiny_comp
         assert generate(model.base, memory_prefix(model.base, [memory]), [prompt], [8])[0].ids == expected.ids
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # torch's own import of its compiler
+@pytest.mark.parametrize("decoding", ["static", "compiled"])
+def test_every_way_of_decoding_writes_the_same_on_the_gpu(
+    decoding: str, tiny_base_folder: Path, make_tiny_compressor: Callable[..., Any]
+) -> None:
+    model: Compressor = make_tiny_compressor(base=load_base(BaseConfig(path=str(tiny_base_folder)), "cuda"))
+    base, memories = (
+        model.base,
+        [one.truncate(k) for one, k in zip(model.compress_ids(PASSAGES), (8, 4, 1), strict=True)],
+    )
+    found = []
+    for base.decoding in ("auto", decoding, decoding):  # a second batch has caches elsewhere
+        found.append(generate(base, memory_prefix(base, memories), [[1], [5, 6, 7], [1, 9]], [24, 5, 12]))
+    assert base.decoding == decoding  # the compiler was not given up
+    for others in found[1:]:
+        assert [one.ids for one in others] == [one.ids for one in found[0]]
+
+
 def test_refinement_on_the_gpu(tiny_base_folder: Path) -> None:
     from compressor.model.config import CompressorConfig
 

@@ -149,7 +149,9 @@ class Methods:
         if self.settings is not None:
             return find_base(config.checkpoint, device=device, **config.loading)[1]
         assert config.base is not None
-        return load_base(BaseConfig(path=config.base, dtype=config.dtype), device)
+        base = load_base(BaseConfig(path=config.base, dtype=config.dtype), device)
+        base.decoding = config.decoding
+        return base
 
     def _note_base(self, base: Base) -> None:
         named = {"path": base.name, "fingerprint": base.fingerprint, "dtype": self.config.dtype}

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from compressor.errors import require
-from compressor.model.config import CheckpointConfig
+from compressor.model.config import CheckpointConfig, Decoding
 
 LEAST = {
     **dict.fromkeys(("segment_tokens", "question_tokens", "repeats", "limit", "batch_size"), 1),
@@ -34,13 +34,17 @@ class EvaluationConfig(CheckpointConfig):
     """Folder for metrics.json, predictions.jsonl, config.yaml, table.md and plots."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Data type the base is held in."""
+    decoding: Decoding = "auto"
+    """How the base writes: static takes caches of a fixed width, compiled also compiles the step of a token, for
+    evaluations on a GPU that are long enough to pay for the minute that takes."""
     seed: int = 0
     """Seed of the resamples; decoding is greedy."""
 
     @property
     def loading(self) -> dict[str, Any]:
         """What `Compressor.from_pretrained` takes besides checkpoint and device."""
-        return {"base": self.base, "dtype": self.dtype, "base_mismatch": self.base_mismatch}
+        names = ("base", "dtype", "base_mismatch", "decoding")
+        return {name: getattr(self, name) for name in names}
 
     def __post_init__(self) -> None:
         super().__post_init__()

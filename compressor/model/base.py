@@ -32,6 +32,7 @@ class Base(nn.Module):
         doubled: whether the model lists each angle twice in a row rather than all of them twice.
         fingerprint: hash of the weights as they are stored (`fingerprint`).
         plain_head: whether `logits` gives what the model makes of its last hidden states.
+        decoding: how it writes token by token, `Decoding` of `config.py`; may be set at any time.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class Base(nn.Module):
         self.model, self.tokenizer, self.name = model, tokenizer, name
         self.quantization, self.revision = quantization, revision
         self.window = window_of(model.config)
+        self.decoding = "auto"
         self._compiled: Any = None
         self.model.requires_grad_(False)
         self.model.eval()

@@ -20,7 +20,7 @@ from compressor.files import FolderKind, atomic_folder, bundled, read_json, sha2
 from compressor.model.base import Base
 from compressor.model.bases import NAMED, default_checkpoint
 from compressor.model.card import model_card
-from compressor.model.config import BaseConfig, BaseMismatch, CompressorConfig
+from compressor.model.config import BaseConfig, BaseMismatch, CompressorConfig, Decoding
 from compressor.model.fingerprints import public_name
 from compressor.model.load import load_base
 from compressor.model.lora import READER
@@ -181,8 +181,10 @@ def find_base(
     attention: str = "auto",
     quantization: str | None = None,
     base_mismatch: str = "refuse",
+    decoding: str = "auto",
 ) -> tuple[Path, Base]:
     """A checkpoint's folder and the base it was trained on, loaded; arguments as for `Compressor.from_pretrained`."""
+    require(decoding in get_args(Decoding), "decoding", decoding, f"one of {', '.join(get_args(Decoding))}")
     path = default_checkpoint() if path is None or path == "" else as_path(path)
     folder = fetch_checkpoint(str(path), revision)
     trained_on = read_settings(folder)["base"]
@@ -200,6 +202,8 @@ def find_base(
         )
         base = load_base(chosen, device)
     check_fingerprint(path, trained_on, base, base_mismatch)
+    if decoding != "auto":  # a base that is given keeps its own
+        base.decoding = decoding
     return folder, base
 
 

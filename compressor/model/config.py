@@ -17,6 +17,8 @@ else:
     Layout, TrainedMethod = Literal[tuple(LAYOUTS)], Literal[tuple(METHODS)]
 BaseMismatch = Literal["refuse", "allow"]
 """What is done about a base with other weights than a checkpoint was trained on."""
+Decoding = Literal["auto", "static", "compiled"]
+"""How a base writes token by token (`Rows` of `compressor/model/generation.py`)."""
 PassageAttention = Literal["causal", "bidirectional"]
 MemoryAttention = Literal["passage", "tree"]
 

@@ -14,16 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import StaticLayer
 
 from compressor.data.batches import by_length
 from compressor.data.prompts import QUESTION, question_ids
-from compressor.errors import CompressorError, require_whole
+from compressor.errors import CompressorError, first_line, require_whole
 from compressor.model.base import Base
 from compressor.model.decoder import BLOCK, Prefix, RoomyLayer, logprobs_of, roomy_cache, shares, up
 from compressor.model.kernels import Sharing
 from compressor.model.memory import Memory, memory_prefix
-from compressor.progress import Progress, counted
+from compressor.progress import Progress, counted, note
 
 DECODED_TOGETHER = 64
 """Rows of a batch: on a CPU, too, a step of so many takes little longer than one of 16."""
@@ -31,7 +31,7 @@ ANSWER_TOKENS = 48
 """Most tokens of an answer."""
 
 STATIC_BLOCK = 128
-"""Columns by which the caches of compiled steps grow, which attend to all columns that there will be."""
+"""Columns by which static caches grow: steps attend to all that there will be, and are compiled for each number."""
 
 
 @dataclass(frozen=True)
@@ -67,40 +67,20 @@ class Generation:
     """Whether EOS (or another of `Base.ends`) came before the limit."""
 
 
-class _StaticLayer(DynamicLayer):
-    """A layer all of whose room is attended to: nothing but the contents of tensors changes from step to step."""
-
-    def __init__(self, keys: Tensor, values: Tensor, room: int):
-        super().__init__()
-        self.at = torch.tensor([keys.shape[2]], device=keys.device)
-        self.room = up(keys.shape[2] + room, STATIC_BLOCK)
-        pad = (0, 0, 0, self.room - keys.shape[2])
-        self.keys, self.values = (torch.nn.functional.pad(one, pad) for one in (keys, values))
-        self.is_initialized = True
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
-        """Write them; all keys and values."""
-        assert self.keys is not None
-        assert self.values is not None
-        where = self.at + torch.arange(key_states.shape[2], device=self.at.device)
-        self.keys.index_copy_(2, where, key_states.to(self.keys.dtype))
-        self.values.index_copy_(2, where, value_states.to(self.values.dtype))
-        self.at.add_(key_states.shape[2])
-        return self.keys, self.values
-
-
 class Rows:
     """Rows of a batch, each with its context and its prompt; a step reads their newest tokens.
 
-    Contexts that rows share are held once if the base's attention is ours. Caches of compiled steps have a fixed width.
+    Contexts that rows share are held once if the base's attention is ours. With `Base.decoding` of `static` and
+    `compiled` caches have a fixed width instead, so that nothing but the contents of tensors changes from step to step.
 
     Args:
         room: most tokens that are read after a prompt.
     """
 
-    def __init__(self, base: Base, prefix: Prefix, prompts: Sequence[Sequence[int]], room: int, compiled: bool = False):
-        self.base, self.compiled, device = base, compiled, base.device
-        prefix = prefix.whole() if compiled or not shares(base, prefix) else prefix
+    def __init__(self, base: Base, prefix: Prefix, prompts: Sequence[Sequence[int]], room: int):
+        self.base, device = base, base.device
+        self.static, self.compiled = base.decoding != "auto", base.decoding == "compiled"
+        prefix = prefix.whole() if self.static or not shares(base, prefix) else prefix
         self.owners = prefix.owners
         widest, count = max(map(len, prompts)), len(prompts)
         self.ids = torch.full((count, widest), base.eos, device=device)
@@ -110,11 +90,12 @@ class Rows:
             real[row, widest - len(prompt) :] = True
         self.positions = (prefix.start[:, None] + real.cumsum(1) - 1).clamp(min=0)
         self.contexts = len(prefix.keys[0])
-        if compiled:
-            pairs = zip(prefix.keys, prefix.values, strict=True)
-            layers = [_StaticLayer(keys, values, widest + room) for keys, values in pairs]
-            self.cache, columns = DynamicCache(), layers[0].room
-            self.cache.layers = list(layers)
+        if self.static:
+            self.cache, columns = DynamicCache(), up(prefix.slots + widest + room, STATIC_BLOCK)
+            # Of full attention in every layer: what is read fits into a sliding window (`Base.check_window`).
+            self.cache.layers = [StaticLayer(columns) for _ in prefix.keys]
+            for layer, keys, values in zip(self.cache.layers, prefix.keys, prefix.values, strict=True):
+                layer.update(keys, values)
         else:
             self.cache, columns = roomy_cache(base, prefix, widest + room)
         self.apart = 0 if self.owners is None else prefix.slots
@@ -130,7 +111,7 @@ class Rows:
         width, device = self.ids.shape[1], self.ids.device
         end = self.read + width
         columns = self.allowed.shape[1]
-        if not self.compiled:
+        if not self.static:
             columns = self.apart + up(end - self.apart, BLOCK)
         allowed = self.allowed[:, None, :columns].expand(-1, width, -1).clone()
         # Causal among the newest; padding before a prompt sees itself, to keep its softmax finite.
@@ -143,9 +124,30 @@ class Rows:
             "attention_mask": self.base.additive_mask(allowed),
             "past_key_values": self.cache,
         }
+        found = None
+        if self.compiled and width == 1:
+            found = self._compiled(inputs)
+        if found is None:
+            found = self.base.model(**inputs, use_cache=True, logits_to_keep=1)
         self.read = end
-        model = self.base.compiled_model() if self.compiled and width == 1 else self.base.model
-        return model(**inputs, use_cache=True, logits_to_keep=1).logits[:, -1].float()
+        return found.logits[:, -1].float()
+
+    def _compiled(self, inputs: dict[str, Any]) -> Any:
+        """What the compiled model makes of one token a row; None where it cannot be compiled, from then on."""
+        try:
+            return self.base.compiled_model()(**inputs, use_cache=True, logits_to_keep=1)
+        except (CompressorError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # the compiler's own, of many kinds
+            self.base.decoding, self.compiled = "static", False
+            note(
+                f"note: torch {torch.__version__} cannot compile a step of {self.base.name} ({type(error).__name__}: "
+                f"{first_line(error)[:300]}): it is written without, as with --decoding static"
+            )
+        for layer in self.cache.layers:  # those before the fault may have read the token
+            assert isinstance(layer, StaticLayer)
+            layer.cumulative_length.fill_(self.read)
+        return None
 
     def add(self, chosen: Tensor) -> None:
         """Take the rows' next tokens, int64 `[rows]`."""
@@ -153,7 +155,7 @@ class Rows:
         self.allowed[:, self.read] = True
 
     def keep(self, rows: Tensor) -> None:
-        """Go on with these rows alone, int64 `[rows]`; of compiled steps all stay."""
+        """Go on with these rows alone, int64 `[rows]`; in static caches all stay."""
         self.ids, self.positions, self.allowed = self.ids[rows], self.positions[rows], self.allowed[rows]
         sharing = None
         if self.owners is not None:
@@ -187,7 +189,6 @@ def stream(
     limits: Sequence[int],
     sampling: Sampling | None = None,
     ends: bool = True,
-    compiled: bool = False,
 ) -> Iterator[list[tuple[int, float] | None]]:
     """Generate after prefix and prompt, a token a step for every row.
 
@@ -195,7 +196,6 @@ def stream(
         prompts: token ids for each row, at least one each; lengths may differ.
         limits: most new tokens for each row.
         ends: whether `Base.ends` end a row; without, every row is as long as its limit, which timings need.
-        compiled: compile the step (`torch.compile`), which takes a minute and pays on GPUs.
 
     Yields:
         For each row the new token and its log-probability, or None when the row has ended. EOS is yielded too.
@@ -212,12 +212,12 @@ def stream(
     computed = list(range(len(prompts)))
     if not alive:
         return
-    rows = Rows(base, prefix, prompts, max(limits) - 1, compiled)
+    rows = Rows(base, prefix, prompts, max(limits) - 1)
     generators = [torch.Generator().manual_seed(sampling.seed) for _ in prompts]
     stops, written = base.ends if ends else (), 0
     while alive:
         # Copies cost a few steps: rows that have ended are dropped a quarter at a time.
-        if len(alive) <= 0.75 * len(computed) and not compiled:
+        if len(alive) <= 0.75 * len(computed) and not rows.static:
             rows.keep(torch.tensor([computed.index(row) for row in alive], device=base.device))
             computed = list(alive)
         logits = rows.logits()
@@ -238,11 +238,10 @@ def generate(
     prompts: Sequence[Sequence[int]],
     limits: Sequence[int],
     sampling: Sampling | None = None,
-    compiled: bool = False,
 ) -> list[Generation]:
     """`stream`, collected."""
     results, ends = [Generation() for _ in prompts], base.ends
-    steps = stream(base, prefix, prompts, limits, sampling, compiled=compiled)
+    steps = stream(base, prefix, prompts, limits, sampling)
     for step in counted(steps, "writing", max(limits, default=0), "tokens"):
         for result, new in zip(results, step, strict=True):
             if new is not None:
@@ -273,7 +272,6 @@ def answer(
     limit: int = ANSWER_TOKENS,
     sampling: Sampling | None = None,
     batch_size: int = DECODED_TOGETHER,
-    compiled: bool = False,
 ) -> list[Answer]:
     """Answer a question for each row of a prefix, so many together.
 
@@ -289,7 +287,7 @@ def answer(
     written = []
     for rows in torch.arange(len(prompts), device=base.device).split(batch_size):
         chosen = [prompts[row] for row in rows.tolist()]
-        written += generate(base, prefix.select(rows), chosen, [limit] * len(rows), sampling, compiled)
+        written += generate(base, prefix.select(rows), chosen, [limit] * len(rows), sampling)
     texts = [base.tokenizer.decode(one.ids, skip_special_tokens=True).strip() for one in written]
     return [Answer(text, sum(one.logprobs), one.finished) for text, one in zip(texts, written, strict=True)]
 
@@ -311,7 +309,6 @@ def regenerate_ids(
     memories: Sequence[Memory],
     sampling: Sampling | None = None,
     batch_size: int = DECODED_TOGETHER,
-    compiled: bool = False,
 ) -> list[list[int]]:
     """Token ids of the passages, written back from their memories; segments are decoded apart and joined."""
     require_whole("batch_size", batch_size)
@@ -327,7 +324,6 @@ def regenerate_ids(
                 [[base.bos]] * len(parts),
                 [regeneration_limit(part.passage_tokens) for part in parts],
                 sampling,
-                compiled,
             )
             for i, generation in zip(chosen, generations, strict=True):
                 written[i] = generation.ids
@@ -343,8 +339,7 @@ def regenerate(
     memories: Sequence[Memory],
     sampling: Sampling | None = None,
     batch_size: int = DECODED_TOGETHER,
-    compiled: bool = False,
 ) -> list[str]:
     """Texts of the passages, written back from their memories."""
-    written = regenerate_ids(base, memories, sampling, batch_size, compiled)
+    written = regenerate_ids(base, memories, sampling, batch_size)
     return [base.tokenizer.decode(ids, skip_special_tokens=True) for ids in written]
