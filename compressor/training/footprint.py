@@ -17,11 +17,11 @@ from compressor.training.config import RunConfig
 from compressor.training.regenerate import CompressionStage
 from compressor.training.stage import Batch, moved
 
-PROBED = ((1, 16), (1, 32), (1, 48), (2, 16))
-"""Passages and tokens of each, of the micro-batches that are tried."""
+PROBED = ((1, 16), (2, 16), (1, 32), (1, 48))
+"""Passages and tokens of each, of the micro-batches that are tried: the first two by methods that extend passages."""
 CPU_SLACK = 2
-"""What a process on a CPU holds for each byte of activations: freed tensors leave holes that those of the next shape do
-not fit in, and oneDNN keeps weights in the order that a shape wants."""
+"""What a process on a CPU holds for each byte of activations where widths differ: freed tensors leave holes that those
+of the next width do not fit in, and oneDNN keeps weights in the order that a shape wants."""
 LOOKED_AT = 200
 """Micro-batches among which the largest is looked for."""
 
@@ -48,7 +48,8 @@ def step_bytes(stage: CompressionStage, config: RunConfig, processes: int) -> in
     passing = max(rows * width * (4 * inner + 3 * heads * width) * size for rows, width, _ in shapes)
     logits = HEAD_ROWS * len(model.base.embeddings.weight) * (size + 12)
     activations = max(kept(rows, width) + int(answers * cells) for rows, width, cells in shapes)
-    slack = CPU_SLACK if model.base.device.type == "cpu" else 1
+    # Passages that are all extended to one length leave no holes.
+    slack = CPU_SLACK if model.base.device.type == "cpu" and model.encoder.padded_to is None else 1
     return held + training + slack * activations + max(passing, logits)
 
 
@@ -77,8 +78,9 @@ def kept_of(stage: CompressionStage, checkpointing: bool) -> Callable[[int, int]
     """Bytes that autograd keeps of a micro-batch, by its rows and their width."""
     model, most = stage.module, stage.module.config.memory_tokens
     model.activation_checkpointing = False
+    probed = PROBED if model.encoder.padded_to is None else PROBED[:2]
     parts: list[list[int]] = []  # of the encoder and of all, for each shape
-    for rows, width in PROBED:
+    for rows, width in probed:
         width = min(width, stage.validation[-1].length)
         batch = stage.collate(stage.held_out, [Piece(stage.validation[-1].record, 0, width)] * rows, [most] * rows)
         batch = moved(batch, model.base.device)
@@ -86,12 +88,13 @@ def kept_of(stage: CompressionStage, checkpointing: bool) -> Callable[[int, int]
         parts.append([kept_bytes(encode, model), kept_bytes(partial(model, batch), model)])
     model.activation_checkpointing = checkpointing
     found = torch.tensor(parts, dtype=torch.float64)
-    constant = (2 * found[0] - found[3]).clamp(min=0)
-    widths = torch.tensor([float(width) for _, width in PROBED[:3]], dtype=torch.float64)
-    by_width = torch.linalg.solve(torch.stack([widths**0, widths, widths**2], dim=1), found[:3] - constant).clamp(min=0)
+    constant = (2 * found[0] - found[1]).clamp(min=0)
+    single = [place for place, (rows, _) in enumerate(probed) if rows == 1]
+    powers_of = torch.tensor([[float(probed[i][1]) ** power for power in range(len(single))] for i in single]).double()
+    by_width = torch.linalg.solve(powers_of, found[single] - constant).clamp(min=0)
 
     def kept(rows: int, width: int) -> int:
-        powers = torch.tensor([1.0, width, width**2], dtype=torch.float64)
+        powers = torch.tensor([float(width) ** power for power in range(len(single))], dtype=torch.float64)
         encoder, everything = (constant + rows * (powers @ by_width)).tolist()
         # Checkpointed, the encoder's are made again once the decoder's are gone.
         return int(max(encoder, everything - encoder) if checkpointing else everything)
@@ -109,7 +112,7 @@ def kept_bytes(run: Callable[[], Any], model: nn.Module) -> int:
         if not weight:
             storage = tensor.untyped_storage()
             storages[storage.data_ptr()] = storage  # held, so that no other takes its place
-        return tensor
+        return tensor.detach()  # with its history, an output that its own node keeps would never be freed
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
         made = run()
