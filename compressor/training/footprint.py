@@ -13,6 +13,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from compressor.data.batches import Piece
 from compressor.model.decoder import HEAD_ROWS
+from compressor.processes import return_free_memory
 from compressor.training.config import RunConfig
 from compressor.training.regenerate import CompressionStage
 from compressor.training.stage import Batch, moved
@@ -34,7 +35,9 @@ def step_bytes(stage: CompressionStage, config: RunConfig, processes: int) -> in
     width. Other parts: what the process holds now (the base, libraries on a CPU), gradients, the optimiser's moments,
     DDP's copies of gradients, and a layer's and the output layer's intermediate values in the backward pass.
     """
-    model, held = stage.module, resident_bytes(stage.module)
+    model = stage.module
+    return_free_memory()  # of passes before, which a step uses again
+    held = resident_bytes(model)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     moments = 4 if config.training.optimizer == "muon" else 8
     training = trained * (4 + moments + (4 if processes > 1 else 0))
