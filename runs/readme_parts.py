@@ -33,10 +33,21 @@ from readme_regeneration import (
     which_k,
 )
 from readme_shared import FLAGSHIP
-from readme_storing import codecs, decoding, lossless, sent, serving, store_codecs, store_found, store_together
+from readme_storing import (
+    codecs,
+    decoding,
+    evaluation_time,
+    lossless,
+    sent,
+    serving,
+    store_codecs,
+    store_found,
+    store_together,
+)
 
 PARTS: dict[str, Callable[[], str]] = {
     "decoding": decoding,
+    "evaluation-time": evaluation_time,
     "headline": headline,
     "flagship": flagship,
     "flagship-details": flagship_details,

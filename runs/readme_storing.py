@@ -208,3 +208,22 @@ def decoding() -> str:
             shown = [f"{one['tokens_per_second']:,.0f} ({one['times_loop']:.1f}x)" if one else "" for one in of_size]
             body.append([f"{Path(base).parent.name or base}, {dtype}", variant, *shown])
     return table(["base", "", *(f"{size} row{'s' * (size > 1)}" for size in sizes)], body)
+
+
+def evaluation_time() -> str:
+    """Seconds of an evaluation and the shares of its parts, now and on an earlier commit."""
+    try:
+        found = results("benchmark-evaluation.json")
+    except FileNotFoundError:
+        return "Not measured yet: `runs/evaluation-time.sh`."
+    rows = found["rows"]
+    names = [f"{'now' if row is rows[0] else 'before'} ({row['commit']})" for row in rows]
+    body = [["all", *(f"{row['seconds']:,.0f} s" for row in rows)]]
+    for part in rows[0]["parts"]:
+        shown = [(row["parts"][part], row["parts"][part] / row["seconds"]) for row in rows]
+        body.append([part, *(f"{seconds:,.1f} s ({share:.0%})" for seconds, share in shown)])
+    lengths, tokens = (", ".join(map(str, found[name])) for name in ("lengths", "tokens"))
+    return table(["", *names], body) + (
+        f"\n\narxiv-mini, {found['limit']} abstracts at each of {lengths} tokens from {tokens} memory tokens, in "
+        f"batches of {found['batch_size']},\nseconds of one core without imports."
+    )
