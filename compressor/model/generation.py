@@ -93,9 +93,10 @@ class Rows:
         if self.static:
             self.cache, columns = DynamicCache(), up(prefix.slots + widest + room, STATIC_BLOCK)
             # Of full attention in every layer: what is read fits into a sliding window (`Base.check_window`).
-            self.cache.layers = [StaticLayer(columns) for _ in prefix.keys]
-            for layer, keys, values in zip(self.cache.layers, prefix.keys, prefix.values, strict=True):
+            layers = [StaticLayer(columns) for _ in prefix.keys]
+            for layer, keys, values in zip(layers, prefix.keys, prefix.values, strict=True):
                 layer.update(keys, values)
+            self.cache.layers = [*layers]
         else:
             self.cache, columns = roomy_cache(base, prefix, widest + room)
         self.apart = 0 if self.owners is None else prefix.slots
