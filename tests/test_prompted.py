@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
 from rouge_score.rouge_scorer import RougeScorer
 
 from compressor.commands.cli import evaluate_main
@@ -19,6 +21,7 @@ from compressor.data.instructions import PRESETS, Prompt, load_prompt, preset_na
 from compressor.data.prompts import answer_ids
 from compressor.errors import CompressorError
 from compressor.evaluation.figures import FIGURES
+from compressor.evaluation.methods import Methods
 from compressor.evaluation.metrics import resampled_figures, word_errors
 from compressor.evaluation.scores import SCORES, Answered
 from compressor.evaluation.settings import PromptSettings
@@ -27,6 +30,7 @@ from compressor.evaluation.tasks.prompt import Prompted
 from compressor.methods.bounds import Full
 from compressor.methods.interface import MemoryMethod
 from compressor.model.base import Base
+from compressor.model.bases import FLAGSHIP_BASE, NAMED
 
 TEXT = "the memory of a passage holds what it says so that a decoder can answer questions about it later on"
 
@@ -241,6 +245,21 @@ def test_bounds_stand_beside_every_figure(
     highest = [metrics["rows"][-1].get(f"{one}_high") for one in metrics["figures"] if one.endswith("_difference")]
     doubtful = any(high is not None and high >= 0 for high in highest)
     assert doubtful == ("reading the whole passage is not better than reading none" in capsys.readouterr().out)
+
+
+def test_trained_bounds_beside_the_checkpoint_are_found(
+    make_tiny_compressor: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In its folder or in methods/ there; texts are recited after the prefix that ships for the base."""
+    make_tiny_compressor().save_pretrained(tmp_path / "compressor")
+    for name, place in (("full-tuned", "full-tuned"), ("none-tuned", "methods/none-tuned")):
+        make_tiny_compressor(method=name).save_pretrained(tmp_path / place)
+    named = replace(NAMED[FLAGSHIP_BASE], cartridge=str(tmp_path / "full-tuned"))
+    monkeypatch.setitem(NAMED, FLAGSHIP_BASE, named)
+    settings = PromptSettings(task="translate", checkpoint=str(tmp_path / "compressor"))
+    found = Methods(settings, Accelerator(cpu=True), Prompted.bounds).specs
+    assert [name for name, _ in found] == ["kv", "recite-tuned", "full", "none", "full-tuned", "none-tuned"]
+    assert [place for _, place in found][-2:] == [str(tmp_path / "full-tuned"), str(tmp_path / "methods/none-tuned")]
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "gpt_neox"])

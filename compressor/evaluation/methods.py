@@ -23,6 +23,7 @@ from compressor.methods.table import (
     untrained_method,
 )
 from compressor.model.base import Base
+from compressor.model.cartridge import cartridge_folder
 from compressor.model.checkpoint import compressor_fingerprint, fetch_checkpoint, find_base, read_settings
 from compressor.model.config import BaseConfig
 from compressor.model.load import load_base
@@ -59,9 +60,7 @@ class Methods:
             self.settings = read_settings(fetch_checkpoint(config.checkpoint))
         self.own: str = self.settings["config"].get("method", "kv") if self.settings else "kv"
         if not specs:
-            beside = Path(bundled(config.checkpoint)).parent / "methods"
-            there = (name for name in bounds if not name.endswith("-tuned") or (beside / name).is_dir())
-            specs = [(name, None) for name in dict.fromkeys([self.own, *there])]
+            specs = [(name, None) for name in dict.fromkeys([self.own, *filter(self._there, bounds)])]
         self.specs = [(name, self._place(name, place)) for name, place in specs]
         most = self.settings["config"]["memory_tokens"] if self.settings else 16
         if config.tokens and self.settings:
@@ -69,6 +68,21 @@ class Methods:
         self.tokens = list(config.tokens) or [most, *(size for size in SIZES if bounds and size < most)]
         self._fingerprints: dict[str, str] = {}
         self._base: dict[str, Any] = {}
+
+    def _there(self, bound: str) -> bool:
+        """Whether a bound can be run. Recited texts are read after a prefix where one ships for the base, else as they
+        are; trained bounds lie beside the checkpoint."""
+        if bound in READINGS:
+            assert self.settings is not None
+            shipped = cartridge_folder(self.settings["base"]["fingerprint"]) is not None
+            return shipped == (bound == "recite-tuned")
+        return bound not in TRAINED or self._beside(bound) is not None
+
+    def _beside(self, name: str) -> str | None:
+        """The checkpoint of a trained method that lies beside the evaluated one, or in methods/ there."""
+        folder = Path(self.config.checkpoint).parent
+        places = (str(folder / "methods" / name), str(folder / name))
+        return next((place for place in places if Path(bundled(place)).is_dir()), None)
 
     def _place(self, name: str, place: str | None) -> str | None:
         """Where a trained method's checkpoint is, by name where none is given; checked. None for other methods."""
@@ -80,10 +94,11 @@ class Methods:
             return self.config.checkpoint
         assert self.settings is not None
         if place is None:
-            place = str(Path(self.config.checkpoint).parent / "methods" / name)
-            if not Path(bundled(place)).is_dir():
+            place = self._beside(name)
+            if place is None:
+                wanted = Path(self.config.checkpoint).parent / "methods" / name
                 raise CompressorError(
-                    f"there is no checkpoint of the method {name} at {place}: write {name}=CHECKPOINT, or train one "
+                    f"there is no checkpoint of the method {name} at {wanted}: write {name}=CHECKPOINT, or train one "
                     "(configs/arxiv-mini/methods.yaml)"
                 )
         found = read_settings(fetch_checkpoint(place))

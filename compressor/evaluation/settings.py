@@ -93,8 +93,9 @@ class TaskSettings(ItemSettings):
 
     methods: list[str] = field(default_factory=list)
     """Methods to compare, by default the checkpoint's own (prompt: beside its bounds): kv, reference-500x, icae,
-    mean-pool, anchor, sentence-embedding, full-tuned, none-tuned (trained; NAME=CHECKPOINT, or NAME for the folder
-    methods/NAME beside the checkpoint), recite, full, none, truncate, keywords, summary, llmlingua2."""
+    mean-pool, anchor, sentence-embedding, full-tuned, none-tuned (trained; NAME=CHECKPOINT, or NAME for a folder of
+    that name beside the checkpoint or in methods/ there), recite, recite-tuned (where a prefix ships for the base),
+    full, none, truncate, keywords, summary, llmlingua2."""
     refine_from: Literal["encoder", "random"] = "encoder"
     """What refine_steps start from: the memory that the encoder makes, or random vectors, to see what that is worth."""
     refine_keep: float = 0.3

@@ -87,14 +87,17 @@ def cartridge_of(base: Base) -> Tensor | None:
     Raises:
         CompressorError: it is damaged.
     """
-    for place in (named.cartridge for named in NAMED.values() if named.cartridge):
-        folder = Path(bundled(place))
-        if not folder.is_dir():
-            continue
-        settings = read_settings(folder)
-        if settings["base"]["fingerprint"] == base.fingerprint:
-            if sha256(folder / ENCODER) != settings["files"][ENCODER]:
-                raise CompressorError(f"{folder / ENCODER} is damaged: its checksum differs from compressor.json's")
-            (weights,) = load_file(folder / ENCODER, device=str(base.device)).values()
-            return weights
-    return None
+    folder = cartridge_folder(base.fingerprint)
+    if folder is None:
+        return None
+    if sha256(folder / ENCODER) != read_settings(folder)["files"][ENCODER]:
+        raise CompressorError(f"{folder / ENCODER} is damaged: its checksum differs from compressor.json's")
+    (weights,) = load_file(folder / ENCODER, device=str(base.device)).values()
+    return weights
+
+
+def cartridge_folder(fingerprint: str) -> Path | None:
+    """Where the cartridge of the base with this fingerprint ships; None where none does."""
+    places = (Path(bundled(named.cartridge)) for named in NAMED.values() if named.cartridge)
+    there = (folder for folder in places if folder.is_dir())
+    return next((one for one in there if read_settings(one)["base"]["fingerprint"] == fingerprint), None)

@@ -33,7 +33,7 @@ class Prompted(QuestionAnswering):
     Every instruction is about its whole passage, in however many segments that is compressed.
     """
 
-    bounds = ("recite", "full", "none", "full-tuned", "none-tuned")
+    bounds = ("recite", "recite-tuned", "full", "none", "full-tuned", "none-tuned")
 
     def __init__(self, config: Any = None):
         super().__init__()
