@@ -53,7 +53,57 @@ def qa_short() -> str:
             kept[way] = " and ".join(shares)
         said += f"\nOf the F1 between the two trained prefixes, 16 memory tokens keep {kept['kv']}"
         said += f",\nthe text that they regenerate {kept['recite-tuned']}." if kept["recite-tuned"] else "."
+    if (ROOT / "results" / FLAGSHIP / "qa-sets.json").exists():
+        shares = [f"{_kept_of_sets('kv', k):.0%} (k = {k})" for k in (16, 4, 1)]
+        said += (
+            f"\nOn sets that nothing was trained on ([NaturalQuestions, SleepQA, PolicyQA]({SETS_PAGE})) memories keep"
+        )
+        said += f"\n{', '.join(shares)} of it on average."
     return said
+
+
+SETS_PAGE = "docs/evaluating.md#sets-that-nothing-was-trained-on"
+SETS = {"nq-dev": "NaturalQuestions", "sleepqa-test": "SleepQA", "policyqa-test": "PolicyQA"}
+"""Sets of which no part was trained on, and of which windows hold the answers."""
+
+
+def _kept_of_sets(method: str, tokens: int | None) -> float:
+    """Mean over `SETS` of the share of F1 between the trained bounds."""
+    rows = results(f"{FLAGSHIP}/qa-sets.json")["rows"]
+    mine = [row for row in rows if (row["method"], row["tokens"]) == (method, tokens) and row["dataset"] in SETS]
+    return sum(row["normalised_f1_tuned"] for row in mine) / len(mine)
+
+
+def qa_sets() -> str:
+    """Questions of sets that nothing was trained on, about windows, between the trained bounds."""
+    rows = results(f"{FLAGSHIP}/qa-sets.json")["rows"]
+    header = ["what the base reads", "k", *(f"{label} {one}" for label in SETS.values() for one in ("F1", "EM"))]
+    body = []
+    for method, k in dict.fromkeys((row["method"], row["tokens"]) for row in rows):
+        by = {row["dataset"]: row for row in rows if (row["method"], row["tokens"]) == (method, k)}
+        cells = [cell for name in SETS for cell in (interval(by[name], "f1", 1), f"{by[name]['em']:.1f}")]
+        body.append([LABELS[method], str(k or "-"), *cells, f"{_kept_of_sets(method, k):.2f}"])
+    n = {row["dataset"]: row["n"] for row in rows}
+    counts = ", ".join(f"{n[name]} of {label}" for name, label in SETS.items())
+    said = f"Questions: {counts}; 95% bootstrap intervals."
+    return f"{table([*header, 'mean share of F1 between the bounds'], body)}\n\n{said}"
+
+
+def qa_contexts() -> str:
+    """The same about whole contexts: one memory each, and one for each 96 tokens."""
+    names = {"squad-dev": "SQuAD dev", "nq-dev": "NaturalQuestions", "pubmedqa": "PubMedQA"}
+    whole, apart = (results(f"{FLAGSHIP}/qa-{part}.json")["rows"] for part in ("whole", "segments"))
+    shown = [("kv", "16", whole), ("kv", "16 for each 96", apart)]
+    shown += [(bound, "-", whole) for bound in ("full-tuned", "none-tuned")]
+    body = []
+    for method, k, rows in shown:
+        by = {row["dataset"]: row for row in rows if row["method"] == method}
+        cells = [cell for name in names for cell in (interval(by[name], "f1", 1), f"{by[name]['em']:.1f}")]
+        body.append([LABELS[method], k, *cells])
+    header = ["what the base reads", "k", *(f"{label} {one}" for label in names.values() for one in ("F1", "EM"))]
+    n = {row["dataset"]: row["n"] for row in whole}
+    counts = ", ".join(f"{n[name]} of {label}" for name, label in names.items())
+    return f"{table(header, body)}\n\nQuestions: {counts}; 95% bootstrap intervals."
 
 
 def _answered(rows: list[dict[str, Any]]) -> list[str]:
@@ -198,6 +248,7 @@ TASKS = {
 PRESETS = {
     "summarise": ("one-sentence summary (SciTLDR)", "ROUGE-L ↑", "rouge_l", 3),
     "entities": ("names in a paragraph (SQuAD, silver labels)", "set F1 ↑", "list_f1", 1),
+    "asked": ("the same, of answers that people gave", "recall ↑", "list_recall", 1),
     "roles": ("role of a sentence (CSAbstruct)", "accuracy ↑", "accuracy", 1),
     "sentiment": ("sentiment (SST-2)", "AUC ↑", "auc", 3),
     "paraphrase": ("whether two sentences agree (MRPC)", "AUC ↑", "auc", 3),
@@ -213,22 +264,29 @@ READINGS = {
     "recited, k = 16": ("recite", 16),
     "whole passage": ("full", None),
 }
+TUNED = READINGS | {
+    "recited, k = 16": ("recite-tuned", 16),
+    "whole passage, after the prefix": ("full-tuned", None),
+    "the prefix alone": ("none-tuned", None),
+}
+"""The same on a base whose texts are read after a trained prefix."""
 
 
-def _tasks(shown: dict[str, tuple[str, str, str, int]], found: Callable[[str], Any]) -> str:
+def _tasks(shown: dict[str, tuple[str, str, str, int]], found: Callable[[str], Any], read: dict[str, Any]) -> str:
     """A row a task, from nothing, from memories and from the whole passage."""
     body = []
     for name, (label, figure, column, decimals) in shown.items():
         if (metrics := found(name)) is not None:
             rows = {(row["method"], row["tokens"]): row for row in metrics["rows"]}
-            chosen = [rows[cell] for cell in READINGS.values()]
-            body.append([label, str(chosen[0]["n"]), figure, *(interval(row, column, decimals) for row in chosen)])
-    return table(["task", "n", "figure", *READINGS], body)
+            chosen = [rows.get(cell) for cell in read.values()]
+            shown_as = ["-" if row is None else interval(row, column, decimals) for row in chosen]
+            body.append([label, str(metrics["rows"][0]["n"]), figure, *shown_as])
+    return table(["task", "n", "figure", *read], body)
 
 
 def tasks() -> str:
     """Tasks that are no instructions, on arxiv-mini."""
-    return _tasks(TASKS, lambda name: results(f"tasks/{name}.json"))
+    return _tasks(TASKS, lambda name: results(f"tasks/{name}.json"), READINGS)
 
 
 def prompted() -> str:
@@ -242,4 +300,22 @@ def prompted() -> str:
         if name in PRESETS and any("not better than reading none" in note for note in metrics["notes"])
     ]
     said = f"The whole passage is not better than none for certain in: {'; '.join(useless)}." if useless else ""
-    return f"{_tasks(PRESETS, found.get)}\n\n{said}".rstrip()
+    return f"{_tasks(PRESETS, found.get, TUNED)}\n\n{said}".rstrip()
+
+
+def instructed() -> str:
+    """What training on instructions brings to memories, against those that saw questions alone."""
+    before, after = results("tasks.json"), results("tasks-instructed.json")
+    header = ["task", "n", "figure", *(f"k = {k}{when}" for k in (16, 4, 1) for when in ("", ", instructed"))]
+    body = []
+    for name, (label, figure, column, decimals) in PRESETS.items():
+        if name in after:
+            rows = [
+                next(row for row in one[name]["rows"] if (row["method"], row["tokens"]) == ("kv", k))
+                for k in (16, 4, 1)
+                for one in (before, after)
+            ]
+            body.append([label, str(rows[1]["n"]), figure, *(interval(row, column, decimals) for row in rows)])
+    end = [row for row in log_rows(f"{FLAGSHIP}/instruct-log.jsonl") if "passages" in row][-1]
+    said = f"{end['step']} steps, {end['passages']:,} passages, {end['seconds'] / 60:.0f} minutes of a core."
+    return f"{table(header, body)}\n\n{said}"
