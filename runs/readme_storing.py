@@ -86,6 +86,17 @@ def sent() -> str:
     return f"One abstract of {found['bytes']:,} bytes (`runs/sent.py`): an illustration, no measurement.\n\n{shown}"
 
 
+def speech() -> str:
+    """Word error rates of a synthetic voice's transcript and of what its memories write back."""
+    found = results("speech.json")
+    body = [
+        [row["way"], f"{100 * row['wer']:.1f} [{100 * row['wer_low']:.1f}, {100 * row['wer_high']:.1f}]"]
+        for row in found["rows"]
+    ]
+    said = f"{found['rows'][0]['n']} sentences of abstracts in a synthetic voice (espeak-ng), heard by Whisper tiny.en"
+    return f"{table(['text', 'word error rate, % ↓'], body)}\n\n{said} (`runs/speech.py`); 95% bootstrap intervals."
+
+
 def serving() -> str:
     """Time to first token and throughput of vLLM, from memories and from text."""
     found = results("benchmark-serving.json")
