@@ -7,7 +7,6 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from compressor.data.batches import tokenise
 from compressor.errors import CompressorError
 
 QUESTION = "\nQuestion: {question} Answer:"
@@ -38,6 +37,12 @@ def question_ids(tokenizer: Any, questions: Sequence[str], template: str = QUEST
     if "{question}" not in template:
         raise CompressorError(f"the question template {template!r} has no {{question}} in it: say where questions go")
     texts = [template.replace("{question}", question.strip()) for question in questions]
+    return _ids(tokenizer, texts)
+
+
+def _ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    from compressor.data.batches import tokenise  # imports torch, without which settings are read
+
     return tokenise(tokenizer, texts)
 
 
@@ -101,7 +106,7 @@ def answer_text(answer: str) -> str:
 def answer_ids(tokenizer: Any, answers: Sequence[Sequence[str]]) -> list[list[int]]:
     """Token ids of the first of each question's right answers; none where there is no answer: EOS follows at once."""
     texts = [answer_text(right[0]) if right else "" for right in answers]
-    return tokenise(tokenizer, texts)
+    return _ids(tokenizer, texts)
 
 
 # Regeneration needs no words: after a passage or its memory, BOS (without an EOS before it) means "the passage
