@@ -160,7 +160,9 @@ def qa_whole() -> str:
 def studies() -> str:
     """What the memory tokens do and what they save, in the words of the studies' notes."""
     used = next(
-        note for note in results("utilisation.json")["notes"] if note.startswith("regeneration") and "claim" in note
+        note
+        for note in results(f"{FLAGSHIP}/utilisation.json")["notes"]
+        if note.startswith("regeneration") and "claim" in note
     )
     return f"- Use: {used}\n- Savings: {results(f'{FLAGSHIP}/efficiency.json')['notes'][2]}"
 

@@ -282,7 +282,8 @@ def draw(rows: Sequence[dict[str, Any]], folder: Path) -> None:
         bars = [np.maximum(values - low, 0), np.maximum(high - values, 0)]
         places = np.arange(len(chosen)) + 0.2 * number
         axes.errorbar(places, values, bars, fmt="o", markersize=3, linewidth=0.8, label=f"{task}, {dataset}")
-        axes.set_xticks(places, [f"{row['part'][0]}{row['index']}" for row in chosen], fontsize="x-small")
+        names = [f"{row['part'][0]}{row['index']}" for row in chosen]
+        axes.set_xticks(places, names, fontsize="x-small", rotation=90 if len(names) > 32 else 0)
     axes.set(xlabel="removed: token (t), layer (l)", ylabel="loss added, relative to no memory")
     axes.legend(frameon=False, fontsize="small")
     canvas.savefig(folder / "utilisation.png")
