@@ -96,10 +96,10 @@ class Methods:
         if place is None:
             place = self._beside(name)
             if place is None:
-                wanted = Path(self.config.checkpoint).parent / "methods" / name
+                folder = Path(self.config.checkpoint).parent
                 raise CompressorError(
-                    f"there is no checkpoint of the method {name} at {wanted}: write {name}=CHECKPOINT, or train one "
-                    "(configs/arxiv-mini/methods.yaml)"
+                    f"there is no checkpoint of the method {name} at {folder / name} or {folder / 'methods' / name}: "
+                    f"write {name}=CHECKPOINT, or train one (configs/arxiv-mini/methods.yaml)"
                 )
         found = read_settings(fetch_checkpoint(place))
         held = found["config"].get("method", "kv")
