@@ -58,7 +58,7 @@ def qa_short() -> str:
         said += (
             f"\nOn sets that nothing was trained on ([NaturalQuestions, SleepQA, PolicyQA]({SETS_PAGE})) memories keep"
         )
-        said += f"\n{', '.join(shares)} of it on average."
+        said += f"\n{', '.join(shares)} of it on average, of some 40 questions each."
     return said
 
 
