@@ -220,7 +220,9 @@ class Base(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits `[..., vocabulary]` of last hidden states `[..., hidden]`; see `plain_head`."""
-        logits = self.model.get_output_embeddings()(hidden) * self._logit_factor
+        logits = self.model.get_output_embeddings()(hidden)
+        if self._logit_factor != 1:  # a pass over the vocabulary, and one back
+            logits = logits * self._logit_factor
         cap = self._logit_cap
         return logits if cap is None else cap * (logits / cap).tanh()
 
