@@ -22,6 +22,7 @@ from compressor.data.records import load_texts
 from compressor.errors import CompressorError
 from compressor.evaluation.metrics import bootstrap, ratio, rouge_l
 from compressor.files import write_json
+from compressor.model.config import DType
 from compressor.model.decoder import score
 from compressor.model.generation import regenerate
 from compressor.model.memory import Memory, memory_prefix
@@ -47,6 +48,8 @@ class Options:
     calibration: str
     """What `compressor calibrate` wrote, fitted on other passages than those of --data."""
     checkpoint: str = "models/arxiv-mini/compressor"
+    dtype: DType = "float32"
+    """Type the base computes in."""
     data: str = "arxiv-test"
     lengths: list[int] = field(default_factory=lambda: [96, 192])
     """Passages of at least so many tokens are cut to them."""
@@ -97,7 +100,7 @@ def measure(model: Compressor, calibration: Calibration, options: Options, lengt
     rows = [("float32", Codec.parse("float32")), *(row for row in rows if row[0] in (options.codecs or [row[0]]))]
     known: dict[Any, tuple[Any, Any]] = {}
     results = []
-    progress = Progress(len(rows), f"codecs, {length} tokens in {tokens}")
+    progress = Progress(f"codecs, {length} tokens in {tokens}", len(rows), "codecs")
     with tempfile.TemporaryDirectory() as folder:
         for name, codec in rows:
             path, loaded, total, payload = Path(folder) / "memory", [], [], []
@@ -153,7 +156,7 @@ def main(argv: list[str] | None = None) -> int:
     """Measure every codec and write the figures."""
     options, _ = parse_config(Options, argv, "Rate and distortion of memory codecs.")
     calibration = Calibration.load(options.calibration)
-    model = Compressor.from_pretrained(options.checkpoint)
+    model = Compressor.from_pretrained(options.checkpoint, dtype=options.dtype)
     rows = []
     for length in options.lengths:
         for tokens in options.tokens:
@@ -164,7 +167,14 @@ def main(argv: list[str] | None = None) -> int:
             fitted["rank"] = len(calibration.transform.codes)
             write_json(
                 options.output,
-                {"data": options.data, "calibration": fitted, "rows": rows, "run": run_record(0)},
+                {
+                    "data": options.data,
+                    "checkpoint": options.checkpoint,
+                    "dtype": model.base.dtype_name,
+                    "calibration": fitted,
+                    "rows": rows,
+                    "run": run_record(0),
+                },
             )
     return 0
 

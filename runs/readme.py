@@ -179,7 +179,7 @@ def draw_bytes() -> None:
     """What comes back of a passage against the bytes that are stored of it."""
     canvas, axes = figure(height=4.2)
     for number, tokens in enumerate((16, 4)):
-        rows = [row for row in results("codecs.json")["rows"] if (row["length"], row["tokens"]) == (96, tokens)]
+        rows = [row for row in results(f"{FLAGSHIP}/codecs.json")["rows"] if row["tokens"] == tokens]
         rows.sort(key=lambda row: row["bytes_per_passage_byte"])
         axes.errorbar(
             [row["bytes_per_passage_byte"] for row in rows],
@@ -194,7 +194,7 @@ def draw_bytes() -> None:
             linewidth=0.8,
             label=f"{tokens} memory tokens, every codec",
         )
-    packers = results("lossless.json")["sets"]["abstracts since 2026, each apart"]["packers"]
+    packers = results(f"{FLAGSHIP}/lossless.json")["sets"]["abstracts since 2026, each apart"]["packers"]
     for number, name in enumerate(("compressor pack", "zstd -19"), start=2):
         axes.plot(packers[name]["bits_per_byte"] / 8, 1.0, "*", color=f"C{number}", markersize=11, label=name)
     axes.set(xscale="log", xlabel="bytes a byte of text", ylabel="ROUGE-L", ylim=(0, 1.05))

@@ -19,6 +19,7 @@ from compressor.commands.cli import demo_main
 from compressor.commands.cli import main as cli
 from compressor.commands.shown import mark_differences
 from compressor.model.base import Base
+from compressor.model.memory import Memory
 
 
 def demo(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -167,6 +168,23 @@ def test_a_memory_file_regenerates_without_the_adapters(tmp_path: Path, capsys: 
     memory.write_bytes(damaged)
     assert cli(["regenerate", "--memory", str(memory)]) == 2
     assert "damaged" in capsys.readouterr().err
+
+
+def test_commands_compute_in_the_type_that_is_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text, memory = tmp_path / "passage.txt", tmp_path / "passage.memory"
+    text.write_text("We study the conductivity of thin films at low temperature.")
+    made, mine = ["compress", "--text", str(text), "--output", str(memory), "--dtype", "float32"], "--base-dtype"
+    assert cli([*made, mine, "bfloat16"]) == 0
+    model = Compressor.from_pretrained("models/arxiv-mini/compressor", dtype="bfloat16")
+    half, kept = model.compress(text.read_text()), Memory.load(memory)
+    torch.testing.assert_close(kept.keys, half.keys.float())
+    whole = Compressor.from_pretrained("models/arxiv-mini/compressor").compress(text.read_text())
+    assert not torch.equal(kept.keys, whole.keys)
+    capsys.readouterr()
+    assert cli(["regenerate", "--memory", str(memory), mine, "bfloat16"]) == 0
+    assert capsys.readouterr().out.strip() == model.regenerate(half).strip()
+    assert cli(["regenerate", "--memory", str(memory), mine, "half"]) == 2
+    assert "bfloat16" in capsys.readouterr().err
 
 
 def test_a_checkpoint_rounded_to_half_the_size_reads_alike(

@@ -29,6 +29,12 @@ def test_grouped_attention_equals_torchs(kv_heads: int, mask: str) -> None:
     torch.testing.assert_close(ours, theirs)
     found, wanted = (torch.autograd.grad(x.square().sum(), (query, key, value)) for x in (ours, theirs))
     torch.testing.assert_close(found, wanted)
+    # Without a gradient, where torch's kernel does it, and in float64, where it does not.
+    for dtype in (torch.float32, torch.float64):
+        plain = [one.detach().to(dtype) for one in (query, key, value)]
+        mask_of = given.to(dtype) if mask == "additive" else given
+        again, _ = grouped_attention(nn.Module(), *plain, mask_of, scaling=0.3)
+        torch.testing.assert_close(again, theirs.detach().to(dtype), atol=1e-6, rtol=1e-5)
 
 
 def test_a_softcap_bounds_the_scores() -> None:

@@ -32,7 +32,7 @@ def run(options: AskOptions, switches: Any) -> None:
     if options.store is not None:
         store = Store.open(options.store, base_mismatch=options.base_mismatch)
         path = options.base or store.manifest["base"]["name"]
-        store.base = base = load_base(BaseConfig(path=path), options.device)
+        store.base = base = load_base(BaseConfig(path=path, dtype=options.base_dtype), options.device)
         hits = store.search(asked, options.top)
         read: Reading = "texts" if options.texts else "recite" if options.recite else "memories"
         prefix = store.together(hits, read, options.tokens, of_texts)

@@ -12,7 +12,6 @@ from compressor.commands.options import CalibrateOptions
 from compressor.data.records import load_texts
 from compressor.files import owned
 from compressor.model.checkpoint import compressor_name
-from compressor.progress import Progress
 from compressor.storage.fitting import calibrate
 from compressor.storage.inspection import describe
 from compressor.unfinished import Unfinished
@@ -35,7 +34,6 @@ def fit(options: CalibrateOptions, again: bool) -> None:
     most = model.config.max_passage_tokens
     lengths = [min(length, most) for length in options.lengths]
     passages = [ids[: lengths[i % len(lengths)]] for i, ids in enumerate(encoded) if ids]
-    progress = Progress("compressing", len(passages), "passages")
     name = compressor_name(model, options.checkpoint)
     parts.expect(
         {
@@ -45,9 +43,6 @@ def fit(options: CalibrateOptions, again: bool) -> None:
         }
     )
     with parts.interruptible("the same command with --resume goes on"):
-        fitted = calibrate(
-            model, passages, options.tokens, options.rank, options.sensitivity, name, progress.add, parts
-        )
-        progress.close()
+        fitted = calibrate(model, passages, options.tokens, options.rank, options.sensitivity, name, parts)
         fitted.save(options.output)
     parts.remove()

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 
 from compressor.api import Compressor
-from compressor.commands.options import CheckpointOptions, MemoryOptions
+from compressor.commands.options import MemoryOptions, ModelOptions
 from compressor.errors import CompressorError
 from compressor.model.base import Base
 from compressor.model.bases import made_with
@@ -21,10 +21,14 @@ from compressor.storage.memory_table import is_store
 from compressor.storage.store import Store
 
 
-def load_model(options: CheckpointOptions, device: str | torch.device | None = None) -> Compressor:
+def load_model(options: ModelOptions, device: str | torch.device | None = None) -> Compressor:
     """The compressor, on another device than the options' where one is given."""
     return Compressor.from_pretrained(
-        options.checkpoint, base=options.base, device=device or options.device, base_mismatch=options.base_mismatch
+        options.checkpoint,
+        base=options.base,
+        device=device or options.device,
+        dtype=options.base_dtype,
+        base_mismatch=options.base_mismatch,
     )
 
 
@@ -44,7 +48,7 @@ def memory_and_base(options: MemoryOptions) -> tuple[Memory, Base]:
         note(f"note: {memory.fidelity:.1%} of the text comes back from this memory; {kept}")
     if options.tokens is not None:
         memory = memory.truncate(options.tokens)
-    base = load_base(BaseConfig(path=options.base or made_with(memory.base)), options.device)
+    base = load_base(BaseConfig(path=options.base or made_with(memory.base), dtype=options.base_dtype), options.device)
     if options.base_mismatch == "allow":
         return on_base(memory, base), base
     check_base(memory, base)

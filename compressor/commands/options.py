@@ -10,7 +10,7 @@ from compressor.data.prompts import QUESTION
 from compressor.errors import CompressorError, require
 from compressor.evaluation.settings import EvaluationConfig
 from compressor.evaluation.table import entry, readers
-from compressor.model.config import BaseMismatch, CheckpointConfig
+from compressor.model.config import BaseMismatch, CheckpointConfig, DType
 from compressor.parsing import read_yaml, settings_of
 from compressor.storage.making import Making
 
@@ -23,7 +23,16 @@ class CheckpointOptions(CheckpointConfig):
 
 
 @dataclass(kw_only=True)
-class DemoConfig(CheckpointOptions):
+class ModelOptions(CheckpointOptions):
+    """What commands take that make memories."""
+
+    base_dtype: DType = "float32"
+    """Type the base computes in; auto: bfloat16 on GPUs and on processors that are made for it, which is several times
+    faster and rounds."""
+
+
+@dataclass(kw_only=True)
+class DemoConfig(ModelOptions):
     """Options of the demo."""
 
     text: str | None = None
@@ -66,7 +75,7 @@ class FetchOptions:
 
 
 @dataclass(kw_only=True)
-class MakeOptions(CheckpointOptions, Making):
+class MakeOptions(ModelOptions, Making):
     """What commands that make memories take."""
 
     output: str
@@ -77,7 +86,7 @@ class MakeOptions(CheckpointOptions, Making):
     """Keep the text with the memory."""
 
     def __post_init__(self) -> None:
-        CheckpointOptions.__post_init__(self)
+        ModelOptions.__post_init__(self)
         Making.__post_init__(self)
         require(0 <= self.warn_below <= 1, "warn_below", self.warn_below, "0 to 1")
 
@@ -129,7 +138,7 @@ class IndexOptions(MakeOptions):
 
 
 @dataclass(kw_only=True)
-class CalibrateOptions(CheckpointOptions):
+class CalibrateOptions(ModelOptions):
     """What `compressor calibrate` takes."""
 
     output: str
@@ -182,6 +191,8 @@ class MemoryOptions:
     which has its weights. Adapters are not needed."""
     base_mismatch: BaseMismatch = "refuse"
     """allow: read the memory with a base of other weights than made it, with a warning."""
+    base_dtype: DType = "float32"
+    """Type the base computes in; auto: bfloat16 on GPUs and on processors that are made for it."""
     tokens: int | None = None
     """Use only the first so many memory tokens of each segment."""
     temperature: float = 0.0

@@ -169,7 +169,7 @@ class Methods:
         return base
 
     def _note_base(self, base: Base) -> None:
-        named = {"path": base.name, "fingerprint": base.fingerprint, "dtype": self.config.dtype}
+        named = {"path": base.name, "fingerprint": base.fingerprint, "dtype": base.dtype_name}
         self._base = {**named, "positions": base.positions}
 
     def describe(self, name: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from compressor.errors import require
-from compressor.model.config import CheckpointConfig, Decoding
+from compressor.model.config import CheckpointConfig, Decoding, DType
 
 LEAST = {
     **dict.fromkeys(("segment_tokens", "question_tokens", "repeats", "limit", "batch_size"), 1),
@@ -32,8 +32,8 @@ class EvaluationConfig(CheckpointConfig):
     """Numbers of memory tokens, for instance 16 4 1; by default all the checkpoint has."""
     output: str = "outputs/evaluation"
     """Folder for metrics.json, predictions.jsonl, config.yaml, table.md and plots."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Data type the base is held in."""
+    dtype: DType = "float32"
+    """Type the base computes in; auto: bfloat16 on GPUs and on processors that are made for it."""
     decoding: Decoding = "auto"
     """How the base writes: static takes caches of a fixed width, compiled also compiles the step of a token, for
     evaluations on a GPU that are long enough to pay for the minute that takes."""

@@ -94,6 +94,11 @@ class Base(nn.Module):
         return self.model.dtype
 
     @property
+    def dtype_name(self) -> str:
+        """`dtype` as settings and records have it."""
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
     def positions(self) -> int | None:
         """Positions that the base was made for, beyond which it writes noise, or those of its sliding window if these
         are fewer; None where its configuration has neither."""

@@ -114,7 +114,7 @@ def _base_record(base: Base) -> dict[str, Any]:
     }
     if base.quantization != "none":
         # The type weights had when they were quantised is part of what is kept of them.
-        record["dtype"] = str(base.dtype).removeprefix("torch.")
+        record["dtype"] = base.dtype_name
     return record
 
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     TrainedMethod = str
 else:
     Layout, TrainedMethod = Literal[tuple(LAYOUTS)], Literal[tuple(METHODS)]
+DType = Literal["auto", "float32", "bfloat16", "float16"]
 BaseMismatch = Literal["refuse", "allow"]
 """What is done about a base with other weights than a checkpoint was trained on."""
 Decoding = Literal["auto", "static", "compiled"]
@@ -48,7 +49,7 @@ class BaseConfig:
     (`smollm2-135m`)."""
     revision: str | None = None
     """Hub revision (branch, tag or commit)."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
+    dtype: DType = "float32"
     """Data type the weights are held in; `auto` is bfloat16 where the device is fast at it, else float32."""
     attention: Literal["auto", "sdpa", "eager"] = "auto"
     """Attention implementation; `sdpa` is eager for bases that have no other (Gemma 2), `auto` is torch's on

@@ -3,7 +3,8 @@
 Attention, which transformers knows as `grouped`: torch's fused kernel takes six times as long for its backward pass in
 bfloat16 on a CPU as plain products do (12 x 9 heads of 96 x 96 positions: 30 against 5 ms;
 `benchmarks/training_step.py`). These keep the scores, which at a compressor's widths are small, and heads that share
-keys and values are one product rather than copies of them.
+keys and values are one product rather than copies of them. Where nothing is to be differentiated torch's kernel is the
+faster one, two to four times from 128 positions on.
 """
 
 from __future__ import annotations
@@ -94,9 +95,17 @@ def grouped_attention(
         `[batch, queries, heads, head_size]`, and no weights.
     """
     context: Context | None = getattr(key, "context", None)
-    if context is None and softcap is None and query.device.type != "cpu":
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **options)
     batch, heads, queries, size = query.shape
+    if context is None and softcap is None:
+        if query.device.type != "cpu":
+            return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **options)
+        differentiated = torch.is_grad_enabled() and any(one.requires_grad for one in (query, key, value))
+        # In float64, for lossless coding, what is computed stays as it is.
+        if not differentiated and query.dtype != torch.float64 and attention_mask is not None:
+            read = nn.functional.scaled_dot_product_attention(
+                query, key, value, attention_mask, scale=scaling, enable_gqa=True
+            )
+            return read.transpose(1, 2), None
     groups = heads // key.shape[1]
     grouped = (query * (size**-0.5 if scaling is None else scaling)).reshape(batch, -1, groups * queries, size)
     scores = grouped @ key.transpose(2, 3)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from compressor.errors import CompressorError
 from compressor.model.decoder import label_nats
 from compressor.model.memory import Memory, memory_prefix
 from compressor.model.network import Network
+from compressor.progress import Progress
 from compressor.storage import entropy
 from compressor.storage.calibration import Calibration, flatten_tokens
 from compressor.storage.lowrank import FEWEST_STEPS, Transform, fit
@@ -116,11 +117,13 @@ def measure_sensitivity(
     """
     whole = list(zip(passages, memories, strict=True))
     total: Any = 0.0
-    for start in range(0, len(whole), batch_size):
-        measured = partial(_squared_gradients, model, whole[start : start + batch_size])
-        found = parts.tensors(f"sensitivity-{start}", measured) if parts is not None else measured()
-        for row in range(len(found["squares"])):
-            total = total + found["squares"][row]
+    with Progress("measuring the decoder's sensitivity", len(whole), "passages") as progress:
+        for start in range(0, len(whole), batch_size):
+            measured = partial(_squared_gradients, model, whole[start : start + batch_size])
+            found = parts.tensors(f"sensitivity-{start}", measured) if parts is not None else measured()
+            for row in range(len(found["squares"])):
+                total = total + found["squares"][row]
+            progress.add(len(found["squares"]))
     return (total / len(whole)).sqrt()
 
 
@@ -145,7 +148,6 @@ def calibrate(
     rank: int = 384,
     sensitivity_passages: int = 256,
     compressor_name: str = "",
-    progress: Callable[[int], None] = lambda done: None,
     parts: Unfinished | None = None,
 ) -> Calibration:
     """Compress passages and fit a calibration to their memories.
@@ -157,24 +159,24 @@ def calibrate(
             truncated.
         sensitivity_passages: how many of them to measure the sensitivity on; 0 weighs all channels alike.
         compressor_name: see `signed`.
-        progress: called with the number of passages compressed since the last call.
         parts: what an interrupted run has done, and where what is done is written.
     """
     passages = [segment for ids in passages for segment in model.segment(list(ids))]
     memories: list[Memory] = []
-    for start in range(0, len(passages), 32):
-        chosen = passages[start : start + 32]
-        compressed = partial(_compressed, model, chosen, tokens)
-        found = parts.tensors(f"memories-{start}", compressed) if parts is not None else compressed()
-        memories += [
-            model.memory(keys, values, len(ids))
-            for keys, values, ids in zip(found["keys"], found["values"], chosen, strict=True)
-        ]
-        progress(len(chosen))
+    with Progress("compressing", len(passages), "passages") as progress:
+        for start in range(0, len(passages), 32):
+            chosen = passages[start : start + 32]
+            compressed = partial(_compressed, model, chosen, tokens)
+            found = parts.tensors(f"memories-{start}", compressed) if parts is not None else compressed()
+            memories += [
+                model.memory(keys, values, len(ids))
+                for keys, values, ids in zip(found["keys"], found["values"], chosen, strict=True)
+            ]
+            progress.add(len(chosen))
     sensitivity = None
     if sensitivity_passages:
-        step = max(1, len(passages) // sensitivity_passages)
-        some = range(0, len(passages), step)
+        count = min(sensitivity_passages, len(passages))
+        some = [len(passages) * i // count for i in range(count)]
         sensitivity = measure_sensitivity(model, [passages[i] for i in some], [memories[i] for i in some], parts=parts)
     return replace(fit_calibration(memories, sensitivity, rank), compressor=compressor_name)
 

@@ -26,6 +26,7 @@ from compressor.evaluation.report import figure
 from compressor.evaluation.settings import EfficiencySettings
 from compressor.evaluation.studies import Findings
 from compressor.methods.interface import check_tokens
+from compressor.model.base import Base
 from compressor.model.checkpoint import compressor_fingerprint
 from compressor.model.decoder import token_prefix
 from compressor.model.generation import stream
@@ -112,9 +113,9 @@ def efficiency(config: EfficiencySettings, accelerator: Accelerator, parts: Unfi
         "rows": rows,
         "published": published_rows(),
         "machine": {"threads": torch.get_num_threads(), "device": device_name(base.device)},
-        "notes": notes(config, base.device),
+        "notes": notes(config, base),
         "checkpoint": {"path": config.checkpoint, "fingerprint": compressor_fingerprint(model, settings=True)},
-        "base": {"path": base.name, "fingerprint": base.fingerprint, "dtype": config.dtype},
+        "base": {"path": base.name, "fingerprint": base.fingerprint, "dtype": base.dtype_name},
     }
     return Findings(metrics, lambda folder: draw(rows, sizes[0], folder))
 
@@ -262,7 +263,7 @@ def device_name(device: torch.device) -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), device.type)
 
 
-def notes(config: EfficiencySettings, device: torch.device) -> list[str]:
+def notes(config: EfficiencySettings, base: Base) -> list[str]:
     """What a reader of the table must know; the third is the README's."""
 
     def spread(name: str, *prompts: str) -> str:
@@ -275,7 +276,7 @@ def notes(config: EfficiencySettings, device: torch.device) -> list[str]:
         "or its memory, are there already. reread: the memory is there, the passage must be read again. FLOPs and KV "
         "by formula (compressor/evaluation/flops.py), KV when the last token is written.",
         f"Times: medians of {config.repeats} runs, full and memory in turn, {torch.get_num_threads()} threads, "
-        f"{device_name(device)}, {config.dtype}, batch of one.",
+        f"{device_name(base.device)}, {base.dtype_name}, batch of one.",
         f"Published ({PUBLISHED}. With these formulas, new and reused prompts, 100 and 400 new tokens: query-key pairs "
         f"{spread('pairs_saved', *both)}, KV bytes {spread('kv_saved', *both)}, all FLOPs "
         f"{spread('flops_saved', *both)}. So the published computation matches attention's pairs and the "

@@ -85,7 +85,7 @@ def utilisation(config: UtilisationSettings, accelerator: Accelerator, parts: Un
             *verdicts,
         ],
         "checkpoint": {"path": config.checkpoint, "fingerprint": compressor_fingerprint(model, settings=True)},
-        "base": {"path": model.base.name, "fingerprint": model.base.fingerprint, "dtype": config.dtype},
+        "base": {"path": model.base.name, "fingerprint": model.base.fingerprint, "dtype": model.base.dtype_name},
         "data": [describe_data(source, config, records) for source, (_, records) in loaded.items()],
     }
     return Findings(metrics, lambda folder: draw(rows, folder))
