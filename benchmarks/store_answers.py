@@ -4,8 +4,8 @@
 
 Parts, each kept as soon as it is measured: `together` (answers from memories placed in one context, the right one at a
 random place among others, against the same passages as text and as the memories give them back), `codecs` (bytes of a
-row against answers), `indexing` (paragraphs compressed by the store itself; 10,000 are extrapolated), `recall` (all
-paragraphs, the index alone). Needs `compressor fetch all-minilm-l6-v2`.
+row against answers), `indexing` (10,000 paragraphs compressed by the store itself), `recall` (all paragraphs, the index
+alone). Needs `compressor fetch all-minilm-l6-v2`.
 """
 
 from __future__ import annotations
@@ -68,8 +68,10 @@ class Options:
     """Answers are read from paragraphs of at most so many tokens, each of which is one segment's memory."""
     every: int = 10
     """Recall is over every so many-th question."""
-    indexed: int = 200
-    """Paragraphs, of any length, that the store compresses."""
+    indexed: int = 10_000
+    """Paragraphs, of any length, that the store compresses; fewer where there are fewer."""
+    indexing_data: list[str] = field(default_factory=list)
+    """Questions whose paragraphs these are; by default --data."""
     measured: int = 16
     """Of these, how many a second time with the share that comes back."""
     fitted: int = 96
@@ -291,10 +293,10 @@ def codecs(asked: Asked, options: Options, result: dict[str, Any], keep: Any) ->
 
 
 def indexing(model: Compressor, contexts: list[str], options: Options, result: dict[str, Any]) -> None:
-    """Seconds and bytes a passage of a store in int4+ans, with vectors, and what 10,000 such passages would take."""
+    """Seconds and bytes a passage of a store in int4+ans, with vectors."""
     rng = np.random.default_rng(1)
     chosen = [contexts[place] for place in rng.permutation(len(contexts))[: options.indexed]]
-    found: dict[str, Any] = {"load": os.getloadavg()[0], "codec": "int4+ans"}
+    found: dict[str, Any] = {"load": os.getloadavg()[0], "codec": "int4+ans", "dtype": options.dtype}
     for measured, texts in ((False, chosen), (True, chosen[: options.measured])):
         with tempfile.TemporaryDirectory() as folder:
             store = Store.open(
@@ -313,12 +315,6 @@ def indexing(model: Compressor, contexts: list[str], options: Options, result: d
         else:
             found |= {"bytes_a_passage": size / len(texts), "memory_bytes_a_passage": statistics.mean(coded)}
             found |= {"tokens_a_passage": statistics.mean(tokens)}
-    hours = {end: 10_000 * found[f"processor_seconds_a_passage{end}"] / 3600 for end in ("", "_measured")}
-    found["extrapolated_to_10000"] = {
-        "processor_hours": hours[""],
-        "processor_hours_measured": hours["_measured"],
-        "bytes": 10_000 * found["bytes_a_passage"],
-    }
     result["indexing"] = found
 
 
@@ -356,7 +352,8 @@ def main() -> int:
         elif part == "codecs":
             codecs(asked, options, result, keep)
         else:
-            indexing(model, contexts, options, result)
+            named = [one.context for source in options.indexing_data for one in load_questions(source)]
+            indexing(model, list(dict.fromkeys(named)) or contexts, options, result)
         print(f"{part}: {time.perf_counter() - began:.0f} s", flush=True)
         keep()
     return 0

@@ -16,13 +16,13 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import resource
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -142,6 +142,12 @@ def passages_of(base: str, lengths: list[int], count: int) -> list[list[int]]:
     return made
 
 
+def resident_peak() -> int:
+    """Most bytes that this program had in memory: not `ru_maxrss`, which starts at what its parent had."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines())
+    return 1024 * int(status["VmHWM"].split()[0])
+
+
 def memory_of(variant: str, options: argparse.Namespace) -> int:
     """Bytes at the peak of a variant's step, in a process of its own."""
     command = [sys.executable, __file__, "--base", options.base, "--passages", str(options.passages), "--only", variant]
@@ -168,11 +174,7 @@ def main() -> int:
     if options.only:
         model = build(options.only, options.base, device)
         run(model, batches(model, passages, options.only), options.only)
-        used = (
-            torch.cuda.max_memory_allocated()
-            if device.type == "cuda"
-            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        )
+        used = torch.cuda.max_memory_allocated() if device.type == "cuda" else resident_peak()
         print(json.dumps({"bytes": used}))
         return 0
     work: dict[str, Callable[[], None]] = {}

@@ -48,9 +48,11 @@ from readme_storing import (
     store_codecs,
     store_found,
     store_together,
+    training_step,
 )
 
 PARTS: dict[str, Callable[[], str]] = {
+    "training-step": training_step,
     "decoding": decoding,
     "evaluation-time": evaluation_time,
     "headline": headline,

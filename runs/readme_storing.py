@@ -195,16 +195,34 @@ def store_found() -> str:
         ]
         lines += [table(header, body), f"\nAmong {found['recall'][0]['passages']:,} paragraphs, the index alone."]
     if found := _store("indexing"):
-        one, more = found["indexing"], found["indexing"]["extrapolated_to_10000"]
+        one = found["indexing"]
+        total = one["passages"]
         lines += [
-            f"\n{one['passages']} paragraphs ({one['tokens_a_passage']:.0f} tokens each) took "
-            f"{one['processor_seconds_a_passage']:.2f} s of one core's time each on SmolLM2-135M, with the share that "
-            f"comes back measured {one['processor_seconds_a_passage_measured']:.2f} s ({one['passages_measured']} of "
-            f"them), and\n{one['bytes_a_passage']:,.0f} bytes on the disk (`{one['codec']}`, vectors included). "
-            f"Extrapolated, not run: 10,000 such passages take {more['processor_hours']:.1f} hours of one core "
-            f"({more['processor_hours_measured']:.1f} measured)\nand {more['bytes'] / 1e6:,.0f} MB."
+            f"\n{total:,} paragraphs ({one['tokens_a_passage']:.0f} tokens each) took "
+            f"{one['processor_seconds_a_passage']:.2f} s of one core's time each on SmolLM2-135M in {one['dtype']}, "
+            f"{total * one['processor_seconds_a_passage'] / 3600:.1f} hours in\nall ("
+            f"{one['processor_seconds_a_passage_measured']:.1f} s each with the share that comes back, of "
+            f"{one['passages_measured']}), and {one['bytes_a_passage']:,.0f} bytes on the disk, "
+            f"{total * one['bytes_a_passage'] / 1e9:.2f} GB\n(`{one['codec']}`, vectors included)."
         ]
     return "\n".join(lines) or "Not measured yet: `runs/store.sh DATA`."
+
+
+def training_step() -> str:
+    """Passages a second of a training step, its share of the peak and its memory, without each lever."""
+    found = results("benchmark-training-step.json")
+    ours = found["variants"]["ours"]
+    body = []
+    for name, row in found["variants"].items():
+        shown = [f"{row['passages_per_second']:.2f}", f"{row['median'] / ours['median']:.2f}"]
+        shown += [f"{row['share_of_peak']:.0%}", f"{row['bytes'] / 1e9:.1f}" if row["bytes"] else "-"]
+        body.append([name, *shown])
+    peak = max(found["peaks"]) / 1e9
+    return table(["", "passages/s", "time / ours", "of the peak", "peak memory, GB"], body) + (
+        f"\n\nSmolLM2-135M, {found['passages']} unseen abstracts at their own lengths up to 500 tokens, forwards and "
+        f"backwards, no optimiser;\n{found['threads']} CPU core{'s' * (found['threads'] > 1)} whose products of 2048 x "
+        f"2048 matrices reach {peak:,.0f} GFLOP/s; medians of {len(ours['seconds'])} in turn (`runs/training-step.sh`)."
+    )
 
 
 def decoding() -> str:

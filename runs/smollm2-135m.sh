@@ -25,9 +25,12 @@ train cued cued --data.questions "[$questions]" "$@"
 # Once more with other batches, from a third of the rate that cost regeneration before.
 train cued low --data.questions "[$questions]" --init "$output/cued/final" --seed 5 --training.learning-rate 6e-4 \
   --training.steps 1280 --training.decay-steps 1240 "$@"
+train cued again --data.questions "[$questions]" --init "$output/low/final" --seed 7 --training.learning-rate 8e-4 \
+  --training.steps 562 --training.decay-steps 1760 "$@"
+train together together --data.questions "[$questions]" "$@"
 train tuned full-tuned --data.questions "[$questions]" "$@"
 train tuned none-tuned --data.questions "[$questions]" --compressor.method none-tuned "$@"
-for pair in low:compressor full-tuned:full-tuned none-tuned:none-tuned; do
+for pair in together:compressor full-tuned:full-tuned none-tuned:none-tuned; do
   python -c 'import sys, torch; from compressor import Compressor
 Compressor.from_pretrained(sys.argv[1]).save_pretrained(sys.argv[2], dtype=torch.bfloat16)' \
     "$output/${pair%:*}/final" "models/smollm2-135m/${pair#*:}"
