@@ -12,7 +12,7 @@ models=models/smollm2-135m
 ask() { # NAME, METHODS AND OPTIONS
   local name=$1
   shift
-  python evaluate.py --checkpoint $models/compressor --task qa --limit "$limit" --batch_size 20 --resume --output "$work/$name" "$@"
+  python evaluate.py --dtype auto --checkpoint $models/compressor --task qa --limit "$limit" --batch_size 20 --resume --output "$work/$name" "$@"
   cp "$work/$name/metrics.json" "results/smollm2-135m/$name.json"
 }
 bounds=(full-tuned=$models/full-tuned none-tuned=$models/none-tuned)

@@ -40,9 +40,14 @@ def headline() -> str:
     return table(header, body)
 
 
+TRAINED_UP_TO = 192
+"""Tokens of the flagship's longest passages in training; longer ones are in the table of details."""
+
+
 def flagship() -> str:
     """ROUGE-L and BLEU of SmolLM2-135M-Instruct's compressor, in one pass, and what it was trained on."""
     by, tokens, lengths = flagship_rows()
+    lengths = [length for length in lengths if length <= TRAINED_UP_TO]
     body = [
         [f"{k} memory token{'s' * (k > 1)}", *(regenerated(by[k, length]) for length in lengths)]
         for k in reversed(tokens)
@@ -59,7 +64,7 @@ def flagship() -> str:
 
 def flagship_logs() -> list[list[dict[str, Any]]]:
     """Rows of the training logs of the flagship's stages, in their order."""
-    names = [f"{FLAGSHIP}/{stage}-log.jsonl" for stage in ("regenerate", "answer", "cued", "low")]
+    names = [f"{FLAGSHIP}/{stage}-log.jsonl" for stage in ("regenerate", "answer", "cued", "low", "again", "together")]
     return [log_rows(name) for name in names if (ROOT / "results" / name).exists()]
 
 
