@@ -4,7 +4,7 @@
 
 Parts, each kept as soon as it is measured: `together` (answers from memories placed in one context, the right one at a
 random place among others, against the same passages as text and as the memories give them back), `codecs` (bytes of a
-row against answers), `indexing` (10,000 paragraphs compressed by the store itself), `recall` (all paragraphs, the index
+row against answers), `indexing` (paragraphs compressed by the store itself), `recall` (all paragraphs, the index
 alone). Needs `compressor fetch all-minilm-l6-v2`.
 """
 
@@ -68,7 +68,7 @@ class Options:
     """Answers are read from paragraphs of at most so many tokens, each of which is one segment's memory."""
     every: int = 10
     """Recall is over every so many-th question."""
-    indexed: int = 10_000
+    indexed: int = 1_000
     """Paragraphs, of any length, that the store compresses; fewer where there are fewer."""
     indexing_data: list[str] = field(default_factory=list)
     """Questions whose paragraphs these are; by default --data."""

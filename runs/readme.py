@@ -17,7 +17,7 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).parent))
 from readme_parts import PARTS
-from readme_regeneration import REFINED_STEPS, flagship_stages, refined_rows
+from readme_regeneration import REFINED_STEPS, flagship_rows, flagship_stages, refined_rows
 from readme_shared import FLAGSHIP, LABELS, ROOT, log_rows, results
 
 from compressor.evaluation.report import figure, load_published, loss_curve, regeneration_plot
@@ -145,7 +145,7 @@ def draw_regeneration() -> None:
 
 def draw_flagship() -> None:
     """The README's picture: the flagship's ROUGE-L against length, in one pass."""
-    rows = results(f"{FLAGSHIP}/regeneration.json")["rows"]
+    rows = list(flagship_rows()[0].values())
     regeneration_plot(rows, ROOT / "results" / FLAGSHIP / "regeneration.png", load_published())
 
 

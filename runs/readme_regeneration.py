@@ -99,8 +99,9 @@ def flagship_curve() -> str:
 
 
 def flagship_rows() -> tuple[dict[tuple[int, int], dict[str, Any]], list[int], list[int]]:
-    """The flagship's rows by tokens and length, and both of these in rising order."""
-    by = {(row["tokens"], row["length"]): row for row in results(f"{FLAGSHIP}/regeneration.json")["rows"]}
+    """The flagship's rows by tokens and length, and these in rising order; not of lengths that few passages have."""
+    rows = [row for row in results(f"{FLAGSHIP}/regeneration.json")["rows"] if row["n"] >= 20]
+    by = {(row["tokens"], row["length"]): row for row in rows}
     tokens, lengths = (sorted({key[place] for key in by}) for place in (0, 1))
     return by, tokens, lengths
 
@@ -108,7 +109,7 @@ def flagship_rows() -> tuple[dict[tuple[int, int], dict[str, Any]], list[int], l
 def flagship_details() -> str:
     """All figures of the flagship's regeneration."""
     data = results(f"{FLAGSHIP}/regeneration.json")
-    return markdown_table(data["rows"], data["figures"], intervals=False)
+    return markdown_table(list(flagship_rows()[0].values()), data["figures"], intervals=False)
 
 
 def which_k() -> str:
