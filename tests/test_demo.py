@@ -20,6 +20,7 @@ from compressor.commands.cli import main as cli
 from compressor.commands.shown import mark_differences
 from compressor.model.base import Base
 from compressor.model.memory import Memory
+from compressor.packing.lossless import pack_passage
 
 
 def demo(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -183,6 +184,12 @@ def test_commands_compute_in_the_type_that_is_asked_for(tmp_path: Path, capsys: 
     capsys.readouterr()
     assert cli(["regenerate", "--memory", str(memory), mine, "bfloat16"]) == 0
     assert capsys.readouterr().out.strip() == model.regenerate(half).strip()
+    # A text that is kept comes back whatever type the base is held in later: it is not packed under rounded weights.
+    assert cli([*made, mine, "bfloat16", "--keep-text", "--overwrite"]) == 0
+    assert pack_passage(text.read_text()) == Memory.load(memory).text
+    capsys.readouterr()
+    assert cli(["regenerate", "--memory", str(memory), "--exact"]) == 0
+    assert capsys.readouterr().out.strip() == text.read_text()
     assert cli(["regenerate", "--memory", str(memory), mine, "half"]) == 2
     assert "bfloat16" in capsys.readouterr().err
 

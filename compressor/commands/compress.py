@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from compressor.commands.loading import load_model
 from compressor.commands.options import CompressOptions, MakeOptions
 from compressor.commands.shown import tokens_named
@@ -39,9 +41,10 @@ def run(options: CompressOptions, switches: Any) -> None:
     (memory,), respelled = memories_of(options, model, [passage], codec)
     memory = signed(memory, model.base, compressor_name(model, options.checkpoint))
     if options.keep_text:
-        # A larger base would take long in float64.
+        # A larger base would take long in float64; what rounded weights packed, those held otherwise cannot unpack.
         small = sum(parameter.numel() for parameter in model.base.parameters()) <= MOST_PARAMETERS
-        memory = replace(memory, text=pack_passage(passage, ExactBase(model.base) if small else None))
+        exact = small and model.base.dtype == torch.float32
+        memory = replace(memory, text=pack_passage(passage, ExactBase(model.base) if exact else None))
     size = len(passage.encode())
     memory.save(options.output, codec, size)
     text = "" if memory.text is None else f" (of which {len(memory.text):,} are the text)"
