@@ -36,7 +36,7 @@ class CompressOptions(TypedDict, total=False):
     comes back when it is regenerated (`model/fidelity.py`); where none do, all, and a warning."""
     segment_tokens: int | None
     """Compress passages in segments of at most so many tokens: more memory tokens in all, each of which holds less; by
-    default segments are as long as the compressor takes."""
+    default those of the compressor's settings (`CompressorConfig.segment_tokens`)."""
     refine_steps: int
     """Gradient steps on each memory itself (`compressor/model/refinement.py`), each of which takes a forward and a
     backward pass over the passage: 10 to 50 keep far more with few memory tokens."""
@@ -76,7 +76,7 @@ class Compressor(Network):
         """Compress one passage, or several in batches.
 
         Args:
-            passages: text or texts. Those over `max_passage_tokens` are compressed in segments.
+            passages: text or texts. Those over `segment_tokens` are compressed in segments.
             tokens: memory tokens for each segment; by default all the compressor has.
             options: see `CompressOptions`.
 

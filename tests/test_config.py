@@ -183,6 +183,7 @@ OUT_OF_RANGE = {
     "compressor.lora_dropout": ("-0.1", "1"),
     "compressor.lora_targets": ("[]",),
     "compressor.max_passage_tokens": ("0",),
+    "compressor.segment_tokens": ("0", "501"),
     "data.train": ("[]",),
     "data.validation": ("[]",),
     "data.lengths": ("[]",),

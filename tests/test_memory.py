@@ -11,6 +11,7 @@ import torch
 
 from compressor.api import Compressor
 from compressor.errors import CompressorError
+from compressor.methods.interface import MemoryMethod
 from compressor.model.decoder import decode, empty_prefix
 from compressor.model.memory import Memory, Segment, memory_prefix
 
@@ -83,6 +84,20 @@ def test_a_long_text_is_segments_compressed_apart_and_joined(make: Callable[...,
     for part, one in zip(memory.split(), alone, strict=True):
         close(part, one)
     close(memory.truncate(2), Memory.concatenate([one.truncate(2) for one in alone]))
+
+
+def test_segments_are_as_long_as_the_settings_say_and_evaluated_whole(make: Callable[..., Compressor]) -> None:
+    model = make(max_passage_tokens=40, segment_tokens=16)
+    (memory,) = model.compress_ids([PASSAGE])
+    assert memory.segments == (Segment(8, 13), Segment(8, 13), Segment(8, 14))
+    assert memory.made["segment_tokens"] == 16
+    assert len(model.segment(PASSAGE)) == 3
+    whole = model.compress_ids([PASSAGE], segment_tokens=40)[0]
+    assert whole.segments == (Segment(8, 40),)
+    # A table's k is of a passage, unless segments are asked for.
+    (((piece,),),) = MemoryMethod(model).compress([PASSAGE], [8])
+    close(piece.held, whole)
+    assert len(MemoryMethod(model, segment_tokens=20).compress([PASSAGE], [8])[0][0]) == 2
 
 
 CONCATENATED = {

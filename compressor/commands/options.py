@@ -43,8 +43,8 @@ class DemoConfig(ModelOptions):
     """Use the first so many tokens of the passage; by default 96 of the shipped abstract, all of your own text and all
     of what a question is about."""
     segment_tokens: int | None = None
-    """Compress in segments of at most so many tokens, each to `tokens` memory tokens; by default of as many as the
-    compressor takes."""
+    """Compress in segments of at most so many tokens, each to `tokens` memory tokens; by default as the compressor's
+    settings say (96 for SmolLM2's)."""
     refine_steps: int | None = None
     """Gradient steps on the memory: 10 to 50 keep far more with few memory tokens; by default none, and the shipped
     example is shown after 10 too."""

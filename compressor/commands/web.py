@@ -115,7 +115,8 @@ def laid_out(model: Compressor, text: str, question: str) -> SimpleNamespace:
                 at.load = gr.UploadButton("Load a memory", size="sm", elem_id="kv-load", min_width=110)
             with gr.Accordion("Segments and gradient steps", open=False):
                 label = "Most tokens of a segment"
-                at.segment_tokens = gr.Slider(8, limit, min(EXAMPLE_TOKENS, limit), step=8, label=label)
+                chosen = model.config.segment_tokens or min(EXAMPLE_TOKENS, limit)
+                at.segment_tokens = gr.Slider(8, limit, chosen, step=8, label=label)
                 at.steps = gr.Slider(0, 50, 0, step=5, label="Gradient steps on the memory: slower, and keeps more")
             gr.HTML("<p class='kv-note kv-keys'><kbd>Ctrl</kbd> <kbd>Enter</kbd> compresses, <kbd>Esc</kbd> stops.</p>")
     at.status = gr.HTML(said("Ready."), elem_id="kv-status")

@@ -79,7 +79,7 @@ class MemoryMethod:
     Args:
         compressor: in evaluation mode.
         batch_size: segments encoded together.
-        segment_tokens: most tokens of a segment; by default the compressor's own.
+        segment_tokens: most tokens of a segment; by default as many as the compressor takes, so that k is of a passage.
         refine_steps: gradient steps on each memory (`compressor/model/refinement.py`).
         refine_from: `random` starts them from random vectors instead of the encoder's memory.
         refine_keep: weight of what the memories answered before, of which random vectors have nothing.
@@ -98,7 +98,8 @@ class MemoryMethod:
         refine_from: str = "encoder",
         refine_keep: float = KEEP,
     ):
-        self.compressor, self.batch_size, self.segment_tokens = compressor, batch_size, segment_tokens
+        self.compressor, self.batch_size = compressor, batch_size
+        self.segment_tokens = segment_tokens or compressor.config.max_passage_tokens
         self.refine_steps, self.refine_from = refine_steps, refine_from
         self.refine_keep = refine_keep if refine_from == "encoder" else 0.0
         self.name = self.name or compressor.config.method

@@ -91,6 +91,9 @@ class CompressorConfig:
     """Memory tokens start as the embeddings' mean plus noise of their spread, or as standard normal noise."""
     max_passage_tokens: int = 500
     """Longer passages are split into segments of at most this many tokens."""
+    segment_tokens: int | None = None
+    """Passages are split into segments of at most so many tokens where nothing else is asked for; by default of
+    `max_passage_tokens`. For a compressor that keeps less of long passages than its memory tokens could hold."""
     question_template: str = QUESTION
     """Prompt of a question after a memory, with `{question}` in it; `chat` for the base's chat template, with arguments
     of it as in `chat {"enable_thinking": false}`."""
@@ -111,6 +114,9 @@ class CompressorConfig:
         require(1 <= self.memory_tokens <= 512, "compressor.memory_tokens", self.memory_tokens, "1 to 512")
         for name, least in (("lora_rank", 1), ("writer_rank", 0), ("max_passage_tokens", 1)):
             require(getattr(self, name) >= least, f"compressor.{name}", getattr(self, name), f"at least {least}")
+        shorter = self.segment_tokens is None or 1 <= self.segment_tokens <= self.max_passage_tokens
+        most = f"at least 1 and at most compressor.max_passage_tokens = {self.max_passage_tokens}"
+        require(shorter, "compressor.segment_tokens", self.segment_tokens, most)
         require(self.lora_alpha > 0, "compressor.lora_alpha", self.lora_alpha, "positive")
         require(0 <= self.lora_dropout < 1, "compressor.lora_dropout", self.lora_dropout, "in [0, 1)")
         require(bool(self.lora_targets), "compressor.lora_targets", self.lora_targets, "a non-empty list")
@@ -119,3 +125,7 @@ class CompressorConfig:
         require(asks, "compressor.question_template", self.question_template, template)
         even = self.layout != "nested" or self.memory_tokens & (self.memory_tokens - 1) == 0
         require(even, "compressor.memory_tokens", self.memory_tokens, "a power of two with the nested layout")
+
+    def longest_segment(self, asked: int | None = None) -> int:
+        """Most tokens of a segment where so many are asked for, or none."""
+        return min(asked or self.segment_tokens or self.max_passage_tokens, self.max_passage_tokens)

@@ -169,7 +169,7 @@ def compress_to_fidelity(
         passages: token ids.
         target: fidelity, above 0 and at most 1.
         tokens: most memory tokens for a segment; by default all the compressor has.
-        segment_tokens: most tokens of a segment; by default as many as the compressor takes.
+        segment_tokens: most tokens of a segment; by default those of the compressor's settings.
         refine_steps: of each size that is tried, see `Compressor.compress`.
         stored: what a file gives back of a memory (`storage.memory_file.as_stored`), whose fidelity then counts.
 

@@ -124,14 +124,13 @@ class Network(nn.Module):
         """Cut token ids into the fewest segments of at most `most` tokens, as equal as can be.
 
         Args:
-            most: at most, and by default, `max_passage_tokens`.
+            most: at most `max_passage_tokens`; by default `segment_tokens` of the settings.
         """
         if not ids:
             raise CompressorError("cannot compress an empty passage: give at least one token of text")
         if most is not None and most < 1:
             raise CompressorError(f"segments of {most} tokens hold nothing: give segment_tokens of at least 1")
-        most = min(most or self.config.max_passage_tokens, self.config.max_passage_tokens)
-        return equal_segments(ids, most)
+        return equal_segments(ids, self.config.longest_segment(most))
 
     @torch.no_grad()
     def compress_ids(
@@ -145,10 +144,10 @@ class Network(nn.Module):
         """Memories of tokenised passages, in their order.
 
         Args:
-            passages: token ids. Those over `max_passage_tokens` are compressed in segments.
+            passages: token ids. Those over `segment_tokens` are compressed in segments.
             tokens: memory tokens for each segment; by default all there are.
             batch_size: segments encoded together.
-            segment_tokens: most tokens of a segment, by default `max_passage_tokens`.
+            segment_tokens: most tokens of a segment, by default those of the settings.
             refine_steps: gradient steps on each memory (`refinement.refine`).
 
         Raises:
@@ -166,7 +165,7 @@ class Network(nn.Module):
         if segment_tokens is not None:
             require_whole("segment_tokens", segment_tokens)
         batch_size, refine_steps = int(batch_size), int(refine_steps)  # numpy's among them
-        most = min(segment_tokens or self.config.max_passage_tokens, self.config.max_passage_tokens)
+        most = self.config.longest_segment(segment_tokens)
         owners, segments = [], []
         for owner, ids in enumerate(passages):
             for segment in self.segment(ids, segment_tokens):

@@ -18,7 +18,8 @@ class Making:
     tokens: int | None = None
     """Memory tokens for each segment; by default all the compressor has."""
     segment_tokens: int | None = None
-    """Compress in segments of at most so many tokens; by default segments are as long as the compressor takes."""
+    """Compress in segments of at most so many tokens; by default as the compressor's settings say (96 for SmolLM2's; at
+    most 500, all of which its memory tokens then hold)."""
     refine_steps: int = 0
     """Gradient steps on each memory: 10 to 50 keep far more with few memory tokens, and take as many times as long."""
     target_fidelity: float | None = None
@@ -45,9 +46,8 @@ class Making:
 
     def numbers(self, model: Network) -> dict[str, float]:
         """Numbers that memories are made with, besides what each of them states."""
-        most = model.config.max_passage_tokens
         return {
-            "segment_tokens": min(self.segment_tokens or most, most),
+            "segment_tokens": model.config.longest_segment(self.segment_tokens),
             "refine_steps": self.refine_steps,
             **({} if self.target_fidelity is None else {"target_fidelity": self.target_fidelity}),
         }

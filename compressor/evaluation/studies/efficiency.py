@@ -194,7 +194,7 @@ def time_once(model: Compressor, passage: Sequence[int], tokens: int | None, new
         prefix = token_prefix(model.base, [passage])
         read = clock()
     else:
-        kept = model.compress_ids([passage], tokens)[0]
+        kept = model.compress_ids([passage], tokens, segment_tokens=len(passage))[0]
         read = clock()
         prefix = memory_prefix(model.base, [kept])
     times = Times(read - started)
