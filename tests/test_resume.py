@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
 
 from compressor.commands.cli import train_main
+from compressor.training.averaging import WeightAverage
 
 STEPS = 12
 SCHEDULE = [
@@ -23,6 +25,7 @@ SCHEDULE = [
     "--training.gradient_accumulation_steps=2",
     "--training.checkpoint_every=4",
     "--training.validate_every=12",
+    "--training.ema_decay=0.9",
 ]
 
 
@@ -67,8 +70,41 @@ def test_a_killed_and_resumed_run_has_the_same_weights_bit_for_bit(whole: Path, 
         assert names == others
         for name in names:
             assert (whole / folder / name).read_bytes() == (resumed / folder / name).read_bytes()
-    moments = f"checkpoints/step-{STEPS:07d}/optimizer.safetensors"
-    assert (whole / moments).read_bytes() == (resumed / moments).read_bytes()
+    for state in ("optimizer", "average"):
+        path = f"checkpoints/step-{STEPS:07d}/{state}.safetensors"
+        assert (whole / path).read_bytes() == (resumed / path).read_bytes()
+
+
+def test_what_is_exported_is_the_average_of_the_weights(whole: Path) -> None:
+    name = "memory_tokens.safetensors"
+    (exported,) = load_file(whole / "final" / name).values()
+    averaged = load_file(whole / f"checkpoints/step-{STEPS:07d}/average.safetensors")
+    (last,) = load_file(whole / f"checkpoints/step-{STEPS:07d}/model" / name).values()
+    assert any(torch.equal(one, exported) for one in averaged.values() if one.shape == exported.shape)
+    assert not torch.equal(exported, last)
+
+
+def test_an_average_is_that_of_the_weights_after_each_step() -> None:
+    module = torch.nn.Linear(3, 2)
+    module.bias.requires_grad_(False)
+    average, expected = WeightAverage(module, 0.5), module.weight.detach().clone()
+    for step in range(1, 40):
+        with torch.no_grad():
+            module.weight += step
+        average.update(step)
+        decay = min(0.5, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * module.weight.detach()
+    assert list(average.weights) == ["weight"]
+    weights = module.weight.detach().clone()
+    with average.applied():
+        torch.testing.assert_close(module.weight.detach(), expected)
+    assert torch.equal(module.weight.detach(), weights)
+    torch.testing.assert_close(average.weights["weight"], expected)
+    average.load({})
+    assert torch.equal(average.weights["weight"], weights)
+    average.load({"weight": expected})
+    assert torch.equal(average.weights["weight"], expected)
+    assert not torch.equal(module.weight.detach(), expected)
 
 
 def test_leftovers_of_a_kill_are_gone(resumed: Path) -> None:

@@ -1,7 +1,8 @@
 """Training checkpoints: written whole or not at all, never pickled.
 
 `OUTPUT/checkpoints/step-0000200/` holds what the stage saves (`model/`), the optimiser's moments
-(`optimizer.safetensors`) and `state.json`. The newest N and the best are kept.
+(`optimizer.safetensors`), the average of its weights where there is one (`average.safetensors`) and `state.json`. The
+newest N and the best are kept.
 """
 
 from __future__ import annotations
@@ -21,12 +22,13 @@ from safetensors.torch import load_file, save_file
 from compressor.errors import FULL, MORE_SPACE, CompressorError, WriteError
 from compressor.files import FolderKind, atomic_folder, read_json, remove_folder, unreadable, write_json
 from compressor.progress import note
+from compressor.training.averaging import WeightAverage
 from compressor.training.config import RunConfig
 from compressor.training.stage import Stage, TrainingState
 
 VALIDATION = "data.validation"
 """The one part of a run's origin that may change: the losses of two validation sets are not compared."""
-CHECKPOINT = FolderKind("a training checkpoint", ("state.json", "optimizer.safetensors", "model/*", "model/writer/*"))
+CHECKPOINT = FolderKind("a training checkpoint", ("state.json", "*.safetensors", "model/*", "model/writer/*"))
 
 
 class Checkpoints:
@@ -114,7 +116,12 @@ class Checkpoints:
         return self.folder / f"step-{step:07d}"
 
     def start(
-        self, stage: Stage, optimizer: torch.optim.Optimizer, names: dict[int, str], resume: bool
+        self,
+        stage: Stage,
+        optimizer: torch.optim.Optimizer,
+        names: dict[int, str],
+        average: WeightAverage,
+        resume: bool,
     ) -> TrainingState:
         """Create the folder or, with `resume`, load the newest checkpoint.
 
@@ -139,6 +146,8 @@ class Checkpoints:
         with _naming(path):
             moments = load_file(path / "optimizer.safetensors")
             stage.load(path / "model")
+            averaged = path / "average.safetensors"
+            average.load(load_file(averaged) if averaged.exists() else {})
         by_name: dict[str, dict[str, torch.Tensor]] = {}
         for key, value in moments.items():
             name, moment = key.rsplit("/", 1)
@@ -156,7 +165,14 @@ class Checkpoints:
                 }
         return state
 
-    def save(self, stage: Stage, optimizer: torch.optim.Optimizer, names: dict[int, str], state: TrainingState) -> None:
+    def save(
+        self,
+        stage: Stage,
+        optimizer: torch.optim.Optimizer,
+        names: dict[int, str],
+        average: WeightAverage,
+        state: TrainingState,
+    ) -> None:
         """Write the checkpoint of `state.step` atomically and delete those no longer kept."""
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
@@ -168,6 +184,8 @@ class Checkpoints:
                     for moment, value in values.items()
                 }
                 save_file(moments, path / "optimizer.safetensors")
+                if average.weights:
+                    save_file(average.weights, path / "average.safetensors")
                 write_json(path / "state.json", asdict(state))
             steps = self.steps()
             for step in set(steps[: -self.keep_last]) - {state.best_step}:

@@ -31,6 +31,7 @@ from compressor.processes import (
     summed,
 )
 from compressor.progress import note
+from compressor.training.averaging import WeightAverage
 from compressor.training.checkpoints import Checkpoints
 from compressor.training.config import RunConfig, TrainingConfig
 from compressor.training.log import RunLog
@@ -208,7 +209,8 @@ def train(
     settings = config.training
     optimizer = make_optimizer(stage.module, settings)
     names = {id(parameter): name for name, parameter in stage.module.named_parameters()}
-    state = checkpoints.start(stage, optimizer, names, resume=settings.resume)
+    average = WeightAverage(stage.module, settings.ema_decay)
+    state = checkpoints.start(stage, optimizer, names, average, resume=settings.resume)
     state.micro_batches = settings.gradient_accumulation_steps * accelerator.num_processes
     if on_start is not None and accelerator.is_main_process and state.step < settings.steps:
         on_start(state.step)
@@ -230,6 +232,7 @@ def train(
             # A signal that comes from here on counts in the next step, on all processes alike.
             stopping = result.stop
             state.step += 1
+            average.update(state.step)
             if state.step % TRIM_EVERY == 0 and accelerator.device.type == "cpu":
                 return_free_memory()
             state.passages += int(result.passages)
@@ -240,18 +243,20 @@ def train(
             if finished or state.step % settings.log_every == 0:
                 log.training(rate, result.gradient_norm)
             if finished or state.step % settings.validate_every == 0:
-                figures, samples = stage.validate(accelerator)
+                with average.applied():
+                    figures, samples = stage.validate(accelerator)
                 log.validation(figures, samples)
                 tracked.samples(state.step, samples)
                 state.note_validation(figures["loss"])
             best = state.best_step == state.step
             if finished or stopping or best or state.step % settings.checkpoint_every == 0:
                 state.seconds = round(log.seconds, 2)
-                checkpoints.save(stage, optimizer, names, state)
+                checkpoints.save(stage, optimizer, names, average, state)
         if state.step < settings.steps:
             log.line(f"stopped by a signal after step {state.step}; go on with --training.resume")
         else:
-            checkpoints.export(stage)
+            with average.applied():
+                checkpoints.export(stage)
             tracked.finish(state, figures, Path(config.output) / "final" if settings.log_model else None)
     except WriteError as error:
         raise checkpoints.interrupted(error) from None
