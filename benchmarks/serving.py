@@ -39,6 +39,8 @@ from compressor.streams import exits_cleanly
 
 SIZES = ((1, 96), (1, 480), (4, 480))
 """Passages in a context, and tokens of each."""
+WHOLE = 500
+"""Most tokens of a segment, so that each passage is one memory."""
 GROUPS = 4
 """Contexts that are asked about in turn."""
 QUESTION = "\nQuestion: What is shown? Answer:"
@@ -98,7 +100,9 @@ async def measure(args: Any, tokenizer: Any, result: dict[str, Any]) -> None:
             cut = [ids[start : start + length] for start in range(group * 2400, group * 2400 + count * length, length)]
             made = [
                 await client.post(
-                    "/memories", body={"text": tokenizer.decode(one), "measure": False}, cast_to=dict[str, Any]
+                    "/memories",
+                    body={"text": tokenizer.decode(one), "segment_tokens": WHOLE, "measure": False},
+                    cast_to=dict[str, Any],
                 )
                 for one in cut
             ]

@@ -98,7 +98,7 @@ class TrainingConfig:
     final_learning_rate: float = 0.0
     """Learning rate at the last step, as a fraction of `learning_rate`."""
     ema_decay: float = 0.0
-    """Validate and export an exponential moving average of the weights, which keeps so much of itself in each step: .998
+    """Validate and export an exponential moving average of the weights, which keeps this share of itself a step: .998
     averages over some 500 steps, and spares most of the rate's fall; 0 for the weights of the last step."""
     beta1: float = 0.9
     """AdamW's decay of the gradient's mean."""
