@@ -1,6 +1,6 @@
 """Requests a second, time to first token and latency of `compressor serve`, from memories and from passages as text.
 
-    python benchmarks/serving.py --output results/benchmark-serving.json
+    python benchmarks/serving.py --output outputs/serving.json
     python benchmarks/serving.py --checkpoint models/smollm2-135m/compressor --seconds 5 --clients 1 4
     python benchmarks/serving.py --running --port 8000    # a server that is started already
 

@@ -100,7 +100,7 @@ def speech() -> str:
 
 def serving() -> str:
     """Time to first token and throughput of vLLM, from memories and from text."""
-    found = results("benchmark-serving.json")
+    found = results(f"{FLAGSHIP}/serving.json")
     ways = ("memories", "memories, no prefix cache", "passages", "passages, no prefix cache")
     cells = {(row["passages"], row["length"], row["clients"], row["way"]): row for row in found["rows"]}
     header = ["first token, s (requests/s)", "clients", *ways, "text / memory", "no cache"]

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Tries and times the serving of memories by vLLM: makes an environment of its own ($SERVING_VENV, by default
-# outputs/serving-venv), starts servers on loopback, and asks them by the official client: results/benchmark-serving.json.
+# outputs/serving-venv), starts servers on loopback, and asks them by the official client: results/smollm2-135m/serving.json.
 #   runs/serving.sh          environment, tests, benchmark, tables
 #   runs/serving.sh tests    environment and tests alone
 # Times are of this machine: run it while nothing else runs.
@@ -32,5 +32,6 @@ fi
 python=$venv/bin/python
 "$python" -m pytest tests/test_serving.py -m 'slow or not slow'
 [ "${1:-}" != tests ] || exit 0
-"$python" benchmarks/serving.py --output results/benchmark-serving.json
+"$python" benchmarks/serving.py --checkpoint models/smollm2-135m/compressor --clients 1 4 16 --seconds 5 --budget 1500 \
+  --output results/smollm2-135m/serving.json
 "$python" runs/readme.py
