@@ -154,7 +154,8 @@ class Asked:
         self.pool = list(dict.fromkeys([*(one.context for one in chosen), *pool]))
         self.rest = [text for text in short if text not in set(self.pool)]
         self.ids = dict(zip(self.pool, model.base.tokenise(self.pool), strict=True))
-        self.memories = dict(zip(self.pool, model.compress_ids(list(self.ids.values())), strict=True))
+        made = model.compress_ids(list(self.ids.values()), segment_tokens=options.longest)
+        self.memories = dict(zip(self.pool, made, strict=True))
         self.template = model.config.question_template
 
     def group(self, number: int, kind: str, count: int) -> list[str]:
