@@ -232,8 +232,8 @@ class AskOptions(MemoryOptions):
     template: str = QUESTION
     """Prompt of the question, with `{question}` in it, or `chat`."""
     recite: bool = False
-    """Write the passage back first and answer from that text, after the prefix that ships for SmolLM2: slower, and right
-    more often where most of the passage comes back."""
+    """Write the passage back first and answer from that text, after the prefix that ships for SmolLM2: slower, and
+    right more often where most of the passage comes back."""
 
     def __post_init__(self) -> None:
         if (self.memory is None) == (self.store is None):

@@ -22,7 +22,7 @@ class WeightAverage:
     """
 
     def __init__(self, module: nn.Module, decay: float):
-        self.decay = decay
+        self.module, self.decay = module, decay
         trained = {name: one for name, one in module.named_parameters() if one.requires_grad and decay}
         self.trained: dict[str, nn.Parameter] = trained
         self.weights: dict[str, Tensor] = {name: one.detach().clone() for name, one in trained.items()}
@@ -35,10 +35,17 @@ class WeightAverage:
             torch._foreach_lerp_(list(self.weights.values()), list(self.trained.values()), share)
 
     @torch.no_grad()
-    def load(self, weights: dict[str, Tensor]) -> None:
-        """Go on from an average that a checkpoint holds, or, where it has none, from the module's weights."""
+    def restore(self, last: dict[str, Tensor]) -> None:
+        """Take what the module has been given, a checkpoint's model, as the average, and give it the last weights.
+
+        Args:
+            last: by parameter name; empty where the checkpoint holds no average, whose model is the last weights.
+        """
+        parameters = dict(self.module.named_parameters())
         for name, average in self.weights.items():
-            average.copy_(weights[name] if weights else self.trained[name])
+            average.copy_(parameters[name])
+        for name, weights in last.items():
+            parameters[name].copy_(weights)
 
     @contextmanager
     def applied(self) -> Iterator[None]:

@@ -1,8 +1,9 @@
 """Training checkpoints: written whole or not at all, never pickled.
 
 `OUTPUT/checkpoints/step-0000200/` holds what the stage saves (`model/`), the optimiser's moments
-(`optimizer.safetensors`), the average of its weights where there is one (`average.safetensors`) and `state.json`. The
-newest N and the best are kept.
+(`optimizer.safetensors`) and `state.json`. Where a run averages its weights, `model/` holds the average, as what is
+validated and exported does, and `last.safetensors` the weights that the run goes on from. The newest N and the best are
+kept.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from compressor.training.stage import Stage, TrainingState
 
 VALIDATION = "data.validation"
 """The one part of a run's origin that may change: the losses of two validation sets are not compared."""
+LAST = "last.safetensors"
 CHECKPOINT = FolderKind("a training checkpoint", ("state.json", "*.safetensors", "model/*", "model/writer/*"))
 
 
@@ -146,8 +148,8 @@ class Checkpoints:
         with _naming(path):
             moments = load_file(path / "optimizer.safetensors")
             stage.load(path / "model")
-            averaged = path / "average.safetensors"
-            average.load(load_file(averaged) if averaged.exists() else {})
+            last = path / LAST
+            average.restore(load_file(last) if last.exists() else {})
         by_name: dict[str, dict[str, torch.Tensor]] = {}
         for key, value in moments.items():
             name, moment = key.rsplit("/", 1)
@@ -177,7 +179,8 @@ class Checkpoints:
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             with atomic_folder(self.path(state.step), CHECKPOINT) as path:
-                stage.save(path / "model")
+                with average.applied():
+                    stage.save(path / "model")
                 moments = {
                     f"{names[id(parameter)]}/{moment}": value.detach().contiguous()
                     for parameter, values in optimizer.state.items()
@@ -185,7 +188,7 @@ class Checkpoints:
                 }
                 save_file(moments, path / "optimizer.safetensors")
                 if average.weights:
-                    save_file(average.weights, path / "average.safetensors")
+                    save_file({name: one.detach() for name, one in average.trained.items()}, path / LAST)
                 write_json(path / "state.json", asdict(state))
             steps = self.steps()
             for step in set(steps[: -self.keep_last]) - {state.best_step}:
