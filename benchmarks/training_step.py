@@ -2,6 +2,7 @@
 
     python benchmarks/training_step.py --base smollm2-135m --output results/benchmark-training-step.json
     python benchmarks/training_step.py --base smollm2-135m --lengths 96
+    python benchmarks/training_step.py --base smollm2-135m --at 48 96 192 480 --output outputs/training-step.json
 
 Variants alternate in one run: ours as it trains, ours without one lever each, and the published recipe as it is (every
 passage extended to 500 tokens, no mask, LoRA of rank 64 on queries and values, 4 passages a step). Passages are as long
@@ -156,46 +157,29 @@ def memory_of(variant: str, options: argparse.Namespace) -> int:
     return int(json.loads(done.stdout.splitlines()[-1])["bytes"])
 
 
-@exits_cleanly
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", default="models/arxiv-mini/base")
-    parser.add_argument("--passages", type=int, default=12)
-    parser.add_argument("--lengths", type=int, nargs="*", default=[])
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--memory", action="store_true")
-    parser.add_argument("--only", help=argparse.SUPPRESS)
-    parser.add_argument("--output")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    device = current_device()
-    passages = passages_of(options.base, options.lengths, options.passages)
-    if options.only:
-        model = build(options.only, options.base, device)
-        run(model, batches(model, passages, options.only), options.only)
-        used = torch.cuda.max_memory_allocated() if device.type == "cuda" else resident_peak()
-        print(json.dumps({"bytes": used}))
-        return 0
+def measure(
+    variants: list[str], lengths: list[int], options: argparse.Namespace, device: torch.device, memory: bool = True
+) -> dict[str, Any]:
+    """Figures of these variants, in turn, on passages of these lengths; printed, too."""
+    passages = passages_of(options.base, lengths, options.passages)
     work: dict[str, Callable[[], None]] = {}
     flops: dict[str, int] = {}
-    for variant in VARIANTS:
+    for variant in variants:
         model = build(variant, options.base, device)
         data = batches(model, passages, variant)
         with FlopCounterMode(display=False) as counter:
             run(model, data, variant)  # warms up, too
         flops[variant] = counter.get_total_flops()
         work[variant] = lambda model=model, data=data, variant=variant: run(model, data, variant)
-    taken: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
+    taken: dict[str, list[float]] = {variant: [] for variant in variants}
     peaks = [peak(device)]
     for _ in range(options.repeats):
         for variant, step in work.items():
             taken[variant].append(seconds(step, device))
         peaks.append(peak(device))
     median = {variant: statistics.median(times) for variant, times in taken.items()}
-    memory = {variant: memory_of(variant, options) for variant in VARIANTS} if options.memory else {}
-    best = max(peaks)
-    mean = sum(map(len, passages)) / len(passages)
+    sizes = {variant: memory_of(variant, options) for variant in variants} if options.memory and memory else {}
+    best, mean = max(peaks), sum(map(len, passages)) / len(passages)
     print(f"{len(passages)} passages of {mean:.0f} tokens on average; products at {best / 1e9:.0f} GFLOP/s")
     print(f"{'':<26}{'s':>8}{'passages/s':>12}{'of the peak':>13}{'x ours':>8}{'GB':>8}")
     rows = {}
@@ -206,17 +190,62 @@ def main() -> int:
             "passages_per_second": len(passages) / time_taken,
             "flops": flops[variant],
             "share_of_peak": flops[variant] / time_taken / best,
-            "bytes": memory.get(variant),
+            "bytes": sizes.get(variant),
         }
-        size = f"{memory[variant] / 1e9:8.2f}" if memory else ""
+        size = f"{sizes[variant] / 1e9:8.2f}" if sizes else ""
         print(
             f"{variant:<26}{time_taken:8.2f}{len(passages) / time_taken:12.2f}"
-            f"{flops[variant] / time_taken / best:12.0%} {time_taken / median[OURS]:8.2f}{size}"
+            f"{flops[variant] / time_taken / best:12.0%} {time_taken / median[OURS]:8.2f}{size}",
+            flush=True,
         )
+    return {"lengths": lengths or "natural", "passages": len(passages), "peaks": peaks, "variants": rows}
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    """Seconds a passage against its length, of ours and the published recipe."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6, 4))
+    for variant, style in ((OURS, "o-"), (PUBLISHED, "x--")):
+        points = [(one["lengths"][0], 1 / one["variants"][variant]["passages_per_second"]) for one in result["at"]]
+        axes.plot(*zip(*points, strict=True), style, label=variant)
+    axes.set(xscale="log", ylim=(0, None), xlabel="tokens of a passage", ylabel="seconds of a step for each passage")
+    axes.set_xticks([one["lengths"][0] for one in result["at"]], [str(one["lengths"][0]) for one in result["at"]])
+    axes.minorticks_off()
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+@exits_cleanly
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", default="models/arxiv-mini/base")
+    parser.add_argument("--passages", type=int, default=12)
+    parser.add_argument("--lengths", type=int, nargs="*", default=[])
+    parser.add_argument("--at", type=int, nargs="*", default=[], help="ours and the published recipe at these, too")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--memory", action="store_true")
+    parser.add_argument("--only", help=argparse.SUPPRESS)
+    parser.add_argument("--output")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    device = current_device()
+    if options.only:
+        passages = passages_of(options.base, options.lengths, options.passages)
+        model = build(options.only, options.base, device)
+        run(model, batches(model, passages, options.only), options.only)
+        used = torch.cuda.max_memory_allocated() if device.type == "cuda" else resident_peak()
+        print(json.dumps({"bytes": used}))
+        return 0
+    result = {"base": options.base, "device": device.type, "threads": options.threads, "machine": platform.machine()}
+    result |= {"torch": torch.__version__, **measure(list(VARIANTS), options.lengths, options, device)}
+    result["at"] = [measure([OURS, PUBLISHED], [length], options, device, False) for length in options.at]
     if options.output:
-        settings = {"base": options.base, "lengths": options.lengths or "natural", "passages": len(passages)}
-        machine = {"device": device.type, "threads": options.threads, "machine": platform.machine(), "peaks": peaks}
-        write_json(options.output, {**settings, **machine, "torch": torch.__version__, "variants": rows})
+        write_json(options.output, result)
+        if options.at:
+            plot(result, Path(options.output).with_suffix(".png"))
     return 0
 
 
