@@ -62,9 +62,12 @@ def flagship() -> str:
     )
 
 
+STAGES = ("regenerate", "answer", "cued", "low", "again", "together", "average")
+
+
 def flagship_logs() -> list[list[dict[str, Any]]]:
     """Rows of the training logs of the flagship's stages, in their order."""
-    names = [f"{FLAGSHIP}/{stage}-log.jsonl" for stage in ("regenerate", "answer", "cued", "low", "again", "together")]
+    names = [f"{FLAGSHIP}/{stage}-log.jsonl" for stage in STAGES]
     return [log_rows(name) for name in names if (ROOT / "results" / name).exists()]
 
 

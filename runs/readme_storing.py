@@ -219,7 +219,7 @@ def training_step() -> str:
         body.append([name, *shown])
     peak = max(found["peaks"]) / 1e9
     lengths = []
-    for one in found["at"]:
+    for one in found.get("at", []):
         pair = [one["variants"][name]["passages_per_second"] for name in ("ours", "published recipe")]
         share = one["variants"]["ours"]["share_of_peak"]
         lengths.append([*map(str, one["lengths"]), *(f"{value:.2f}" for value in pair), f"{pair[0] / pair[1]:.1f}x"])
