@@ -96,8 +96,9 @@ def flagship_curve() -> str:
     body.append(["twice as many", *said])
     return table(header, body) + (
         "\n\nNats a token of unseen abstracts of 96 tokens at the end of each stage. The third began at a high rate "
-        "again and spent two\nin five passages on cues: it learned to answer, not to regenerate. The last row goes on "
-        "as the power of the passages between the\nfirst stage's end and the last's."
+        "again and spent two\nin five passages on cues: it learned to answer, not to regenerate. Of the last stage "
+        "the mean of the weights is kept.\nThe last row goes on as the power of the passages between the first stage's "
+        "end and the last's."
     )
 
 

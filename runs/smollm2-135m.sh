@@ -28,9 +28,12 @@ train cued low --data.questions "[$questions]" --init "$output/cued/final" --see
 train cued again --data.questions "[$questions]" --init "$output/low/final" --seed 7 --training.learning-rate 8e-4 \
   --training.steps 562 --training.decay-steps 1760 "$@"
 train together together --data.questions "[$questions]" "$@"
+# On at a rate that hardly falls; what is kept is the mean of the weights.
+train together average --data.questions "[$questions]" --init "$output/together/final" --seed 9 --training.learning-rate 6.5e-4 \
+  --training.steps 1100 --training.decay-steps 0 --training.average-from 100 "$@"
 train tuned full-tuned --data.questions "[$questions]" "$@"
 train tuned none-tuned --data.questions "[$questions]" --compressor.method none-tuned "$@"
-for pair in together:compressor full-tuned:full-tuned none-tuned:none-tuned; do
+for pair in average:compressor full-tuned:full-tuned none-tuned:none-tuned; do
   python -c 'import sys, torch; from compressor import Compressor
 Compressor.from_pretrained(sys.argv[1]).save_pretrained(sys.argv[2], dtype=torch.bfloat16)' \
     "$output/${pair%:*}/final" "models/smollm2-135m/${pair#*:}"

@@ -25,7 +25,7 @@ SCHEDULE = [
     "--training.gradient_accumulation_steps=2",
     "--training.checkpoint_every=4",
     "--training.validate_every=12",
-    "--training.ema_decay=0.9",
+    "--training.average_from=3",
 ]
 
 
@@ -75,7 +75,7 @@ def test_a_killed_and_resumed_run_has_the_same_weights_bit_for_bit(whole: Path, 
         assert (whole / path).read_bytes() == (resumed / path).read_bytes()
 
 
-def test_what_is_exported_is_the_average_of_the_weights(whole: Path) -> None:
+def test_what_is_exported_is_the_mean_of_the_weights(whole: Path) -> None:
     name, checkpoint = "memory_tokens.safetensors", whole / "checkpoints" / f"step-{STEPS:07d}"
     (exported,) = load_file(whole / "final" / name).values()
     (kept,) = load_file(checkpoint / "model" / name).values()
@@ -86,16 +86,18 @@ def test_what_is_exported_is_the_average_of_the_weights(whole: Path) -> None:
     assert not torch.equal(exported, last[name])
 
 
-def test_an_average_is_that_of_the_weights_after_each_step() -> None:
+def test_the_mean_is_of_the_weights_after_each_step_from_the_first_on() -> None:
     module = torch.nn.Linear(3, 2)
     module.bias.requires_grad_(False)
-    average, expected = WeightAverage(module, 0.5), module.weight.detach().clone()
+    average, seen = WeightAverage(module, 5), {}
     for step in range(1, 40):
         with torch.no_grad():
             module.weight += step
         average.update(step)
-        decay = min(0.5, (1 + step) / (10 + step))
-        expected = decay * expected + (1 - decay) * module.weight.detach()
+        seen[step] = module.weight.detach().clone()
+        if step <= 5:
+            assert torch.equal(average.weights["weight"], seen[step])
+    expected = torch.stack([weights for step, weights in seen.items() if step >= 5]).mean(0)
     assert list(average.weights) == ["weight"]
     weights = module.weight.detach().clone()
     with average.applied():

@@ -1,4 +1,4 @@
-"""An exponential moving average of the trained weights, which is what a run validates and exports where it has one."""
+"""The mean of the trained weights over a run's steps, which is what a run validates and exports where it has one."""
 
 from __future__ import annotations
 
@@ -10,36 +10,35 @@ from torch import Tensor, nn
 
 
 class WeightAverage:
-    """The average `d * average + (1 - d) * weights` after each step (Polyak and Juditsky 1992).
+    """The mean of the weights after `first` steps and after each later one (SWA, arXiv 1803.05407).
 
-    At a rate that does not fall, weights wander about where they lead; their average does not, and does without most of
-    the rate's fall. In a run's first steps d is `(1 + step) / (10 + step)` where that is less than `decay`, so that the
-    weights a run starts from are soon forgotten.
+    At a rate that does not fall, weights wander about where they lead; their mean does not, and does without the rate's
+    fall. Until `first` it is the weights themselves.
 
     Args:
         module: whose parameters with a gradient are averaged.
-        decay: d, 0 to 1; 0 keeps no average.
+        first: step; None keeps no mean.
     """
 
-    def __init__(self, module: nn.Module, decay: float):
-        self.module, self.decay = module, decay
-        trained = {name: one for name, one in module.named_parameters() if one.requires_grad and decay}
-        self.trained: dict[str, nn.Parameter] = trained
-        self.weights: dict[str, Tensor] = {name: one.detach().clone() for name, one in trained.items()}
+    def __init__(self, module: nn.Module, first: int | None):
+        self.module, self.first = module, first
+        averaged = first is not None
+        self.trained = {name: one for name, one in module.named_parameters() if one.requires_grad and averaged}
+        self.weights: dict[str, Tensor] = {name: one.detach().clone() for name, one in self.trained.items()}
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Take the weights after `step` steps in."""
-        if self.weights:
-            share = 1 - min(self.decay, (1 + step) / (10 + step))
+        """Take in the weights after `step` steps."""
+        if self.first is not None:
+            share = 1 / (max(0, step - self.first) + 1)
             torch._foreach_lerp_(list(self.weights.values()), list(self.trained.values()), share)
 
     @torch.no_grad()
     def restore(self, last: dict[str, Tensor]) -> None:
-        """Take what the module has been given, a checkpoint's model, as the average, and give it the last weights.
+        """Take what the module has been given, a checkpoint's model, as the mean, and give it the last weights.
 
         Args:
-            last: by parameter name; empty where the checkpoint holds no average, whose model is the last weights.
+            last: by parameter name; empty where the checkpoint holds no mean, whose model is the last weights.
         """
         parameters = dict(self.module.named_parameters())
         for name, average in self.weights.items():
@@ -49,7 +48,7 @@ class WeightAverage:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """The module has the averaged weights in this block, if there are any."""
+        """The module has the mean in this block, if there is one."""
         self._swap()
         try:
             yield

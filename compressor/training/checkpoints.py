@@ -1,7 +1,7 @@
 """Training checkpoints: written whole or not at all, never pickled.
 
 `OUTPUT/checkpoints/step-0000200/` holds what the stage saves (`model/`), the optimiser's moments
-(`optimizer.safetensors`) and `state.json`. Where a run averages its weights, `model/` holds the average, as what is
+(`optimizer.safetensors`) and `state.json`. Where a run averages its weights, `model/` holds the mean, as what is
 validated and exported does, and `last.safetensors` the weights that the run goes on from. The newest N and the best are
 kept.
 """

@@ -97,9 +97,9 @@ class TrainingConfig:
     """With `constant`: fall linearly to the final rate over the last so many steps."""
     final_learning_rate: float = 0.0
     """Learning rate at the last step, as a fraction of `learning_rate`."""
-    ema_decay: float = 0.0
-    """Validate and export an exponential moving average of the weights, which keeps this share of itself a step: .998
-    averages over some 500 steps, and spares most of the rate's fall; 0 for the weights of the last step."""
+    average_from: int | None = None
+    """Validate and export the mean of the weights after this step and each later one, which spares the rate's fall; by
+    default the weights of the last step."""
     beta1: float = 0.9
     """AdamW's decay of the gradient's mean."""
     beta2: float = 0.95
@@ -146,10 +146,12 @@ class TrainingConfig:
         require(0 <= self.decay_steps <= self.steps, "training.decay_steps", self.decay_steps, "0 to training.steps")
         final = self.final_learning_rate
         require(0 <= final <= 1, "training.final_learning_rate", final, "0 to 1")
-        for name in ("beta1", "beta2", "ema_decay"):
+        for name in ("beta1", "beta2"):
             require(0 <= getattr(self, name) < 1, f"training.{name}", getattr(self, name), "in [0, 1)")
         require(self.weight_decay >= 0, "training.weight_decay", self.weight_decay, "at least 0")
         require(self.max_grad_norm > 0, "training.max_grad_norm", self.max_grad_norm, "positive")
+        first = self.average_from
+        require(first is None or first >= 0, "training.average_from", first, "at least 0")
         require(self.threads is None or 1 <= self.threads <= 1024, "training.threads", self.threads, "1 to 1024")
 
 

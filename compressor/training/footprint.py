@@ -40,7 +40,7 @@ def step_bytes(stage: CompressionStage, config: RunConfig, processes: int) -> in
     held = resident_bytes(model)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     moments = 4 if config.training.optimizer == "muon" else 8
-    training = trained * (4 + moments + 4 * (processes > 1) + 4 * (config.training.ema_decay > 0))
+    training = trained * (4 + moments + 4 * (processes > 1) + 4 * (config.training.average_from is not None))
     config_of_base = model.base.model.config.get_text_config()
     batches = [stage.micro_batch(index) for index in range(LOOKED_AT)]
     shapes = {(*batch["input_ids"].shape, asked_cells(batch)) for batch in batches}

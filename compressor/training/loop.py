@@ -209,7 +209,7 @@ def train(
     settings = config.training
     optimizer = make_optimizer(stage.module, settings)
     names = {id(parameter): name for name, parameter in stage.module.named_parameters()}
-    average = WeightAverage(stage.module, settings.ema_decay)
+    average = WeightAverage(stage.module, settings.average_from)
     state = checkpoints.start(stage, optimizer, names, average, resume=settings.resume)
     state.micro_batches = settings.gradient_accumulation_steps * accelerator.num_processes
     if on_start is not None and accelerator.is_main_process and state.step < settings.steps:
