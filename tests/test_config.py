@@ -167,7 +167,7 @@ OUT_OF_RANGE = {
     "training.final_learning_rate": ("-0.1", "1.1"),
     "training.beta1": ("-0.1", "1"),
     "training.beta2": ("1.5",),
-    "training.average_from": ("-1",),
+    "training.average_from": ("-1", "1000"),
     "training.weight_decay": ("-1",),
     "training.max_grad_norm": ("0", "-1", ".nan"),
     "training.batch_tokens": ("0",),

@@ -91,6 +91,11 @@ def model_card(settings: Mapping[str, Any]) -> str:
         f"- Method `{config['method']}`: {config['memory_tokens']} memory tokens, layout `{config['layout']}`, "
         f"{config['passage_attention']} passage attention, {lora}; {trained:,} trained parameters, "
         f"{trained / frozen:.1%} of the base's.",
+        *(
+            [f"- Texts are cut into segments of at most {most} tokens where `segment_tokens` does not say otherwise."]
+            if (most := config.get("segment_tokens"))
+            else []
+        ),
         f"- Trained on: {', '.join(about.get('datasets', [])) or 'not said'}.",
         f"- Licence: {about.get('license', 'not said')}.",
         "- Text unlike what it was trained on comes back worse; `compressor compress` says which share of a text does.",

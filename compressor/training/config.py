@@ -151,7 +151,7 @@ class TrainingConfig:
         require(self.weight_decay >= 0, "training.weight_decay", self.weight_decay, "at least 0")
         require(self.max_grad_norm > 0, "training.max_grad_norm", self.max_grad_norm, "positive")
         first = self.average_from
-        require(first is None or first >= 0, "training.average_from", first, "at least 0")
+        require(first is None or 0 <= first < self.steps, "training.average_from", first, "0 to below training.steps")
         require(self.threads is None or 1 <= self.threads <= 1024, "training.threads", self.threads, "1 to 1024")
 
 
