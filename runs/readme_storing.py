@@ -225,12 +225,13 @@ def training_step() -> str:
         lengths.append([*map(str, one["lengths"]), *(f"{value:.2f}" for value in pair), f"{pair[0] / pair[1]:.1f}x"])
         lengths[-1].append(f"{share:.0%}")
     header = ["tokens of every passage", "ours, passages/s", "published recipe", "ratio", "ours, of the peak"]
-    at = f"\n\n{table(header, lengths)}\n\n![seconds of a step against length](../results/benchmark-training-step.png)"
+    picture = "![seconds of a step against length](../results/benchmark-training-step.png)"
+    at = f"\nAll passages of one length:\n\n{table(header, lengths)}\n\n{picture}" if lengths else ""
     return table(["", "passages/s", "time / ours", "of the peak", "peak memory, GB"], body) + (
         f"\n\nSmolLM2-135M, {found['passages']} unseen abstracts at their own lengths up to 500 tokens, forwards and "
         f"backwards, no optimiser;\n{found['threads']} CPU core{'s' * (found['threads'] > 1)} whose products of 2048 x "
         f"2048 matrices reach {peak:,.0f} GFLOP/s; medians of {len(ours['seconds'])} in turn (`runs/training-step.sh`)."
-        f"\nAll passages of one length:{at}"
+        f"{at}"
     )
 
 
