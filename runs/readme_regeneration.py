@@ -55,8 +55,9 @@ def flagship() -> str:
     ends = [[row for row in rows if "passages" in row][-1] for rows in flagship_logs()]
     passages, steps, seconds = (sum(end[name] for end in ends) for name in ("passages", "step", "seconds"))
     return table(["ROUGE-L, BLEU", *(f"{length} tokens" for length in lengths)], body) + (
-        f"\n\nSmolLM2-135M-Instruct, {by[tokens[0], lengths[0]]['n']} unseen abstracts of 2026 a cell, one pass, 95% "
-        f"bootstrap intervals; a\nROUGE-L of 1 is every word, in its order. Trained on {passages:,} passages in "
+        f"\n\nSmolLM2-135M-Instruct, {by[tokens[0], lengths[0]]['n']} unseen abstracts of 2026 a cell, one pass, "
+        "one memory each, 95% bootstrap intervals; a\nROUGE-L of 1 is every word, in its order. "
+        f"Trained on {passages:,} passages in "
         f"{steps:,} steps, {seconds / 3600:.1f} hours of one CPU core.\nDashed and dotted in the picture: the "
         "published figures of an 8B base."
     )
