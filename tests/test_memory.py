@@ -211,3 +211,15 @@ def test_a_memory_as_a_cache_gives_the_decoders_logits(tiny_compressor: Compress
             past_key_values=memory.to_cache(base),
         ).logits
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)
+
+
+def test_answers_from_more_segments_than_are_read_together_are_warned_of(
+    make: Callable[..., Compressor], capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = make()
+    few, many = (model.compress_ids([PASSAGE], segment_tokens=most)[0] for most in (10, 8))
+    assert (len(few.segments), len(many.segments)) == (4, 5)
+    model.answer(few, "Why?", limit=2)
+    assert "segments" not in capsys.readouterr().err
+    model.answer(many, "Why?", limit=2)
+    assert "from up to 4 segments: recite=True" in capsys.readouterr().err

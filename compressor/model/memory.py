@@ -277,6 +277,10 @@ def on_base(memory: Memory, base: Base) -> Memory:
     return replace(memory, base=base.fingerprint, tokenizer=tokenizer_fingerprint(base.tokenizer))
 
 
+READ_TOGETHER = 4
+"""Most segments of one context that the bundled compressors were trained to answer from."""
+
+
 def memory_prefix(base: Base, memories: Sequence[Memory]) -> Prefix:
     """Place the memories' keys and pad them to one batch.
 
