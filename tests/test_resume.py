@@ -104,11 +104,16 @@ def test_the_mean_is_of_the_weights_after_each_step_from_the_first_on() -> None:
         torch.testing.assert_close(module.weight.detach(), expected)
     assert torch.equal(module.weight.detach(), weights)
     torch.testing.assert_close(average.weights["weight"], expected)
-    average.restore({})
-    assert torch.equal(average.weights["weight"], weights)
-    average.restore({"weight": expected})
+    assert average.count == 35
+    average.restore({"weight": expected}, 35)
     assert torch.equal(average.weights["weight"], weights)
     assert torch.equal(module.weight.detach(), expected)
+    # A checkpoint without a mean: it begins with the weights after the next step.
+    average.restore({}, 0)
+    with torch.no_grad():
+        module.weight += 1
+    average.update(100)
+    assert torch.equal(average.weights["weight"], module.weight)
 
 
 def test_leftovers_of_a_kill_are_gone(resumed: Path) -> None:

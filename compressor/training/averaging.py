@@ -21,7 +21,7 @@ class WeightAverage:
     """
 
     def __init__(self, module: nn.Module, first: int | None):
-        self.module, self.first = module, first
+        self.module, self.first, self.count = module, first, 0
         averaged = first is not None
         self.trained = {name: one for name, one in module.named_parameters() if one.requires_grad and averaged}
         self.weights: dict[str, Tensor] = {name: one.detach().clone() for name, one in self.trained.items()}
@@ -30,16 +30,19 @@ class WeightAverage:
     def update(self, step: int) -> None:
         """Take in the weights after `step` steps."""
         if self.first is not None:
-            share = 1 / (max(0, step - self.first) + 1)
+            self.count += step >= self.first
+            share = 1 / max(1, self.count)
             torch._foreach_lerp_(list(self.weights.values()), list(self.trained.values()), share)
 
     @torch.no_grad()
-    def restore(self, last: dict[str, Tensor]) -> None:
+    def restore(self, last: dict[str, Tensor], count: int) -> None:
         """Take what the module has been given, a checkpoint's model, as the mean, and give it the last weights.
 
         Args:
             last: by parameter name; empty where the checkpoint holds no mean, whose model is the last weights.
+            count: steps whose weights the mean is of; 0 where there is none, which then begins here.
         """
+        self.count = count
         parameters = dict(self.module.named_parameters())
         for name, average in self.weights.items():
             average.copy_(parameters[name])

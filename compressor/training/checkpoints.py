@@ -30,7 +30,9 @@ from compressor.training.stage import Stage, TrainingState
 VALIDATION = "data.validation"
 """The one part of a run's origin that may change: the losses of two validation sets are not compared."""
 LAST = "last.safetensors"
-CHECKPOINT = FolderKind("a training checkpoint", ("state.json", "*.safetensors", "model/*", "model/writer/*"))
+CHECKPOINT = FolderKind(
+    "a training checkpoint", ("state.json", "optimizer.safetensors", LAST, "model/*", "model/writer/*")
+)
 
 
 class Checkpoints:
@@ -149,7 +151,7 @@ class Checkpoints:
             moments = load_file(path / "optimizer.safetensors")
             stage.load(path / "model")
             last = path / LAST
-            average.restore(load_file(last) if last.exists() else {})
+            average.restore(load_file(last) if last.exists() else {}, state.averaged)
         by_name: dict[str, dict[str, torch.Tensor]] = {}
         for key, value in moments.items():
             name, moment = key.rsplit("/", 1)
@@ -189,7 +191,7 @@ class Checkpoints:
                 save_file(moments, path / "optimizer.safetensors")
                 if average.weights:
                     save_file({name: one.detach() for name, one in average.trained.items()}, path / LAST)
-                write_json(path / "state.json", asdict(state))
+                write_json(path / "state.json", asdict(state) | {"averaged": average.count})
             steps = self.steps()
             for step in set(steps[: -self.keep_last]) - {state.best_step}:
                 remove_folder(self.path(step), CHECKPOINT)

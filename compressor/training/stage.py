@@ -63,6 +63,8 @@ class TrainingState:
     """Loss, targets and passages since the last row of the log."""
     micro_batches: int = 0
     """Micro-batches of a step, those of all processes together; 0 in checkpoints that did not record it."""
+    averaged: int = 0
+    """Steps whose weights the checkpoint's model is the mean of; 0 where it is the weights of the last."""
     origin: dict[str, str] = field(default_factory=dict)
     """What the run is made from (`Stage.origin`)."""
 
