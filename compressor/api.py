@@ -21,7 +21,7 @@ from compressor.model.checkpoint import find_base, load_weights, read_settings, 
 from compressor.model.config import CompressorConfig
 from compressor.model.decoder import shared
 from compressor.model.fidelity import compress_to_fidelity, noted
-from compressor.model.memory import READ_TOGETHER, Memory, memory_prefix
+from compressor.model.memory import Memory, memory_prefix, warn_of_many
 from compressor.model.network import Network
 from compressor.progress import note, note_once
 
@@ -142,10 +142,8 @@ class Compressor(Network):
             note_once(
                 "warning: refined for regeneration alone, this memory answers worse than before: recite=True helps"
             )
-        if not recite and max(len(memory.segments) for memory in chosen) > READ_TOGETHER:
-            note_once(
-                f"warning: answers are read well from up to {READ_TOGETHER} segments: recite=True reads their text"
-            )
+        if not recite:
+            warn_of_many(chosen)
         options = {"template": self.config.question_template} | options
         prefix = shared(chosen, partial(recited_prefix if recite else memory_prefix, self.base))
         answers = generation.answer(self.base, prefix, asked, **options)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from compressor.api import Compressor
+from compressor.commands.options import AskOptions
 from compressor.errors import CompressorError
 from compressor.methods.interface import MemoryMethod
 from compressor.model.decoder import decode, empty_prefix
@@ -222,4 +223,17 @@ def test_answers_from_more_segments_than_are_read_together_are_warned_of(
     model.answer(few, "Why?", limit=2)
     assert "segments" not in capsys.readouterr().err
     model.answer(many, "Why?", limit=2)
-    assert "from up to 4 segments: recite=True" in capsys.readouterr().err
+    assert "from up to 4 segments" in capsys.readouterr().err
+
+
+def test_a_memory_shows_itself_in_a_line(make: Callable[..., Compressor]) -> None:
+    shown = repr(make().compress_ids([PASSAGE])[0])
+    assert shown.startswith("Memory(40 tokens in 8, 1 segment(s), layout ")
+    assert len(shown) < 120
+
+
+def test_the_plain_argument_beside_a_store_is_the_question() -> None:
+    asked = AskOptions(memory="What is measured?", store="records")
+    assert (asked.memory, asked.question) == (None, "What is measured?")
+    with pytest.raises(CompressorError, match="say what to ask"):
+        AskOptions(memory="one.memory", store="records", question="What is measured?")

@@ -16,7 +16,7 @@ from compressor.model.config import BaseConfig
 from compressor.model.decoder import label_scores, token_prefix
 from compressor.model.generation import Sampling, after, answer
 from compressor.model.load import load_base
-from compressor.model.memory import READ_TOGETHER, memory_prefix
+from compressor.model.memory import memory_prefix, warn_of_many
 from compressor.progress import note
 from compressor.storage.store import Hit, Reading, Store
 from compressor.streams import check_output, write_output
@@ -40,11 +40,8 @@ def run(options: AskOptions, switches: Any) -> None:
         template = store.manifest["template"] if template == QUESTION else template
     else:
         memory, base = memory_and_base(options)
-        if not options.recite and (count := len(memory.segments)) > READ_TOGETHER:
-            note(
-                f"warning: this memory has {count} segments, and answers are read well from up to {READ_TOGETHER}: "
-                "--recite reads their text"
-            )
+        if not options.recite:
+            warn_of_many([memory])
         prefix = of_texts(base, recite(base, [memory])) if options.recite else memory_prefix(base, [memory])
     if prompt.answer == "label":
         prompts = after(base, prefix, question_ids(base.tokenizer, [asked], template))
@@ -55,6 +52,8 @@ def run(options: AskOptions, switches: Any) -> None:
         limit = options.new_tokens if options.prompt is None else prompt.new_tokens
         sampling = Sampling(temperature=options.temperature, seed=options.seed)
         written = answer(base, prefix, [asked], template, limit, sampling)[0].text
+    if not written.strip():
+        note("note: the answer is empty")
     write_output(written)
     for hit in hits:
         share = "" if hit.fidelity is None else f", {hit.fidelity:.0%} comes back"

@@ -32,7 +32,8 @@ def fit(options: CalibrateOptions, again: bool) -> None:
     model = load_model(options)
     encoded = model.base.tokenise(records["text"])
     most = model.config.max_passage_tokens
-    lengths = [min(length, most) for length in options.lengths]
+    asked = options.lengths or ([model.config.segment_tokens] if model.config.segment_tokens else [96, 192, 384])
+    lengths = [min(length, most) for length in asked]
     passages = [ids[: lengths[i % len(lengths)]] for i, ids in enumerate(encoded) if ids]
     name = compressor_name(model, options.checkpoint)
     parts.expect(

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
@@ -21,6 +22,7 @@ from compressor.errors import unknown
 from compressor.files import check_file
 from compressor.model.table import load
 from compressor.parsing import parse_config
+from compressor.progress import note
 from compressor.provenance import VERSION
 from compressor.streams import exits_cleanly
 
@@ -223,6 +225,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     # Large tensors in pages of 2 MiB: a tenth less time for a training step on a CPU. torch reads this once.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    if argv is None:
+        warn_plainly()
     name, *rest = [*(sys.argv[1:] if argv is None else argv)] or [""]
     if name in ("", "-h", "--help"):
         print(usage())
@@ -239,8 +243,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"\nexample:\n  {COMMANDS[name].example}")
 
 
+def warn_plainly() -> None:
+    """Python's warnings as this process's commands have theirs: without the file and the line that they come from."""
+    warnings.showwarning = lambda message, *where, **more: note(f"warning: {message}")
+
+
 def script(name: str, argv: Sequence[str] | None = None) -> int:
     """Run the script of this name, which is the sub-command; returns the exit status."""
+    if argv is None:
+        warn_plainly()
     return main([name, *(sys.argv[1:] if argv is None else argv)])
 
 

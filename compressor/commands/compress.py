@@ -72,7 +72,8 @@ def warn_of_losses(shares: Mapping[str, float | None], respelled: Sequence[Any],
     measured = {name: share for name, share in shares.items() if share is not None}
     threshold = options.warn_below if options.target_fidelity is None else options.target_fidelity
     short = {name: share for name, share in measured.items() if share < threshold}
-    advice = "give more --tokens, shorter segments (--segment-tokens) or --refine-steps"
+    more = "" if options.tokens is None else "more --tokens, "  # by default all are in use
+    advice = f"give {more}shorter segments (--segment-tokens) or --refine-steps"
     advice += "; the text is kept too" if options.keep_text else ", or keep the text in the file with --keep-text"
     if short:
         worst = min(short, key=lambda name: short[name])

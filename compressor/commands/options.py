@@ -147,8 +147,9 @@ class CalibrateOptions(ModelOptions):
     """Passages like those to be compressed, not those to be evaluated on: a file, corpus folder or shipped name."""
     tokens: int | None = None
     """Memory tokens; by default all the compressor has."""
-    lengths: list[int] = field(default_factory=lambda: [96, 192, 384])
-    """Passages are cut to these lengths in turn; those that are shorter are taken whole."""
+    lengths: list[int] = field(default_factory=list)
+    """Passages are cut to these lengths in turn; those that are shorter are taken whole. By default as long as the
+    compressor's segments, where its settings say that, else 96, 192 and 384."""
     limit: int = 600
     """Passages to compress."""
     skip_bad_records: bool = False
@@ -165,7 +166,7 @@ class CalibrateOptions(ModelOptions):
         require(self.limit >= 8, "limit", self.limit, "at least 8")
         require(self.rank >= 1, "rank", self.rank, "at least 1")
         require(self.sensitivity >= 0, "sensitivity", self.sensitivity, "at least 0")
-        require(bool(self.lengths) and min(self.lengths) >= 1, "lengths", self.lengths, "token counts of at least 1")
+        require(not self.lengths or min(self.lengths) >= 1, "lengths", self.lengths, "token counts of at least 1")
 
 
 @dataclass(kw_only=True)
@@ -236,6 +237,8 @@ class AskOptions(MemoryOptions):
     right more often where most of the passage comes back."""
 
     def __post_init__(self) -> None:
+        if self.store is not None and self.memory is not None and not self.question:
+            self.memory, self.question = None, self.memory  # the one plain argument beside --store
         if (self.memory is None) == (self.store is None):
             raise CompressorError("say what to ask: --memory FILE, or --store STORE")
         if self.store is not None and self.texts and self.recite:

@@ -119,8 +119,9 @@ def noted(
         worst, some = f"{min(short):.1%}", f"of {len(short)} of the {len(shares)} passages that were tried"
         several = f"{some} under {LITTLE:.0%} comes back, at worst {worst},"
         what = f"only {worst} of it comes back" if len(memories) == 1 else several
+        more = "more memory tokens, " if memories[0].segments[0].tokens < memories[0].most else ""
         warnings.warn(
-            f"{what} from the memory (measure=False does not look): give more memory tokens, shorter segments "
+            f"{what} from the memory (measure=False does not look): give {more}shorter segments "
             "(segment_tokens=...) or refine_steps=20, or keep the text itself, too",
             stacklevel=3,
         )

@@ -77,6 +77,13 @@ class Memory:
                 f"got {tuple(self.keys.shape)} and {tuple(self.values.shape)}"
             )
 
+    def __repr__(self) -> str:
+        back = "" if self.fidelity is None else f", {self.fidelity:.1%} comes back"
+        return (
+            f"Memory({self.passage_tokens} tokens in {self.tokens}, {len(self.segments)} segment(s), layout "
+            f"{self.layout}, {self.nbytes:,} bytes of {str(self.keys.dtype).removeprefix('torch.')}{back})"
+        )
+
     @property
     def tokens(self) -> int:
         """Number of memory tokens."""
@@ -279,6 +286,15 @@ def on_base(memory: Memory, base: Base) -> Memory:
 
 READ_TOGETHER = 4
 """Most segments of one context that the bundled compressors were trained to answer from."""
+
+
+def warn_of_many(memories: Sequence[Memory]) -> None:
+    """Say where one has more segments than answers are read from well."""
+    if max(len(memory.segments) for memory in memories) > READ_TOGETHER:
+        note_once(
+            f"warning: answers are read well from up to {READ_TOGETHER} segments, and this memory has more: --recite "
+            "(recite=True) reads the text that it gives back"
+        )
 
 
 def memory_prefix(base: Base, memories: Sequence[Memory]) -> Prefix:

@@ -161,7 +161,8 @@ def calibrate(
         compressor_name: see `signed`.
         parts: what an interrupted run has done, and where what is done is written.
     """
-    passages = [segment for ids in passages for segment in model.segment(list(ids))]
+    most = model.config.max_passage_tokens
+    passages = [segment for ids in passages for segment in model.segment(list(ids), most)]
     memories: list[Memory] = []
     with Progress("compressing", len(passages), "passages") as progress:
         for start in range(0, len(passages), 32):
@@ -183,7 +184,10 @@ def calibrate(
 
 def _compressed(model: Network, passages: Sequence[Sequence[int]], tokens: int | None) -> dict[str, Tensor]:
     """`keys` and `values` of passages of one segment each, `[passages, layers, kv_heads, tokens, head_size]`."""
-    memories = [memory.to("cpu") for memory in model.compress_ids(passages, tokens)]
+    memories = [
+        memory.to("cpu")
+        for memory in model.compress_ids(passages, tokens, segment_tokens=model.config.max_passage_tokens)
+    ]
     return {
         "keys": torch.stack([memory.keys for memory in memories]),
         "values": torch.stack([memory.values for memory in memories]),

@@ -23,7 +23,7 @@ class Making:
     refine_steps: int = 0
     """Gradient steps on each memory: 10 to 50 keep far more with few memory tokens, and take as many times as long."""
     target_fidelity: float | None = None
-    """Take for each text the fewest memory tokens, up to --tokens, from which this share of it comes back."""
+    """Take for each text the fewest memory tokens of 1, 2, 4, ... up to --tokens from which this share comes back."""
     no_measure: bool = False
     """Do not regenerate from the memories to see how much comes back (which takes longer the less does)."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
