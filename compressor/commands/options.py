@@ -238,7 +238,8 @@ class AskOptions(MemoryOptions):
 
     def __post_init__(self) -> None:
         if self.store is not None and self.memory is not None and not self.question:
-            self.memory, self.question = None, self.memory  # the one plain argument beside --store
+            # The one plain argument beside --store.
+            self.memory, self.question = None, self.memory  # type: ignore[assignment]
         if (self.memory is None) == (self.store is None):
             raise CompressorError("say what to ask: --memory FILE, or --store STORE")
         if self.store is not None and self.texts and self.recite:
