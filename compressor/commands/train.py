@@ -102,7 +102,7 @@ def describe(stage: CompressionStage, config: RunConfig, accelerator: Accelerato
         f"passes in {'bfloat16' if accelerator.mixed_precision == 'bf16' else 'the types of the weights'} on "
         f"{accelerator.device.type} (training.mixed_precision: {settings.mixed_precision})",
         *(["frozen base in shards: each device holds its part of every layer but the last"] * sharded),
-        f"memory for each device, estimated: {step_bytes(stage, config, devices) / 2**30:.1f} GiB",
+        f"memory for each device, estimated: {step_bytes(stage, config, accelerator) / 2**30:.1f} GiB",
     ]
     return "\n".join(lines)
 

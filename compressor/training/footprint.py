@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -19,15 +20,17 @@ from compressor.training.regenerate import CompressionStage
 from compressor.training.stage import Batch, moved
 
 PROBED = ((1, 16), (2, 16), (1, 32), (1, 48))
-"""Passages and tokens of each, of the micro-batches that are tried: the first two by methods that extend passages."""
-CPU_SLACK = 2
-"""What a process on a CPU holds for each byte of activations where widths differ: freed tensors leave holes that those
-of the next width do not fit in, and oneDNN keeps weights in the order that a shape wants."""
+"""Passages and tokens of each, of the micro-batches that are tried: the first two by methods that extend passages.
+Where the longest is shorter than these, thirds of it."""
+CPU_SLACK, CPU_KERNELS = 1.4, 200_000_000
+"""What a process on a CPU holds for each byte of activations, since freed tensors leave holes that others do not fit
+in, and bytes that it comes to hold for good, oneDNN's kernels of each shape among them: the middle of what all methods
+took on two bases (docs/log.md, 2026-11-28)."""
 LOOKED_AT = 200
 """Micro-batches among which the largest is looked for."""
 
 
-def step_bytes(stage: CompressionStage, config: RunConfig, processes: int) -> int:
+def step_bytes(stage: CompressionStage, config: RunConfig, accelerator: Accelerator) -> int:
     """Bytes of one device at the peak of a step.
 
     Activations are measured, not counted from a formula: what autograd keeps of four small micro-batches gives what it
@@ -36,24 +39,27 @@ def step_bytes(stage: CompressionStage, config: RunConfig, processes: int) -> in
     DDP's copies of gradients, and a layer's and the output layer's intermediate values in the backward pass.
     """
     model = stage.module
-    return_free_memory()  # of passes before, which a step uses again
-    held = resident_bytes(model)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     moments = 4 if config.training.optimizer == "muon" else 8
-    training = trained * (4 + moments + 4 * (processes > 1) + 4 * (config.training.average_from is not None))
+    training = trained * (
+        4 + moments + 4 * (accelerator.num_processes > 1) + 4 * (config.training.average_from is not None)
+    )
     config_of_base = model.base.model.config.get_text_config()
     batches = [stage.micro_batch(index) for index in range(LOOKED_AT)]
     shapes = {(*batch["input_ids"].shape, asked_cells(batch)) for batch in batches}
-    kept = kept_of(stage, config.training.activation_checkpointing)
-    answers = kept_of_answers(stage, batches)
+    with accelerator.autocast():  # as in training: of what it casts, both types may be kept
+        kept = kept_of(stage, config.training.activation_checkpointing)
+        answers = kept_of_answers(stage, batches)
+    return_free_memory()  # or training begins among the holes of what was tried
+    held = resident_bytes(model)  # with libraries and kernels that the passes needed
     size = model.base.dtype.itemsize
     heads, inner = config_of_base.num_attention_heads, config_of_base.intermediate_size
     passing = max(rows * width * (4 * inner + 3 * heads * width) * size for rows, width, _ in shapes)
     logits = HEAD_ROWS * len(model.base.embeddings.weight) * (size + 12)
     activations = max(kept(rows, width) + int(answers * cells) for rows, width, cells in shapes)
-    # Passages that are all extended to one length leave no holes.
-    slack = CPU_SLACK if model.base.device.type == "cpu" and model.encoder.padded_to is None else 1
-    return held + training + slack * activations + max(passing, logits)
+    if model.base.device.type == "cpu":
+        activations, held = int(CPU_SLACK * activations), held + CPU_KERNELS
+    return held + training + activations + max(passing, logits)
 
 
 def asked_cells(batch: Batch) -> int:
@@ -82,10 +88,11 @@ def kept_of(stage: CompressionStage, checkpointing: bool) -> Callable[[int, int]
     model, most = stage.module, stage.module.config.memory_tokens
     model.activation_checkpointing = False
     probed = PROBED if model.encoder.padded_to is None else PROBED[:2]
-    parts: list[list[int]] = []  # of the encoder and of all, for each shape
+    longest, parts, widths = stage.validation[-1], [], []  # parts: of the encoder and of all, for each shape
     for rows, width in probed:
-        width = min(width, stage.validation[-1].length)
-        batch = stage.collate(stage.held_out, [Piece(stage.validation[-1].record, 0, width)] * rows, [most] * rows)
+        width = max(1, min(width, width * longest.length // PROBED[-1][1]))
+        batch = stage.collate(stage.held_out, [Piece(longest.record, 0, width)] * rows, [most] * rows)
+        widths.append(float(batch["input_ids"].shape[1]))
         batch = moved(batch, model.base.device)
         encode = partial(model.encode, batch["input_ids"], batch["lengths"], most)
         parts.append([kept_bytes(encode, model), kept_bytes(partial(model, batch), model)])
@@ -93,8 +100,9 @@ def kept_of(stage: CompressionStage, checkpointing: bool) -> Callable[[int, int]
     found = torch.tensor(parts, dtype=torch.float64)
     constant = (2 * found[0] - found[1]).clamp(min=0)
     single = [place for place, (rows, _) in enumerate(probed) if rows == 1]
-    powers_of = torch.tensor([[float(probed[i][1]) ** power for power in range(len(single))] for i in single]).double()
-    by_width = torch.linalg.solve(powers_of, found[single] - constant).clamp(min=0)
+    powers_of = torch.tensor([[widths[i] ** power for power in range(len(single))] for i in single]).double()
+    # By least squares: short passages may be padded to one width.
+    by_width = torch.linalg.lstsq(powers_of, found[single] - constant).solution.clamp(min=0)
 
     def kept(rows: int, width: int) -> int:
         powers = torch.tensor([float(width) ** power for power in range(len(single))], dtype=torch.float64)
@@ -107,13 +115,14 @@ def kept_of(stage: CompressionStage, checkpointing: bool) -> Callable[[int, int]
 
 def kept_bytes(run: Callable[[], Any], model: nn.Module) -> int:
     """Bytes of the tensors that autograd keeps of a pass, each storage once, without weights."""
-    shapes = {parameter.shape for parameter in model.parameters()}
+    gathered = getattr(model, "sharded", False)  # weights of shards are known by their shapes alone
+    known = {weight.shape if gathered else weight.data_ptr() for weight in model.parameters()}
     storages: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
-        weight = tensor.is_leaf and (tensor.shape in shapes or tensor.mT.shape in shapes if tensor.dim() > 1 else True)
-        if not weight:
-            storage = tensor.untyped_storage()
+        storage = tensor.untyped_storage()
+        ways = (tensor.shape, tensor.shape[::-1]) if gathered else (storage.data_ptr(),)
+        if not (tensor.is_leaf and known.intersection(ways)):
             storages[storage.data_ptr()] = storage  # held, so that no other takes its place
         return tensor.detach()  # with its history, an output that its own node keeps would never be freed
 
