@@ -16,12 +16,13 @@ from compressor.methods.recite import recited_prefix
 from compressor.methods.table import encoder_class
 from compressor.model import generation
 from compressor.model.base import Base
+from compressor.model.bases import default_checkpoint
 from compressor.model.card import evaluated, push
-from compressor.model.checkpoint import find_base, load_weights, read_settings, save_checkpoint
+from compressor.model.checkpoint import compressor_name, find_base, load_weights, read_settings, save_checkpoint
 from compressor.model.config import CompressorConfig
 from compressor.model.decoder import shared
 from compressor.model.fidelity import compress_to_fidelity, noted
-from compressor.model.memory import Memory, memory_prefix, warn_of_many
+from compressor.model.memory import Memory, memory_prefix, signed, warn_of_many
 from compressor.model.network import Network
 from compressor.progress import note, note_once
 
@@ -59,6 +60,9 @@ class Compressor(Network):
         super().__init__(base, config, encoder_class(config.method), seed)
         self.about: dict[str, Any] = {}
         """What a model card says besides the settings: license, datasets, evaluation."""
+        self.name = "compressor"
+        """What memories call it, beside a hash of its weights: the folder or hub id it was loaded from."""
+        self._hashed: tuple[Any, str] = (None, "")
 
     # A str is a Sequence[str] too: the first overload comes first on purpose.
     @overload
@@ -97,7 +101,15 @@ class Compressor(Network):
                 memories = noted(self, memories, ids, settings["batch_size"], every=measure is True)
         else:
             memories = compress_to_fidelity(self, ids, target, tokens, **settings)
+        memories = [signed(memory, self.base, self._signature()) for memory in memories]
         return memories[0] if isinstance(passages, str) else memories
+
+    def _signature(self) -> str:
+        """`NAME@SHA256`. Hashing takes as long as a short passage does: again only where weights were written to."""
+        state = [(weight.data_ptr(), weight._version) for weight in self.trainable_state().values()]
+        if self._hashed[0] != state:
+            self._hashed = state, compressor_name(self, self.name)
+        return self._hashed[1]
 
     @overload
     def regenerate(self, memories: Memory, **options: Any) -> str: ...
@@ -218,12 +230,13 @@ class Compressor(Network):
         Raises:
             CompressorError: no such checkpoint, a damaged one, or another base than it was trained with.
         """
+        path = default_checkpoint() if path is None or path == "" else as_path(path)
         folder, chosen = find_base(
             path, base, device, dtype, revision, attention, quantization, base_mismatch, decoding
         )
         settings = read_settings(folder)
         model = cls(chosen, CompressorConfig(**settings["config"]))
-        model.about = dict(settings.get("about", {}))
+        model.about, model.name = dict(settings.get("about", {})), str(path)
         load_weights(model, folder)
         return model.eval()
 

@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from scripts import load_script
 
+from compressor.api import Compressor
 from compressor.commands.cli import main as cli
 from compressor.errors import CompressorError
 from compressor.model import checkpoint, fingerprints
@@ -237,6 +238,27 @@ def test_another_base_or_tokenizer_is_refused(
 
     with pytest.raises(CompressorError, match="another tokenizer"):
         check_base(memory, Other())  # type: ignore[arg-type]
+
+
+def test_memories_of_the_python_api_name_their_base_and_compressor(
+    make_tiny_compressor: Any, tiny_base_folder: Path, make_family_base: Any, tmp_path: Path
+) -> None:
+    model = make_tiny_compressor()
+    model.save_pretrained(tmp_path / "mine")
+    model = Compressor.from_pretrained(tmp_path / "mine", base=model.base.name)
+    sized = model.compress(["Dust."], target_fidelity=1e-9)
+    for number, memory in enumerate([model.compress("We measure dust.", measure=False), *sized]):
+        memory.save(tmp_path / f"{number}.memory")
+        settings = settings_in(tmp_path / f"{number}.memory")
+        assert settings["base"] == {"name": tiny_base_folder.name, "weights": model.base.fingerprint}
+        assert settings["compressor"] == checkpoint.compressor_name(model, "mine")
+        assert settings["tokenizer"] == fingerprints.tokenizer_fingerprint(model.base.tokenizer)
+    with pytest.raises(CompressorError, match=r"another base \(tiny-base, weights"):
+        Memory.load(tmp_path / "0.memory").to_cache(make_family_base("llama"))
+    with torch.no_grad():
+        model.encoder.memory_embeddings += 1  # trained on from Python: no longer the compressor that was loaded
+    found = model.compress("We measure dust.", measure=False).compressor
+    assert found == checkpoint.compressor_name(model, "mine") != memory.compressor
 
 
 def test_fingerprints(make_tiny_compressor: Any, tiny_base_folder: Path) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from compressor.errors import CompressorError, as_path, require
 from compressor.files import FolderKind, atomic_folder, bundled, read_json, sha256, unreadable, write_json
 from compressor.model.base import Base
-from compressor.model.bases import NAMED, default_checkpoint
+from compressor.model.bases import NAMED
 from compressor.model.card import model_card
 from compressor.model.config import BaseConfig, BaseMismatch, CompressorConfig, Decoding
 from compressor.model.fingerprints import public_name
@@ -173,7 +173,7 @@ def base_of(folder: Path, named: str) -> str:
 
 
 def find_base(
-    path: str | Path | None,
+    path: str | Path,
     base: Base | str | None,
     device: str | torch.device,
     dtype: str,
@@ -185,7 +185,6 @@ def find_base(
 ) -> tuple[Path, Base]:
     """A checkpoint's folder and the base it was trained on, loaded; arguments as for `Compressor.from_pretrained`."""
     require(decoding in get_args(Decoding), "decoding", decoding, f"one of {', '.join(get_args(Decoding))}")
-    path = default_checkpoint() if path is None or path == "" else as_path(path)
     folder = fetch_checkpoint(str(path), revision)
     trained_on = read_settings(folder)["base"]
     if not isinstance(base, Base):
