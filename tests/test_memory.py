@@ -73,6 +73,8 @@ def test_segments_can_be_shorter_than_the_compressor_takes(make: Callable[..., C
     assert torch.equal(memory.keys, model.compress_ids([ids], segment_tokens=4)[0].keys)
     with pytest.raises(CompressorError, match="segment_tokens = 0 is out of range"):
         model.compress(text, segment_tokens=0)
+    with pytest.raises(CompressorError, match="segment_tokens = 65 is out of range: it must be at most 64"):
+        model.compress(text, segment_tokens=65)  # 64 would be taken, and nobody told
 
 
 def test_a_long_text_is_segments_compressed_apart_and_joined(make: Callable[..., Compressor]) -> None:

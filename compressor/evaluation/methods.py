@@ -118,7 +118,7 @@ class Methods:
         """Most tokens of a segment of the trained methods; None where there are none."""
         most = self.settings["config"].get("max_passage_tokens") if self.settings else None
         asked = self.config.segment_tokens
-        return most if asked is None or most is None else min(asked, most)
+        return asked if asked and most else most
 
     def question_template(self) -> str | None:
         """The checkpoint's prompt of a question."""
