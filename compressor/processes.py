@@ -141,6 +141,19 @@ def bars_on_terminals() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
+@contextmanager
+def unreported() -> Iterator[None]:
+    """Load a model without transformers' table of weights that are there besides, or missing: of heads not in use."""
+    from transformers.utils import logging as transformers_logging  # start-up
+
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)
+
+
 def check_device(device: str | torch.device) -> None:
     """Raise a `CompressorError` if nothing can be put on this device."""
     try:

@@ -11,13 +11,25 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoTokenizer,
+    BartConfig,
+    BartForConditionalGeneration,
+    BertConfig,
+    BertForMaskedLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
+)
+from transformers.utils import logging
 
 import compressor.packing.text_codecs
 from compressor.api import Compressor
 from compressor.commands.cli import main
 from compressor.errors import CompressorError
+from compressor.methods.summary import load_summariser
 from compressor.model.generation import Sampling
+from compressor.model.text_encoder import load_text_encoder
 from compressor.packing.table import TEXT_CODECS
 from compressor.packing.text_codecs import (
     Embedding,
@@ -197,6 +209,23 @@ def test_foreign_files_are_refused(text: str, load: Load) -> None:
     # A base that writes something else here: an error, no other text.
     with pytest.raises(CompressorError, match="does not write here"):
         unpack_text(signed(blob[:6] + bytes(4) + blob[10:-4]), load)
+
+
+def test_models_are_loaded_without_a_word(
+    tiny_base_folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    sizes = dict.fromkeys(("encoder_layers", "decoder_layers", "encoder_attention_heads"), 1)
+    size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 16}
+    bart = BartForConditionalGeneration(BartConfig(vocab_size=512, d_model=16, decoder_attention_heads=1, **sizes))
+    for name, model in ("bart", bart), ("bert", BertForMaskedLM(BertConfig(vocab_size=512, **size))):
+        model.save_pretrained(tmp_path / name)
+        PreTrainedTokenizerFast.from_pretrained(tiny_base_folder).save_pretrained(tmp_path / name)
+    logging.enable_progress_bar()  # an earlier test may have turned them off
+    capfd.readouterr()
+    Writer.load(str(tiny_base_folder))
+    load_summariser(str(tmp_path / "bart"), torch.device("cpu"))
+    load_text_encoder(str(tmp_path / "bert"))  # whose file has a head besides
+    assert capfd.readouterr() == ("", "")
 
 
 def test_commands(text: str, checkpoint: str, tiny_base_folder: Path, tmp_path: Path, capsysbinary: Any) -> None:

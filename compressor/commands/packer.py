@@ -23,6 +23,7 @@ from compressor.packing.text_codecs import MAGIC, Options, pack_text, text_codec
 
 def convert(data: bytes, options: Namespace, progress: Callable[[str, int, int], None]) -> bytes:
     """Pack or unpack; the first byte tells files of text codecs from others."""
+    logging.disable_progress_bar()
     if options.threads:
         torch.set_num_threads(options.threads)
     load = partial(exact_base, options.base or SMALL_BASE, options.device)
@@ -36,7 +37,6 @@ def convert(data: bytes, options: Namespace, progress: Callable[[str, int, int],
 @lru_cache(maxsize=1)
 def exact_base(path: str, device: str) -> ExactBase:
     """The base, loaded for the first of several inputs."""
-    logging.disable_progress_bar()
     return ExactBase(load_base(BaseConfig(path=path), device))
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from compressor.errors import CompressorError, lacking
 from compressor.methods.interface import MethodSettings, TokenMethod
 from compressor.model.base import Base
+from compressor.processes import bars_on_terminals
 
 
 class LLMLingua2(TokenMethod):
@@ -70,9 +71,10 @@ def load_llmlingua(model: str, device: str) -> Any:
     except ImportError:
         raise lacking("the method llmlingua2", "llmlingua", "llmlingua") from None
     try:
-        return PromptCompressor(
-            model_name=model, device_map=device, model_config={"trust_remote_code": False}, use_llmlingua2=True
-        )
+        with bars_on_terminals():
+            return PromptCompressor(
+                model_name=model, device_map=device, model_config={"trust_remote_code": False}, use_llmlingua2=True
+            )
     except Exception as error:  # the hub client and tiktoken raise many kinds
         raise CompressorError(
             f"cannot load LLMLingua-2 with {model!r} ({type(error).__name__}): give a folder or hub id of its token "

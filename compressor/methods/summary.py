@@ -14,6 +14,7 @@ from compressor.data.builders.cloze import split_sentences
 from compressor.errors import CompressorError
 from compressor.methods.interface import MethodSettings, TextMethod
 from compressor.model.base import Base
+from compressor.processes import bars_on_terminals
 
 DAMPING = 0.85
 
@@ -98,7 +99,8 @@ def load_summariser(name: str, device: torch.device) -> tuple[Any, Any]:
     from transformers import AutoModelForSeq2SeqLM, AutoTokenizer  # start-up
 
     try:
-        model = AutoModelForSeq2SeqLM.from_pretrained(name).eval().requires_grad_(False)
+        with bars_on_terminals():
+            model = AutoModelForSeq2SeqLM.from_pretrained(name).eval().requires_grad_(False)
         return model.to(device), AutoTokenizer.from_pretrained(name)
     except Exception as error:  # the hub client raises many kinds
         raise CompressorError(

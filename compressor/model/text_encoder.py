@@ -18,7 +18,7 @@ from compressor.files import FolderKind, atomic_folder, sha256
 from compressor.model.bases import NamedBase, downloaded, installed
 from compressor.model.fingerprints import fingerprint
 from compressor.model.gguf_cache import cache_folders, writable_cache
-from compressor.processes import bars_on_terminals
+from compressor.processes import bars_on_terminals, unreported
 from compressor.progress import note_once
 
 WORDS = "bm25"
@@ -81,14 +81,14 @@ def load_text_encoder(name: str) -> tuple[Any, Any]:
 
     place: Any = (encoder_folder(name) or ENCODERS[name].hub) if name in ENCODERS else name
     try:
-        with bars_on_terminals():
+        with bars_on_terminals(), unreported():
             encoder = AutoModel.from_pretrained(place).eval().requires_grad_(False)
             return encoder, AutoTokenizer.from_pretrained(place)
     except Exception as error:  # the hub client raises many kinds
-        remedy = f"`compressor fetch {name}` gets it" if name in ENCODERS else "give a folder or id"
+        remedy = f"`compressor fetch {name}` gets it; or give" if name in ENCODERS else "give"
         raise CompressorError(
-            f"cannot load the text encoder {name!r} ({type(error).__name__}): {remedy}, of an encoder that "
-            f"transformers loads, for instance distilbert-base-uncased or {MINILM}, or leave it out"
+            f"cannot load the text encoder {name!r} ({type(error).__name__}): {remedy} a folder or id of an encoder "
+            f"that transformers loads, for instance distilbert-base-uncased or {MINILM}, or leave it out"
         ) from None
 
 

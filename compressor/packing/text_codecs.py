@@ -35,7 +35,7 @@ from compressor.model.table import load
 from compressor.packing.blocks import Damaged, Reader, read_varint
 from compressor.packing.float64 import IDENTITY_BYTES, double_precision, identity_of
 from compressor.packing.table import TEXT_CODECS
-from compressor.processes import check_device
+from compressor.processes import bars_on_terminals, check_device
 from compressor.storage.entropy import varint
 from compressor.storage.quantise import pack, unpack
 
@@ -65,7 +65,8 @@ class Writer:
         check_device(device)
         try:
             place = locate(path)
-            model: Any = AutoModelForCausalLM.from_pretrained(place)
+            with bars_on_terminals():
+                model: Any = AutoModelForCausalLM.from_pretrained(place)
             return Writer(model.to(device), AutoTokenizer.from_pretrained(place))
         except CompressorError:
             raise
