@@ -334,7 +334,7 @@ def test_sensitive_channels_get_less_error() -> None:
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("int5", "no codec 'int5': choose one of float32"),
+        ("int5", "no codec 'int5': choose one of float32, .*, int2, lowrank:RATE"),
         ("int4+zip", "no coder 'zip'"),
         ("bf16+ans", "bf16 is not entropy-coded"),
         ("lowrank", "lowrank needs a calibration"),

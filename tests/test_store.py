@@ -383,7 +383,7 @@ def test_calibrate_and_a_single_text(
     assert cli(["compress", str(note), "-o", str(memory), *given]) == 0
     assert cli(["inspect", str(memory)]) == 0
     printed = capsys.readouterr().out
-    assert "lowrank+huffman" in printed
+    assert "lowrank:1+huffman, calibration" in printed
     assert f"{len(text.encode()):,}" in printed
     assert cli(["compress", str(note), "-o", str(memory), *given]) == 2
     assert "exists" in capsys.readouterr().err

@@ -35,7 +35,8 @@ if TYPE_CHECKING:
 def codec_class(name: str) -> type[Codec]:
     """The class of a codec's name in `CODECS`; another name is a `CompressorError`."""
     if name not in CODECS:
-        raise CompressorError(f"there is no codec {name!r}: choose one of {', '.join(CODECS)}")
+        known = [one + ":RATE" * (codec_class(one).usual_rate is not None) for one in CODECS]
+        raise CompressorError(f"there is no codec {name!r}: choose one of {', '.join(known)} (lowrank:0.1, say)")
     return load(CODECS[name], "compressor.storage")
 
 
@@ -48,12 +49,14 @@ class Codec:
         coder: entropy coder of the integers.
         calibration: fitted statistics; `lowrank` needs them, integers without them store a step for each channel.
         level: step of `lowrank` is 2^(level/4).
+        rate: most bits a value that were asked for, of which the level follows; None where none were.
     """
 
     name: str
     coder: Coder = "none"
     calibration: Calibration | None = None
     level: int = 0
+    rate: float | None = None
 
     usual_coder: ClassVar[Coder] = "none"
     usual_rate: ClassVar[float | None] = None
@@ -85,24 +88,26 @@ class Codec:
             calibration = Calibration.load(calibration)
         head, _, coder = text.partition("+")
         name, _, rate = head.partition(":")
-        kind, level = codec_class(name), 0
+        kind, level, most = codec_class(name), 0, None
         if kind.usual_rate is None and rate:
             raise CompressorError(f"codec {text!r}: only lowrank takes a rate")
         if kind.usual_rate is not None and calibration is not None:
             try:
-                level = calibration.level(float(rate) if rate else kind.usual_rate)
+                most = float(rate) if rate else kind.usual_rate
+                level = calibration.level(most)
             except ValueError as error:
                 if isinstance(error, CompressorError):
                     raise
                 raise CompressorError(f"the rate of codec {text!r} is no number: write lowrank:0.25") from None
         if not kind.fitted:
             calibration = None  # nothing in the file would depend on it
-        return kind(name, cast("Coder", coder or kind.usual_coder), calibration, level)
+        return kind(name, cast("Coder", coder or kind.usual_coder), calibration, level, most)
 
     def record(self) -> dict[str, Any]:
         """What a file says about the codec."""
         named = self.calibration.digest if self.calibration is not None else None
-        return {"name": self.name, "coder": self.coder, "calibration": named, "level": self.level}
+        rate = {} if self.rate is None else {"rate": self.rate}  # for people: what is read by is the level
+        return {"name": self.name, "coder": self.coder, "calibration": named, "level": self.level, **rate}
 
     @staticmethod
     def from_record(record: Mapping[str, Any], calibration: Calibration | None) -> Codec:

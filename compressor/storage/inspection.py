@@ -56,6 +56,8 @@ def _described(path: str | Path) -> str:
             rows[name] = f"{rows[name]}; {text}" if name in rows else text
         files = sum(one.stat().st_size for one in Path(path).rglob("*") if one.is_file())
         ledger = {"memories": sum(coded), "other": files - sum(coded)}
+    elif Path(path).is_dir():
+        raise CompressorError(f"{path} is a folder and no store: name a store, a memory file or a calibration")
     elif container.kind(path) == "calibration":
         found = Calibration.load(path)
         head, size = f"calibration {found.digest[:12]}, fitted on {found.passages:,} passages", 0
@@ -84,6 +86,7 @@ def _origin(settings: dict[str, Any]) -> dict[str, str]:
     """Base, compressor, layout and codec, a line each."""
     base, codec = settings["base"], settings["codec"]
     coder = "" if codec["coder"] == "none" else f"+{codec['coder']}"
+    rate = f":{codec['rate']:g}" if "rate" in codec else ""  # files of before it was noted have none
     fitted = f", calibration {codec['calibration'][:12]}" if codec["calibration"] else ""
     layers, heads, size = settings["shape"]
     return {
@@ -91,6 +94,6 @@ def _origin(settings: dict[str, Any]) -> dict[str, str]:
         "compressor": settings["compressor"] or "not recorded",
         "layout": f"{settings['layout']}, up to {settings['most']} memory tokens a segment",
         "shape": f"{layers} layers x {heads} heads x {size}, made in {settings['dtype']}",
-        "codec": f"{codec['name']}{coder}{fitted}",
+        "codec": f"{codec['name']}{rate}{coder}{fitted}",
         **({"made with": ", ".join(f"{k} {v}" for k, v in settings["made"].items())} if "made" in settings else {}),
     }

@@ -60,6 +60,7 @@ def compare(before: Mapping[str, Any], now: Mapping[str, Any], path: str) -> Non
             found |= {f"{key}.{k}": f"{v}" for k, v in value.items()} if isinstance(value, dict) else {key: f"{value}"}
         del found["version"]
         found.pop("codec.drop_layers", None)  # of stores before 0.2.0
+        found.pop("codec.rate", None)  # the level is what memories are coded by
         return found | {key: f"{found.pop(key + '.name')}@{found.pop(key + '.weights')}" for key in ("base", "encoder")}
 
     old, new = flat(before), flat(now)
