@@ -128,6 +128,34 @@ def test_bad_text_is_refused(
     assert error.startswith("error: ")
 
 
+def test_what_holds_many_texts_is_refused_with_what_takes_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "rows.csv").write_text("id,text\n1,We measure dust.\n")
+    for source, why in (("rows.csv", "holds many texts"), (".", "is a folder")):
+        path = str(tmp_path / source)
+        for command in (partial(demo_main, ["--text", path]), partial(cli, ["compress", path, "-o", "none.memory"])):
+            assert command() == 2
+            error = capsys.readouterr().err
+            assert f"{path} {why}" in error
+            assert f"compressor index {path} --output STORE" in error
+    assert demo_main(["--text", str(tmp_path / "gone.csv")]) == 2
+    assert "gone.csv: No such file or directory; name a text file, or give -" in capsys.readouterr().err
+
+
+def test_gradient_steps_that_are_asked_for_are_told_beside_one_pass(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "text.txt").write_text("We measure the spectrum of light scattered by dust.")
+    sizes = ["--tokens", "1", "--checkpoint", "models/arxiv-mini/compressor"]
+    shown = demo(capsys, "--text", str(tmp_path / "text.txt"), "--refine-steps", "20", *sizes)
+    assert re.search(r"-> 1 memory token \(\d+x\), after 20 gradient steps;", shown)
+    refined, before = re.findall("^BLEU.*", shown, re.MULTILINE)
+    assert before.endswith("in one pass, without the gradient steps")
+    plain = demo(capsys, "--text", str(tmp_path / "text.txt"), *sizes)
+    assert re.findall("^BLEU.*", plain, re.MULTILINE) == [before.partition("   in one")[0]] != [refined]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -161,6 +189,8 @@ def test_a_memory_file_regenerates_without_the_adapters(tmp_path: Path, capsys: 
     assert capsys.readouterr().out.strip() == json.loads(demo(capsys, *same))["answer_recite"]
     assert cli(["ask", "--memory", str(memory)]) == 2
     assert "give a question" in capsys.readouterr().err
+    assert cli(["regenerate", str(memory), "--id", "3"]) == 2
+    assert "is one memory: leave --id out" in capsys.readouterr().err
 
     assert cli(["compress", "--text", str(text), "--output", str(memory)]) == 2
     assert "--overwrite" in capsys.readouterr().err

@@ -103,7 +103,10 @@ def test_memories_by_their_ids(model: Compressor, passages: dict[str, str], code
         assert (found.segments, found.base, found.most) == (alone.segments, alone.base, alone.most)
         assert found.fidelity is not None
     assert store.texts(names) == [passages[name] for name in names]
-    with pytest.raises(CompressorError, match=r"no memory 'n9' among 5 \(o'paper/0, o'paper/1, o'paper/2"):
+    with pytest.raises(CompressorError, match=r"no memory 'n9' among 5 \(o'paper/0, o'paper/1, o'paper/2, \.\.\.\)"):
+        store.load(["n9"])
+    store.delete(names)
+    with pytest.raises(CompressorError, match=r"no memory 'n9' among 3 \(o'paper/0, o'paper/1, o'paper/4\)"):
         store.load(["n9"])
 
 
@@ -189,7 +192,7 @@ def test_readers_see_what_is_added_and_deleted(store: Store, passages: dict[str,
     assert (len(reader), len(reader.load(list(passages)))) == (12, 12)
     store.delete(list(passages)[:2])
     assert len(reader) == 10
-    with pytest.raises(CompressorError, match="no memory"):
+    with pytest.raises(CompressorError, match=r"no memory .* among 10 \(.*, \.\.\.\)"):
         reader.load(list(passages)[:1])
     with pytest.raises(CompressorError, match="opened to read"):
         reader.add({"new": "text"})

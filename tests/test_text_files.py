@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from compressor.commands.compress import is_corpus
-from compressor.commands.demonstration import read_passage
+from compressor.commands.demonstration import passage_of
+from compressor.commands.loading import is_corpus
 from compressor.commands.options import DemoConfig
 from compressor.data.records import load_texts
 from compressor.data.rows import read_rows
@@ -32,7 +32,7 @@ def paragraphs(path: Path) -> str:
 
 DOORS: dict[str, Callable[[Path], str]] = {
     "a passage": read_text,
-    "the demo": lambda path: read_passage(DemoConfig(text=str(path)))[0],
+    "the demo": lambda path: passage_of(DemoConfig(text=str(path)))[0],
     "lines": lambda path: "".join(line for _, line in text_lines(path)).strip(),
     "paragraphs": paragraphs,
     "a folder of documents": lambda path: load_texts(path.parent, documents=True)["text"][0],
@@ -115,6 +115,7 @@ def test_a_text_file_is_one_passage_to_compress_alone_or_in_a_folder(tmp_path: P
         "-": False,
         "arxiv-test": True,
         tmp_path / "gone.md": False,
+        tmp_path / "gone.jsonl": False,  # what is wrong is that it is not there
     }
     assert {source: is_corpus(str(source)) for source in kinds} == kinds
     # As data to train or evaluate on, a text file is a list of passages.

@@ -9,12 +9,10 @@ from typing import Any
 
 import torch
 
-from compressor.commands.loading import load_model
+from compressor.commands.loading import load_model, read_passage
 from compressor.commands.options import CompressOptions, MakeOptions
 from compressor.commands.shown import tokens_named
 from compressor.data import speech
-from compressor.data.sources import kind_of, read_text, shipped_names
-from compressor.errors import CompressorError
 from compressor.model.checkpoint import compressor_name
 from compressor.model.memory import signed
 from compressor.packing.float64 import ExactBase
@@ -28,15 +26,11 @@ MOST_PARAMETERS = 500_000_000
 
 def run(options: CompressOptions, switches: Any) -> None:
     """Compress one passage into a memory file, and print a line about it."""
-    if is_corpus(options.text):
-        raise CompressorError(
-            f"{options.text} holds many texts: `compressor index {options.text} --output STORE` makes a store of them"
-        )
     codec = chosen_codec(options)
     if speech.is_speech(options.text):
         passage = speech.transcribe(options.text, options.speech, options.device)
     else:
-        passage = read_text(options.text, as_written=options.keep_text)
+        passage = read_passage(options.text, as_written=options.keep_text)
     model = load_model(options)
     (memory,), respelled = memories_of(options, model, [passage], codec)
     memory = signed(memory, model.base, compressor_name(model, options.checkpoint))
@@ -56,17 +50,6 @@ def run(options: CompressOptions, switches: Any) -> None:
     )
 
 
-def is_corpus(source: str) -> bool:
-    """Whether this holds many texts: a data file, a folder, a glob, several or a shipped name.
-
-    A text file is one passage, by itself as in a folder.
-    """
-    path = Path(source)
-    if path.exists():
-        return path.is_dir() or kind_of(path) not in (None, ".txt")
-    return kind_of(path) not in (None, ".txt") or any(mark in source for mark in "*?[,") or source in shipped_names()
-
-
 def warn_of_losses(shares: Mapping[str, float | None], respelled: Sequence[Any], options: MakeOptions) -> None:
     """Say on standard error of how many texts too little comes back, and what to do."""
     measured = {name: share for name, share in shares.items() if share is not None}
@@ -83,7 +66,11 @@ def warn_of_losses(shares: Mapping[str, float | None], respelled: Sequence[Any],
             which += f" ({short[worst]:.1%} of {worst})"
         note(f"warning: {which}: {advice}")
     if respelled:
-        which = f"{len(respelled):,} of {len(shares):,} texts ({respelled[0]}, ...)" if len(shares) > 1 else "the text"
+        which = (
+            f"{len(respelled):,} of {len(shares):,} texts ({respelled[0]}{', ...' * (len(respelled) > 1)})"
+            if len(shares) > 1
+            else "the text"
+        )
         note(
             f"warning: the base's tokenizer cannot spell {which} as it stands, so that it cannot come back in full "
             "whatever the memory holds: " + ("the text is kept" if options.keep_text else "keep it with --keep-text"),

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
 from compressor.api import Compressor
 from compressor.commands.options import MemoryOptions, ModelOptions
+from compressor.data.sources import kind_of, read_text, shipped_names
 from compressor.errors import CompressorError
 from compressor.model.base import Base
 from compressor.model.bases import made_with
@@ -32,6 +34,32 @@ def load_model(options: ModelOptions, device: str | torch.device | None = None) 
     )
 
 
+def read_passage(source: str, *, as_written: bool = False) -> str:
+    """The one text of a file, or of standard input for "-"; `as_written` as for `read_text`.
+
+    Raises:
+        CompressorError: it cannot be read, or holds many texts.
+    """
+    if is_corpus(source):
+        what = "is a folder" if Path(source).is_dir() else "holds many texts"
+        raise CompressorError(
+            f"{source} {what}, and this takes one text: name a text file, or make a store of the texts, which "
+            f"`compressor ask --store STORE` asks: `compressor index {source} --output STORE`"
+        )
+    return read_text(source, as_written=as_written)
+
+
+def is_corpus(source: str) -> bool:
+    """Whether this holds many texts: a data file, a folder, a glob, several or a shipped name.
+
+    A text file is one passage, by itself as in a folder.
+    """
+    path = Path(source)
+    if path.exists():
+        return path.is_dir() or kind_of(path) not in (None, ".txt")
+    return any(mark in source for mark in "*?[,") or source in shipped_names()
+
+
 def memory_and_base(options: MemoryOptions) -> tuple[Memory, Base]:
     """The memory that the options name, and its base."""
     if is_store(options.memory):
@@ -43,6 +71,8 @@ def memory_and_base(options: MemoryOptions) -> tuple[Memory, Base]:
             memory = replace(memory, text=pack_passage(store.texts([options.id])[0]))
     else:
         memory = Memory.load(options.memory, options.calibration)
+        if options.id is not None:
+            raise CompressorError(f"{options.memory} is one memory: leave --id out, which is for stores of many")
     if memory.fidelity is not None and memory.fidelity < LITTLE and not getattr(options, "exact", False):
         kept = "its text is kept: regenerate --exact" if memory.text is not None else "its text is not kept"
         note(f"note: {memory.fidelity:.1%} of the text comes back from this memory; {kept}")

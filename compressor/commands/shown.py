@@ -55,13 +55,14 @@ def show(result: dict[str, Any], colour: bool) -> str:
     ratio = result["passage_tokens"] / result["tokens"]
     cut = result["text_tokens"] - result["passage_tokens"]
     segments = f" in {result['segments']} segments" if result["segments"] > 1 else ""
+    steps = f", after {steps_named(result['refine_steps'])}" if result["refine_steps"] else ""
     lines = [
         f"Passage: {result['source']}"
         + (f"; the first {result['passage_tokens']} of {result['text_tokens']} tokens (--length)" if cut else ""),
         "",
         result["passage"],
         "",
-        f"{result['passage_tokens']} tokens -> {tokens_named(result['tokens'])}{segments} ({ratio:.3g}x); "
+        f"{result['passage_tokens']} tokens -> {tokens_named(result['tokens'])}{segments} ({ratio:.3g}x){steps}; "
         f"{len(result['passage'].encode()):,} bytes of text -> {result['memory_bytes']:,} bytes of keys and values",
         "",
         *(_shown_regeneration(result, colour) if "regeneration" in result else []),
@@ -72,17 +73,18 @@ def show(result: dict[str, Any], colour: bool) -> str:
 
 
 def _shown_regeneration(result: dict[str, Any], colour: bool) -> list[str]:
-    refined = result.get("refined")
+    refined, before = result.get("refined"), result.get("one_pass")
     wanting = result["regeneration"] != result["passage"] and not result["refine_steps"] and not refined
     lines = [
         "Regenerated from the memory alone, [-missing-] {+added+}:",
         *_shown_text(result, colour),
+        *([f"{_scores(before)}   in one pass, without the gradient steps", ""] if before else []),
         *(["More comes back after gradient steps on the memory: --refine-steps 20", ""] if wanting else []),
     ]
     if refined:
         took = f"{refined['timings']['compress']:.1f} s"
         lines += [
-            f"After {refined['refine_steps']} gradient steps on the memory ({took}):",
+            f"After {steps_named(refined['refine_steps'])} on the memory ({took}):",
             *_shown_text(refined, colour),
         ]
     return lines
@@ -93,10 +95,16 @@ def _shown_text(result: dict[str, Any], colour: bool) -> list[str]:
         "",
         mark_differences(result["passage"], result["regeneration"], colour),
         "",
-        f"BLEU {result['bleu']:.1f}   chrF {result['chrf']:.1f}   ROUGE-L {result['rouge_l']:.3f}   "
-        f"exact match {'yes' if result['regeneration'] == result['passage'] else 'no'}",
+        _scores(result),
         "",
     ]
+
+
+def _scores(result: dict[str, Any]) -> str:
+    return (
+        f"BLEU {result['bleu']:.1f}   chrF {result['chrf']:.1f}   ROUGE-L {result['rouge_l']:.3f}   "
+        f"exact match {'yes' if result['regeneration'] == result['passage'] else 'no'}"
+    )
 
 
 def _shown_answers(result: dict[str, Any]) -> list[str]:
@@ -117,6 +125,11 @@ def _shown_answers(result: dict[str, Any]) -> list[str]:
 def tokens_named(count: int) -> str:
     """1 memory token, 16 memory tokens."""
     return f"{count} memory token" + "s" * (count > 1)
+
+
+def steps_named(count: int) -> str:
+    """1 gradient step, 10 gradient steps."""
+    return f"{count} gradient step" + "s" * (count > 1)
 
 
 def answers_of(result: dict[str, Any]) -> list[tuple[str, str, float]]:

@@ -13,7 +13,7 @@ from typing import Any
 import gradio as gr
 
 from compressor.api import Compressor
-from compressor.commands.demonstration import read_passage
+from compressor.commands.demonstration import passage_of
 from compressor.commands.fragments import said
 from compressor.commands.loading import load_model
 from compressor.commands.options import DemoConfig
@@ -42,7 +42,7 @@ def serve(config: DemoConfig) -> None:
 
 def page_of(config: DemoConfig, folder: Path) -> gr.Blocks:
     """The page as the command's options ask for it; memory files lie in `folder` until they are downloaded."""
-    text, _, asked, most = read_passage(config)
+    text, _, asked, most = passage_of(config)
     model = load_model(config)
     if length := config.length or most:
         text = beginning(model, text, length)

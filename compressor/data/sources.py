@@ -184,7 +184,8 @@ def read_text(path: str | Path, *, as_written: bool = False) -> str:
         lines = _decoded(input_stream(), name) if str(path) == "-" else raw_lines(Path(path))
         text = "".join(line for _, line in lines)
     except OSError as error:
-        raise CompressorError(f"cannot read {name}: {error.strerror or error}") from None
+        there = "" if Path(path).exists() else "; name a text file, or give - and the text on standard input"
+        raise CompressorError(f"cannot read {name}: {error.strerror or error}{there}") from None
     if not text.strip():
         raise CompressorError(f"{name} is empty: give a text of at least one word")
     return text if as_written else _plain_ends(text).strip()

@@ -39,9 +39,9 @@ def fit_tokenizer(tokenizer: Any, rows: int, name: str) -> None:
     needed = [token for token in (tokenizer.bos_token, tokenizer.eos_token) if token in beyond]
     own = [token for token, number in beyond.items() if number not in added]
     if needed or own or getattr(tokenizer, "backend_tokenizer", None) is None:
-        some = ", ".join(list(dict.fromkeys([*needed, *own, *beyond]))[:3])
+        some = ", ".join(list(dict.fromkeys([*needed, *own, *beyond]))[:3]) + ", ..." * (len(beyond) > 3)
         raise CompressorError(
-            f"the tokenizer of {name} has {len(beyond):,} tokens ({some}, ...) for which the base has no embedding (it "
+            f"the tokenizer of {name} has {len(beyond):,} tokens ({some}) for which the base has no embedding (it "
             f"has {rows:,}): give the tokenizer that belongs to it, or add the embeddings to the base "
             "(model.resize_token_embeddings)"
         )

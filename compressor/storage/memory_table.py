@@ -213,8 +213,9 @@ class MemoryTable:
             found = self._table.search().where(_among(names)).select(["id", *columns]).limit(None).to_list()
         by_id = {row["id"]: row for row in found}
         if absent := [name for name in names if name not in by_id]:
-            some = ", ".join(self.columns("id")[0][:3]) or "it is empty"
-            raise CompressorError(f"{self.path} has no memory {absent[0]!r} among {len(self):,} ({some}, ...)")
+            ids = self.columns("id")[0]
+            some = ", ".join(ids[:3]) + ", ..." * (len(ids) > 3) or "it is empty"
+            raise CompressorError(f"{self.path} has no memory {absent[0]!r} among {len(ids):,} ({some})")
         return [by_id[name] for name in names]
 
     def load(self, names: Sequence[str]) -> list[Memory]:
