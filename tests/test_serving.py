@@ -216,6 +216,16 @@ def test_without_vllm_the_command_says_how_to_get_it(capsys: pytest.CaptureFixtu
     shown = capsys.readouterr().out
     assert "vllm.entrypoints.openai.api_server" in shown
     assert shown.strip().endswith("--max-model-len 512")
+    (tmp_path / "a.txt").write_text("no memory")
+    for wrong, message in {
+        f"--memories={tmp_path / 'a.txt'}": "is a file",
+        f"--files={tmp_path / 'a.txt'}": "is not a memory file",
+        f"--files={tmp_path / 'gone.memory'}": "does not exist",
+        f"--store={tmp_path}": "is no store of memories",
+        "--codec=int5": "no codec 'int5'",
+    }.items():
+        assert main([*argv[:3], wrong, "--dry-run"]) == 2
+        assert message in capsys.readouterr().err
     if importlib.util.find_spec("vllm") is None:
         assert main(argv) == 2
         assert "pip install" in capsys.readouterr().err

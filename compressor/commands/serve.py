@@ -18,10 +18,14 @@ from compressor.commands.options import ServeOptions
 from compressor.data.batches import start_token
 from compressor.data.prompts import chat_arguments
 from compressor.errors import CompressorError, lacking
+from compressor.files import check_no_file
 from compressor.model.bases import locate
 from compressor.model.checkpoint import base_of, fetch_checkpoint, read_settings
 from compressor.model.support import refuse_unsupported, window_of
 from compressor.serving import CONNECTOR
+from compressor.storage import memory_file
+from compressor.storage.codec import Codec
+from compressor.storage.memory_table import is_store, no_store
 
 
 def chat_template(own: str | None, template: str, placeholder: str, start: str) -> str:
@@ -105,6 +109,17 @@ def arguments(options: ServeOptions) -> list[str]:
     return found
 
 
+def check_memories(options: ServeOptions) -> None:
+    """Raise a `CompressorError` for what is not there or is no memory: vLLM would fail on it, minutes later."""
+    check_no_file(options.memories)
+    for file in options.files:
+        memory_file.read(file)
+    if options.store is not None and not is_store(options.store):
+        raise no_store(options.store)
+    if options.codec:
+        Codec.parse(options.codec)
+
+
 def run(options: ServeOptions, switches: Any) -> None:
     """Replace this process by vLLM's API server.
 
@@ -114,6 +129,7 @@ def run(options: ServeOptions, switches: Any) -> None:
     Raises:
         CompressorError: vLLM is not installed; and see `arguments`.
     """
+    check_memories(options)
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *arguments(options)]
     if not torch.cuda.is_available():
         command += ["--enforce-eager", "--block-size", "32"]

@@ -46,6 +46,11 @@ def is_store(path: str | Path) -> bool:
     return is_remote(path) or (Path(path) / f"{TABLE}.lance").is_dir()
 
 
+def no_store(path: str | Path) -> CompressorError:
+    """The error for a folder that is not there, or holds no store."""
+    return CompressorError(f"{path} is no store of memories: `compressor index SOURCE --output {path}` makes one")
+
+
 def owned_store(path: str | Path) -> AbstractContextManager[None]:
     """`files.owned`; on object storage commits follow one another, and who writes is the users' to see to."""
     return nullcontext() if is_remote(path) else owned(path)

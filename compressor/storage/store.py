@@ -30,7 +30,7 @@ from compressor.storage.container import check_format
 from compressor.storage.making import Making
 from compressor.storage.memorise import chosen_codec, memories_of
 from compressor.storage.memory_file import BESIDE, FORMAT, settings_of
-from compressor.storage.memory_table import MemoryTable, compare, is_store, owned_store
+from compressor.storage.memory_table import MemoryTable, compare, is_store, no_store, owned_store
 
 Reading = Literal["memories", "recite", "texts"]
 """What the decoder reads of the records found: memories, what these regenerate, or the texts that are kept."""
@@ -92,9 +92,7 @@ class Store(MemoryTable):
         """
         check_no_file(path)
         if compressor is None and not is_store(path):
-            raise CompressorError(
-                f"{path} is no store of memories: `compressor index SOURCE --output {path}` makes one"
-            )
+            raise no_store(path)
         store = cls(path)
         store._mismatch = base_mismatch
         if (reader := base if compressor is None else compressor.base) is not None:
