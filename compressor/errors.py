@@ -90,6 +90,8 @@ def lacking(what: str, package: str, extra: str, otherwise: str = "") -> Compres
 
 def require(condition: bool, key: str, value: Any, allowed: str) -> None:
     """Raise a `CompressorError` that names the key, the value got and the allowed range."""
+    if not condition and value == "":
+        raise CompressorError(f"{key} is not given: it must be {allowed}")
     if not condition:
         raise CompressorError(f"{key} = {value!r} is out of range: it must be {allowed}")
 

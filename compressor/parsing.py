@@ -10,7 +10,7 @@ import json
 import re
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
@@ -193,7 +193,9 @@ class _Parser(ArgumentParser):
 def _parser(config: type, description: str, flags: tuple[tuple[str, str], ...], plain: tuple[str, ...]) -> _Parser:
     # The texts under the fields of a configuration are what --help says about them.
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    usage = " ".join([description.partition(":")[0], *map(str.upper, plain), "[options]"])
+    needed = [one.name for one in fields(config) if one.default is one.default_factory is MISSING]
+    named = ["-o OUTPUT" if name == "output" else f"--{name} {name.upper()}" for name in needed if name not in plain]
+    usage = " ".join([description.partition(":")[0], *map(str.upper, plain), *named, "[options]"])
     parser = _Parser(usage=usage, description=description, exit_on_error=False)
     parser.add_argument("--config", action="config", help="YAML file with settings")
     for name, text in flags:

@@ -220,7 +220,9 @@ def test_inspect(originals: Any, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert f"calibration {calibration.digest[:12]}, fitted on 64 passages" in capsys.readouterr().out
     (tmp_path / "text").write_text("no memory")
     assert cli(["inspect", "--file", str(tmp_path / "text")]) == 2
-    assert "not a memory file" in capsys.readouterr().err
+    assert "not a memory file (`compressor compress` writes one)" in capsys.readouterr().err
+    assert cli(["inspect", str(tmp_path)]) == 2
+    assert "is a folder and no store" in capsys.readouterr().err
 
 
 def test_another_base_or_tokenizer_is_refused(

@@ -356,6 +356,6 @@ def test_help_shows_options_as_they_are_written(capsys: pytest.CaptureFixture[st
         main(["compress", "--help"])
     shown = capsys.readouterr().out
     assert ended.value.code == 0
-    assert shown.startswith("usage: compressor compress TEXT [options]\n")
+    assert shown.startswith("usage: compressor compress TEXT -o OUTPUT [options]\n")
     assert re.search(r"^  --keep-text$", shown, re.M)  # a switch
     assert "--refine-steps REFINE_STEPS" in shown

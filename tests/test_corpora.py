@@ -405,8 +405,8 @@ def test_an_output_is_replaced_only_if_asked_and_only_if_it_is_a_corpus(tmp_path
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"source": ""}, "source = ''"),
-        ({"output": ""}, "output = ''"),
+        ({"source": ""}, "source is not given: it must be a file"),
+        ({"output": ""}, "output is not given"),
         ({"min_words": -1}, "min_words = -1 is out of range: it must be at least 0"),
         ({"max_words": 5}, "max_words = 5 is out of range: it must be at least min_words = 20"),
         ({"train_before": "soon"}, "train_before = 'soon' is not a date"),

@@ -616,6 +616,7 @@ def test_errors_have_status_1_and_lose_nothing(run: Any, tmp_path: Path, capsys:
         (["pack", "b", "-o", "c", "-c"], "-o takes one input"),
         (["pack", "--no-such-option"], "unrecognized arguments"),
         (["pack", "--batch", "0", "b"], "must be at least 1"),
+        (["pack", "--codec", "keywords", "--tokens", "0", "b"], "--tokens is 0: it must be at least 1"),
         (["pack", "b", "--lane-tokens", "1"], "lane_tokens must be 16 to 8,192"),
     ):
         assert run(*arguments) == (1, b"")

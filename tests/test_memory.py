@@ -234,6 +234,20 @@ def test_a_memory_shows_itself_in_a_line(make: Callable[..., Compressor]) -> Non
     assert len(shown) < 120
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({}, "say what to ask: --memory FILE, or --store STORE$"),
+        ({"memory": "a", "store": "s", "question": "Why?"}, r"not both \(a, s\)"),
+        ({"memory": "a", "new_tokens": 0}, "new_tokens = 0 is out of range"),
+        ({"memory": "a", "top": 0}, "top = 0 is out of range"),
+    ],
+)
+def test_what_cannot_be_asked_is_told_before_anything_is_loaded(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(CompressorError, match=message):
+        AskOptions(**given)
+
+
 def test_the_plain_argument_beside_a_store_is_the_question() -> None:
     asked = AskOptions(memory="What is measured?", store="records")
     assert (asked.memory, asked.question) == (None, "What is measured?")

@@ -197,7 +197,8 @@ def usage() -> str:
             group = command.group
             lines += ["", f"{group}:"]
         lines.append(f"  {name:<{width}}  {command.summary}")
-    return "\n".join([*lines, "", "compressor COMMAND --help lists its options and shows an example."])
+    last = "compressor COMMAND --help lists its options and shows an example, compressor --version tells the version."
+    return "\n".join([*lines, "", last])
 
 
 def run(name: str, argv: list[str]) -> int:

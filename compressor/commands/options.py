@@ -241,7 +241,10 @@ class AskOptions(MemoryOptions):
             # The one plain argument beside --store.
             self.memory, self.question = None, self.memory  # type: ignore[assignment]
         if (self.memory is None) == (self.store is None):
-            raise CompressorError("say what to ask: --memory FILE, or --store STORE")
+            both = "" if self.memory is None else f", not both ({self.memory}, {self.store})"
+            raise CompressorError(f"say what to ask: --memory FILE, or --store STORE{both}")
+        for name in ("top", "new_tokens"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         if self.store is not None and self.texts and self.recite:
             raise CompressorError("--recite and --texts are two ways of reading records: give one")
 

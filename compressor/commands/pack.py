@@ -90,8 +90,10 @@ def run(argv: Sequence[str], unpack: bool = False) -> int:
     files = options.files or ["-"]
     if options.output and (len(files) > 1 or options.stdout or options.test):
         return _complain("-o takes one input, and neither -c nor -t")
-    if min(options.batch, options.threads or 1) < 1:
-        return _complain("--batch and --threads must be at least 1")
+    for name in ("batch", "threads", "lane_tokens", "tokens"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            return _complain(f"--{name.replace('_', '-')} is {value}: it must be at least 1")
     set_level(options.quiet, options.verbose)
     status = 0
     for name in files:

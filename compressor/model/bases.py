@@ -131,7 +131,8 @@ def remedy(path: str) -> str:
     if path in NAMED:
         return f"`compressor fetch {path}` gets it; without a network, --checkpoint {WITHOUT} works without it"
     return (
-        "give a folder, hub id, GGUF file or name of a causal LM with --base.path; an existing folder may be incomplete"
+        "give a folder, hub id, GGUF file or name of a causal LM (--base, of training --base.path); a folder that is "
+        "there may be incomplete"
     )
 
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from compressor.model.memory import Memory
 
 FORMAT = 1
-_WHAT = "a calibration"
+_WHAT = "a calibration (`compressor calibrate` writes one)"
 _TENSORS = ("mean", "deviation", "models", "synthesis", "exponents", "weights", "codes", "shapes", "levels", "rates")
 
 

@@ -77,9 +77,8 @@ def _header(path: Path, kind: str, what: str) -> tuple[dict[str, Any], bytes]:
             start = file.read(8)
             length = int.from_bytes(start, "little")
             if len(start) < 8 or length < 2 or 8 + length > size:
-                raise CompressorError(
-                    f"{path} is not {what}, or is damaged: it has {size:,} bytes, and its header should have {length:,}"
-                )
+                found = f"its {size:,} bytes do not begin as one" if size else "it is empty"
+                raise CompressorError(f"{path} is not {what}, or is cut off: {found}")
             if length > MOST_HEADER:
                 raise CompressorError(f"{path} is not {what}: its header claims {length:,} bytes")
             header = start + file.read(length)

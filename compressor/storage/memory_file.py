@@ -35,7 +35,7 @@ MOST_LAYERS = 1 << 12
 """Most layers, heads, and dimensions of a head."""
 MOST_EXPANSION = 1 << 11
 """Most values for a byte of a file; a small file that claims to be a vast memory is refused before it is decoded."""
-WHAT = "a memory file"
+WHAT = "a memory file (`compressor compress` writes one)"
 TEXT = "text"
 """Name of the tensor that holds a memory's passage, packed."""
 

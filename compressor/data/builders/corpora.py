@@ -173,7 +173,10 @@ def gather(config: CorpusConfig, put: Callable[[str, dict[str, str]], None]) -> 
     dropped = dict(sorted(selection.dropped.items()))
     if not selection.kept:
         reasons = ", ".join(f"{name} {count}" for name, count in dropped.items())
-        raise CompressorError(f"no record was kept of {progress.done} (dropped: {reasons or 'none'})")
+        raise CompressorError(
+            f"no record was kept of {progress.done} (dropped: {reasons or 'none'}): --min-words, --max-words and the "
+            "dates of the splits say which are"
+        )
     for name, sample in samples.items():
         if sample.seen < sample.size:
             raise CompressorError(f"sample.{name} = {sample.size} but the split has only {sample.seen} records")
