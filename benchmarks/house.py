@@ -1,5 +1,7 @@
 """The house in figures: files and lines a folder, circles of imports, imports inside functions, the longest things.
 
+Of lines both counts are given: all, and those of code, without blank ones, comments and docstrings.
+
     python benchmarks/house.py [ROOT]        ROOT: a checkout, by default this one
 
 A circle is a set of the package's files each of which imports all the others, directly or not; imports inside functions
@@ -9,7 +11,9 @@ and those for types alone count as much as the others. Nothing is imported: the 
 from __future__ import annotations
 
 import ast
+import io
 import sys
+import tokenize
 from collections import Counter
 from pathlib import Path
 
@@ -24,6 +28,20 @@ def sources(root: Path, folder: str = "") -> dict[Path, ast.Module]:
         if not any(part.startswith(".") or part in ("outputs", "build") for part in inside.parts):
             found[inside] = ast.parse(path.read_text(encoding="utf-8"))
     return found
+
+
+def code_lines(source: str, tree: ast.Module) -> int:
+    """Lines of a file that hold code: neither blank, nor a comment's alone, nor a docstring's."""
+    layout = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
+    held: set[int] = set()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type not in layout:
+            held.update(range(token.start[0], token.end[0] + 1))
+    for node in ast.walk(tree):
+        # A docstring, of whatever: a string that stands alone.
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            held.difference_update(range(node.lineno, (node.end_lineno or node.lineno) + 1))
+    return len(held)
 
 
 def module_of(path: Path) -> str:
@@ -71,17 +89,24 @@ def local_imports(tree: ast.AST) -> int:
 def main() -> int:
     root = Path(sys.argv[1] if len(sys.argv) > 1 else Path(__file__).parents[1]).resolve()
     trees = sources(root)
-    lines = {path: len((root / path).read_text(encoding="utf-8").splitlines()) for path in trees}
-    files, total = Counter[str](), Counter[str]()
+    texts = {path: (root / path).read_text(encoding="utf-8") for path in trees}
+    lines = {path: len(text.splitlines()) for path, text in texts.items()}
+    code = {path: code_lines(text, trees[path]) for path, text in texts.items()}
+    files, total, held = Counter[str](), Counter[str](), Counter[str]()
     for path in trees:
         folder = str(path.parent)
         files[folder] += 1
         total[folder] += lines[path]
+        held[folder] += code[path]
+
+    def row(name: str, count: int, all_lines: int, of_code: int) -> None:
+        print(f"{name:<32} {count:>4} files {all_lines:>7,} lines {of_code:>7,} of code")
+
     for folder in sorted(files):
-        print(f"{folder:<32} {files[folder]:>4} files {total[folder]:>7,} lines")
+        row(folder, files[folder], total[folder], held[folder])
     package = {path: tree for path, tree in trees.items() if path.parts[0] == PACKAGE}
-    print(f"{PACKAGE + ', with its folders':<32} {len(package):>4} files {sum(lines[p] for p in package):>7,} lines")
-    print(f"{'all':<32} {len(trees):>4} files {sum(lines.values()):>7,} lines")
+    row(f"{PACKAGE}, with its folders", len(package), sum(lines[p] for p in package), sum(code[p] for p in package))
+    row("all", len(trees), sum(lines.values()), sum(code.values()))
     modules = {module_of(path) for path in package}
     graph = {module_of(path): imported(tree, module_of(path), modules) for path, tree in package.items()}
     found = circles(graph)

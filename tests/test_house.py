@@ -59,14 +59,14 @@ def test_circles_and_counts(project: Path, tmp_path: Path) -> None:
         "b.py": "def f():\n    from compressor.part.c import x\n    return x\n",
         "part/__init__.py": "",
         "part/c.py": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import compressor.a\nx = 1\n",
-        "d.py": "import compressor.a\n",
+        "d.py": '"""Says\nwhat."""\n\n# why\nimport compressor.a\n',
     }.items():
         (package / name).write_text(text)
     command = [sys.executable, "benchmarks/house.py", str(tmp_path)]
     printed = subprocess.run(command, cwd=project, capture_output=True, text=True, check=True).stdout
     lines = [" ".join(line.split()) for line in printed.splitlines()]
-    assert "compressor 4 files 5 lines" in lines
-    assert "compressor/part 2 files 4 lines" in lines
+    assert "compressor 4 files 9 lines 5 of code" in lines
+    assert "compressor/part 2 files 4 lines 4 of code" in lines
     assert "circles of imports, files in each: 3" in lines
     assert "a, b, part.c" in lines
     assert "imports inside functions: 1" in lines
