@@ -8,6 +8,8 @@ Variants alternate in one run: ours as it trains, ours without one lever each, a
 passage extended to 500 tokens, no mask, LoRA of rank 64 on queries and values, 4 passages a step). Passages are as long
 as the shipped test abstracts (up to 500 tokens), or of --lengths tokens. Seconds are the process's own on a CPU (other
 programs do not count) and wall seconds on a GPU; the peak is that of products of 2048 x 2048 matrices in the same run.
+How it is on a processor with fewer instructions shows with ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2
+ONEDNN_MAX_CPU_ISA=AVX2 in the environment and --dtype float32, as `auto` chooses there.
 --memory runs each variant in a process of its own and reports the largest resident set (on a GPU, the most memory
 allocated).
 """
@@ -50,11 +52,11 @@ VARIANTS = {
 TOKENS = 512
 
 
-def build(variant: str, base: str, device: torch.device) -> Trainee:
+def build(variant: str, options: argparse.Namespace, device: torch.device) -> Trainee:
     """The model of a variant, ready to train."""
-    held = "float32" if variant == "autocast" else held_dtype("auto", device)
+    held = "float32" if variant == "autocast" else held_dtype(options.dtype, device)
     attention: Any = "sdpa" if variant in ("fused attention", PUBLISHED) else "auto"
-    loaded = load_base(BaseConfig(path=base, dtype=held, attention=attention), device)  # type: ignore[arg-type]
+    loaded = load_base(BaseConfig(path=options.base, dtype=held, attention=attention), device)  # type: ignore[arg-type]
     loaded.plain_head = variant not in ("whole logits", PUBLISHED)
     if variant == PUBLISHED:
         settings: dict[str, Any] = {"method": "reference-500x", "layout": "published", "passage_attention": "causal"}
@@ -123,9 +125,9 @@ def seconds(work: Callable[[], object], device: torch.device) -> float:
     return clock() - started
 
 
-def peak(device: torch.device) -> float:
+def peak(device: torch.device, held: str) -> float:
     """Matrix products a second, in FLOP, in the type that training computes in; the best of a few."""
-    dtype = getattr(torch, held_dtype("auto", device))
+    dtype = getattr(torch, held_dtype(held, device))
     left = torch.randn(2048, 2048, device=device).to(dtype)
     return 2 * 2048**3 / min(seconds(lambda: left @ left, device) for _ in range(5))
 
@@ -152,6 +154,7 @@ def resident_peak() -> int:
 def memory_of(variant: str, options: argparse.Namespace) -> int:
     """Bytes at the peak of a variant's step, in a process of its own."""
     command = [sys.executable, __file__, "--base", options.base, "--passages", str(options.passages), "--only", variant]
+    command += ["--dtype", options.dtype]
     lengths = ["--lengths", *map(str, options.lengths)] if options.lengths else []
     done = subprocess.run([*command, *lengths], capture_output=True, text=True, check=True)
     return int(json.loads(done.stdout.splitlines()[-1])["bytes"])
@@ -165,18 +168,18 @@ def measure(
     work: dict[str, Callable[[], None]] = {}
     flops: dict[str, int] = {}
     for variant in variants:
-        model = build(variant, options.base, device)
+        model = build(variant, options, device)
         data = batches(model, passages, variant)
         with FlopCounterMode(display=False) as counter:
             run(model, data, variant)  # warms up, too
         flops[variant] = counter.get_total_flops()
         work[variant] = lambda model=model, data=data, variant=variant: run(model, data, variant)
     taken: dict[str, list[float]] = {variant: [] for variant in variants}
-    peaks = [peak(device)]
+    peaks = [peak(device, options.dtype)]
     for _ in range(options.repeats):
         for variant, step in work.items():
             taken[variant].append(seconds(step, device))
-        peaks.append(peak(device))
+        peaks.append(peak(device, options.dtype))
     median = {variant: statistics.median(times) for variant, times in taken.items()}
     sizes = {variant: memory_of(variant, options) for variant in variants} if options.memory and memory else {}
     best, mean = max(peaks), sum(map(len, passages)) / len(passages)
@@ -226,6 +229,8 @@ def main() -> int:
     parser.add_argument("--at", type=int, nargs="*", default=[], help="ours and the published recipe at these, too")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="of frozen weights")
+    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--only", help=argparse.SUPPRESS)
     parser.add_argument("--output")
@@ -234,13 +239,14 @@ def main() -> int:
     device = current_device()
     if options.only:
         passages = passages_of(options.base, options.lengths, options.passages)
-        model = build(options.only, options.base, device)
+        model = build(options.only, options, device)
         run(model, batches(model, passages, options.only), options.only)
         used = torch.cuda.max_memory_allocated() if device.type == "cuda" else resident_peak()
         print(json.dumps({"bytes": used}))
         return 0
     result = {"base": options.base, "device": device.type, "threads": options.threads, "machine": platform.machine()}
-    result |= {"torch": torch.__version__, **measure(list(VARIANTS), options.lengths, options, device)}
+    result |= {"dtype": held_dtype(options.dtype, device), "instructions": torch.backends.cpu.get_cpu_capability()}
+    result |= {"torch": torch.__version__, **measure(options.variants, options.lengths, options, device)}
     result["at"] = [measure([OURS, PUBLISHED], [length], options, device, False) for length in options.at]
     if options.output:
         write_json(options.output, result)
