@@ -45,6 +45,7 @@ from readme_storing import (
     sent,
     serving,
     speech,
+    speed,
     store_codecs,
     store_found,
     store_together,
@@ -54,6 +55,7 @@ from readme_storing import (
 PARTS: dict[str, Callable[[], str]] = {
     "training-step": training_step,
     "decoding": decoding,
+    "speed": speed,
     "evaluation-time": evaluation_time,
     "headline": headline,
     "flagship": flagship,

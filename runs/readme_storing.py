@@ -241,6 +241,22 @@ def training_step() -> str:
     )
 
 
+def speed() -> str:
+    """A step beside the published recipe's, and rows written together beside a loop of one, in a sentence."""
+    step, rows = results("benchmark-training-step.json"), results("benchmark-decoding.json")["rows"]
+    ours, published = (step["variants"][name] for name in ("ours", "published recipe"))
+    short = next(one for one in step["at"] if one["lengths"] == [48])["variants"]
+    shortest = short["published recipe"]["median"] / short["ours"]["median"]
+    written = [one for one in rows if one["base"] == FLAGSHIP and one["variant"] == "ours"]
+    many = max(written, key=lambda row: row["batch"])
+    return (
+        "On a CPU core a step ([details](docs/scale.md#a-training-step)) trains "
+        f"{published['median'] / ours['median']:.1f} times the published recipe's passages a second,\n"
+        f"{shortest:.0f} times at 48 tokens, in {ours['bytes'] / published['bytes']:.0%} of its memory; "
+        f"{many['batch']} rows are written {many['times_loop']:.0f} times as fast as one by one."
+    )
+
+
 def decoding() -> str:
     """Tokens a second against batch size, and how often the batch-1 loop's."""
     rows = results("benchmark-decoding.json")["rows"]

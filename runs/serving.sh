@@ -32,6 +32,6 @@ fi
 python=$venv/bin/python
 "$python" -m pytest tests/test_serving.py -m 'slow or not slow'
 [ "${1:-}" != tests ] || exit 0
-"$python" benchmarks/serving.py --checkpoint models/smollm2-135m/compressor --clients 1 4 16 --seconds 5 --budget 1500 \
+"$python" benchmarks/serving.py --checkpoint models/smollm2-135m/compressor --clients 1 4 16 64 --seconds 5 --budget 2400 \
   --output results/smollm2-135m/serving.json
 "$python" runs/readme.py
