@@ -16,10 +16,9 @@ from typing import Any
 import torch
 
 from compressor.api import Compressor
-from compressor.data.prompts import answer_ids, question_ids
+from compressor.data.prompts import Placed, answer_ids, place_questions, question_ids
 from compressor.data.questions import load_questions
 from compressor.data.rows import LeftOut
-from compressor.data.windows import Placed, place_questions
 from compressor.evaluation.metrics import answer_scores, bootstrap, ratio, rouge_l
 from compressor.files import write_json
 from compressor.model.decoder import score

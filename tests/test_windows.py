@@ -10,10 +10,9 @@ from typing import Any
 import pytest
 
 from compressor.data.asked import ask
-from compressor.data.prompts import QUESTION
+from compressor.data.prompts import QUESTION, Windows, answer_spans, place_questions, whole_words
 from compressor.data.questions import Question, load_questions
 from compressor.data.rows import LeftOut
-from compressor.data.windows import Windows, answer_spans, place_questions, whole_words
 from compressor.errors import CompressorError
 from compressor.model.base import Base
 

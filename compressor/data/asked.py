@@ -10,10 +10,9 @@ from typing import Any
 import numpy as np
 
 from compressor.data.batches import ROUND, Rounds, equal_segments
-from compressor.data.prompts import answer_ids, question_ids
+from compressor.data.prompts import answer_ids, place_questions, question_ids
 from compressor.data.questions import Question
 from compressor.data.rows import LeftOut
-from compressor.data.windows import place_questions
 from compressor.errors import CompressorError
 
 QUESTIONS_TOGETHER = 4

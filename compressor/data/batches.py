@@ -73,7 +73,11 @@ def pad(
 
 
 def regeneration_pair(bos: int, eos: int, passage: Sequence[int]) -> tuple[list[int], list[int]]:
-    """Decoder input and labels for writing the passage: `BOS passage` gives `passage EOS`."""
+    """Decoder input and labels for writing the passage: `BOS passage` gives `passage EOS`.
+
+    Regeneration needs no words: after a memory BOS (without an EOS before it) means "the passage again". It is the
+    trigger of the published method, and the base learns it from its repeated passages.
+    """
     return [bos, *passage], [*passage, eos]
 
 

@@ -8,15 +8,14 @@ that `question_forms.py` names, and any flat record whose columns are named. A c
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from compressor.data.instructions import Prompt, either
 from compressor.data.question_forms import Question, answer_texts, context_text, question_text, rows_of_questions
-from compressor.data.records import hub_rows, load_hub, record_id, string_value, text_value
+from compressor.data.records import hub_rows, load_hub
 from compressor.data.rows import BadRecord, BadRecords, LeftOut, Row, read_document, read_rows, type_name
 from compressor.data.sources import Hub, kind_of, resolve, stem_of
 from compressor.errors import CompressorError
@@ -89,7 +88,7 @@ def load_questions(
     for place in resolve(_hub_ids(source), split=split):
         rows = _rows(place, split, limit is not None, bad)
         if prompt is not None:
-            rows = _each(rows, prompt.rows, bad)
+            rows = (made for row in rows for made in bad.caught(prompt.rows, row))
         dataset = place.name if isinstance(place, Hub) else stem_of(place)
 
         def read(row: Row, dataset: str = dataset) -> tuple[Row, Question | None]:
@@ -148,7 +147,7 @@ def _rows(place: Path | Hub, split: str | None, streaming: bool, bad: BadRecords
         classes = {name: getattr(getattr(feature, "feature", feature), "names", None) for name, feature in features}
         for row in hub_rows(loaded, place.name):
             named = {name: _named(value, classes.get(name)) for name, value in row.values.items()}
-            yield from _several(row._replace(values=named), {}, bad)
+            yield from bad.caught(rows_of_questions, row._replace(values=named), {})
         return
     if kind_of(place) == ".json" and _is_one_object(place):
         yield from _squad_rows(place, bad)
@@ -158,7 +157,7 @@ def _rows(place: Path | Hub, split: str | None, streaming: bool, bad: BadRecords
         if row.number == 1 and set(row.values) == {"header"} and isinstance(row.values["header"], dict):
             header = row.values["header"]
             continue
-        yield from _several(row, header, bad)
+        yield from bad.caught(rows_of_questions, row, header)
 
 
 def _named(value: Any, classes: Sequence[str] | None) -> Any:
@@ -168,19 +167,6 @@ def _named(value: Any, classes: Sequence[str] | None) -> Any:
     if isinstance(value, list):
         return [_named(one, classes) for one in value]
     return classes[value] if isinstance(value, int) and 0 <= value < len(classes) else value
-
-
-def _several(row: Row, header: Mapping[str, Any], bad: BadRecords) -> Iterator[Row]:
-    return _each([row], partial(rows_of_questions, header=header), bad)
-
-
-def _each(rows: Iterable[Row], make: Callable[[Row], Iterator[Row]], bad: BadRecords) -> Iterator[Row]:
-    """What is made of each row, but for those that are broken."""
-    for row in rows:
-        try:
-            yield from make(row)
-        except BadRecord as error:
-            bad.add(error)
 
 
 def _is_one_object(path: Path) -> bool:
@@ -216,7 +202,7 @@ def _squad_rows(path: Path, bad: BadRecords) -> Iterator[Row]:
     for count, (place, article) in enumerate(items(document, "data"), start=1):
         if {"questions", "qas", *COLUMNS["question"]} & set(article):
             # CoQA's, and plain records under "data".
-            yield from _several(Row(count, f"{path} {place}", {**dataset, **article}), {}, bad)
+            yield from bad.caught(rows_of_questions, Row(count, f"{path} {place}", {**dataset, **article}), {})
             continue
         for of_paragraph, paragraph in items(article, "paragraphs", place):
             for of_question, item in items(paragraph, "qas", of_paragraph):
@@ -236,11 +222,11 @@ def _question(row: Row, dataset: str, columns: Mapping[str, str], keep_unanswera
     row = row._replace(values={**row.values, **plain})
     named = row.values.get(names["dataset"])
     return Question(
-        id=record_id(row, names["id"], default=f"{dataset}:{row.number}"),
-        context=text_value(row, names["context"]),
-        question=text_value(row, names["question"]),
+        id=row.id(names["id"], default=f"{dataset}:{row.number}"),
+        context=row.text(names["context"]),
+        question=row.text(names["question"]),
         answers=answers,
-        dataset=dataset if named is None else string_value(row, names["dataset"], blank=False),
+        dataset=dataset if named is None else row.text(names["dataset"]),
         spans=_spans(row, names["context"], names["answers"]) if answers else (),
         whole=names["question"] == "instruction",
     )
@@ -250,7 +236,7 @@ def _column(row: Row, field: str, columns: Mapping[str, str]) -> str:
     """The column that holds a field: the one that was named, or the first usual one that is there."""
     if field in columns:
         if columns[field] not in row.values:
-            string_value(row, columns[field])  # raises: the field is missing
+            row.string(columns[field])  # raises: the field is missing
         return columns[field]
     return next((name for name in COLUMNS[field] if name in row.values), COLUMNS[field][0])
 
@@ -268,7 +254,7 @@ def _answers(row: Row, name: str, keep_unanswerable: bool) -> tuple[str, ...]:
             f"{row.where}: the field {name!r} is empty: give an answer, or set is_impossible to true in the record"
         )
     for index, answer in enumerate(value):
-        text_value(Row(row.number, row.where, {f"{name}[{index}]": answer}), f"{name}[{index}]")
+        row._replace(values={f"{name}[{index}]": answer}).text(f"{name}[{index}]")
     return tuple(dict.fromkeys(value))
 
 

@@ -5,7 +5,6 @@ A passage is `{"id": str, "text": str}`, with `"date"` (yyyy-mm-dd) where the so
 
 from __future__ import annotations
 
-import datetime
 import hashlib
 import json
 import os
@@ -20,7 +19,7 @@ import datasets
 import numpy as np
 
 from compressor.data.batches import tokenise
-from compressor.data.rows import REASON, BadRecord, BadRecords, LeftOut, Row, read_rows, type_name
+from compressor.data.rows import REASON, BadRecords, LeftOut, Row, read_rows
 from compressor.data.sources import Hub, kind_of, resolve
 from compressor.errors import CompressorError, first_line
 from compressor.processes import bars_on_terminals
@@ -191,8 +190,8 @@ def _passages(
     bad = BadRecords(skip)
 
     def passage(row: Row) -> dict[str, str]:
-        found = {"id": record_id(row, default=f"{name}:{row.number}"), "text": text_value(row, field), "bad": ""}
-        return {**found, **({"date": date_value(row, "date")} if "date" in row.values else {})}
+        found = {"id": row.id(default=f"{name}:{row.number}"), "text": row.text(field), "bad": ""}
+        return {**found, **({"date": row.date("date")} if "date" in row.values else {})}
 
     yield from islice(bad.usable(rows(bad=bad), passage), limit)
     if bad.bad:
@@ -235,48 +234,3 @@ def text_field(names: Any, field: str | None, where: str) -> str:
         f"{where} has no field {' or '.join(repr(name) for name in wanted)}; its fields are "
         f"{', '.join(map(repr, names)) or 'none'}. Name the one that holds the passage"
     )
-
-
-def string_value(row: Row, field: str, *, blank: bool = True) -> str:
-    """The text in `field`. A `BadRecord` if it is missing, no text, not storable, or blank."""
-    if field not in row.values:
-        fields = ", ".join(map(repr, row.values)) or "none"
-        raise BadRecord(f"{row.where}: the field {field!r} is missing; its fields are {fields}")
-    value = row.values[field]
-    if not isinstance(value, str):
-        raise BadRecord(f"{row.where}: the field {field!r} must be text but is {type_name(value)}")
-    if not blank and not value.strip():
-        raise BadRecord(f"{row.where}: the field {field!r} is blank")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise BadRecord(
-            f"{row.where}: the field {field!r} holds half a surrogate pair at character {error.start + 1}"
-        ) from None
-    return value
-
-
-def text_value(row: Row, field: str) -> str:
-    """The passage of a row: text that is not blank."""
-    return string_value(row, field, blank=False)
-
-
-def record_id(row: Row, field: str = "id", *, default: str | None = None) -> str:
-    """The id of a row as text; `default` where the row has no such field."""
-    if field not in row.values and default is not None:
-        return default
-    value = row.values.get(field)
-    if isinstance(value, int) and not isinstance(value, bool):
-        return str(value)
-    if isinstance(value, float):
-        # 0704.0010 read as a number is 704.001: another paper.
-        raise BadRecord(f"{row.where}: the {field} {value!r} is a number; store ids as text")
-    return string_value(row, field, blank=False)
-
-
-def date_value(row: Row, field: str) -> str:
-    """A date as text: dates and times become yyyy-mm-dd, null becomes "", text stays as it is."""
-    value = row.values[field]
-    if isinstance(value, datetime.date):
-        return value.isoformat()[:10]
-    return "" if value is None else string_value(row, field)

@@ -7,12 +7,14 @@ cannot be used are errors that name the first, or they are left out and counted.
 from __future__ import annotations
 
 import csv
+import datetime
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -38,6 +40,7 @@ REASON = "bad_record"
 
 R = TypeVar("R")
 T = TypeVar("T")
+P = ParamSpec("P")
 
 
 class Row(NamedTuple):
@@ -46,6 +49,47 @@ class Row(NamedTuple):
     number: int
     where: str
     values: dict[str, Any]
+
+    def string(self, field: str, *, blank: bool = True) -> str:
+        """The text in `field`. A `BadRecord` if it is missing, no text, not storable, or blank."""
+        if field not in self.values:
+            fields = ", ".join(map(repr, self.values)) or "none"
+            raise BadRecord(f"{self.where}: the field {field!r} is missing; its fields are {fields}")
+        value = self.values[field]
+        if not isinstance(value, str):
+            raise BadRecord(f"{self.where}: the field {field!r} must be text but is {type_name(value)}")
+        if not blank and not value.strip():
+            raise BadRecord(f"{self.where}: the field {field!r} is blank")
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise BadRecord(
+                f"{self.where}: the field {field!r} holds half a surrogate pair at character {error.start + 1}"
+            ) from None
+        return value
+
+    def text(self, field: str) -> str:
+        """The passage in `field`: text that is not blank."""
+        return self.string(field, blank=False)
+
+    def id(self, field: str = "id", *, default: str | None = None) -> str:
+        """The id as text; `default` where there is no such field."""
+        if field not in self.values and default is not None:
+            return default
+        value = self.values.get(field)
+        if isinstance(value, int) and not isinstance(value, bool):
+            return str(value)
+        if isinstance(value, float):
+            # 0704.0010 read as a number is 704.001: another paper.
+            raise BadRecord(f"{self.where}: the {field} {value!r} is a number; store ids as text")
+        return self.text(field)
+
+    def date(self, field: str) -> str:
+        """A date as text: dates and times become yyyy-mm-dd, null becomes "", text stays as it is."""
+        value = self.values[field]
+        if isinstance(value, datetime.date):
+            return value.isoformat()[:10]
+        return "" if value is None else self.string(field)
 
 
 class LeftOut:
@@ -126,10 +170,10 @@ class BadRecords:
             self.good += 1
             yield found
 
-    def caught(self, make: Callable[[], T]) -> Iterator[T]:
-        """What `make` returns, or nothing where it raises `BadRecord`; does not count what is good."""
+    def caught(self, make: Callable[P, Iterable[T]], *args: P.args, **kwargs: P.kwargs) -> Iterator[T]:
+        """What `make` gives, up to where it raises `BadRecord`; does not count what is good."""
         try:
-            yield make()
+            yield from make(*args, **kwargs)
         except BadRecord as error:
             self.add(error)
 
@@ -210,23 +254,23 @@ def _json_rows(path: Path, bad: BadRecords) -> Iterator[Row]:
         if first and line.lstrip().startswith("[") and kind_of(path) == ".json":
             items = _parse_json(line + "".join(rest for _, rest in lines), f"the array from {where} on")
             for index, item in enumerate(items, start=1):
-                yield from bad.caught(partial(_object_row, index, f"{path} item {index}", item))
+                yield from bad.caught(_object_row, index, f"{path} item {index}", item)
             return
         first = False
-        yield from bad.caught(partial(_line_row, number, where, line))
+        yield from bad.caught(_line_row, number, where, line)
 
 
-def _line_row(number: int, where: str, line: str) -> Row:
+def _line_row(number: int, where: str, line: str) -> list[Row]:
     try:
         return _object_row(number, where, _parse_json(line, where))
     except CompressorError as error:
         raise BadRecord(str(error)) from None
 
 
-def _object_row(number: int, where: str, value: Any) -> Row:
+def _object_row(number: int, where: str, value: Any) -> list[Row]:
     if not isinstance(value, dict):
         raise BadRecord(f"{where} is {type_name(value)}, not an object of fields like {{'text': ...}}")
-    return Row(number, where, value)
+    return [Row(number, where, value)]
 
 
 def _csv_rows(path: Path, bad: BadRecords) -> Iterator[Row]:
@@ -260,18 +304,10 @@ def _csv_rows(path: Path, bad: BadRecords) -> Iterator[Row]:
 
 
 def _text_rows(path: Path) -> Iterator[Row]:
-    paragraph: list[str] = []
-    start = 1
-    for number, line in text_lines(path):
-        if line.strip():
-            if not paragraph:
-                start = number
-            paragraph.append(line)
-        elif paragraph:
-            yield Row(start, f"{path} line {start}", {"text": "".join(paragraph).rstrip("\n")})
-            paragraph = []
-    if paragraph:
-        yield Row(start, f"{path} line {start}", {"text": "".join(paragraph).rstrip("\n")})
+    for written, lines in groupby(text_lines(path), lambda one: bool(one[1].strip())):
+        if written:
+            (start, *_), texts = zip(*lines, strict=True)
+            yield Row(start, f"{path} line {start}", {"text": "".join(texts).rstrip("\n")})
 
 
 def _document_rows(path: Path) -> Iterator[Row]:

@@ -99,7 +99,7 @@ class MemoryMethod:
         refine_keep: float = KEEP,
     ):
         self.compressor, self.batch_size = compressor, batch_size
-        self.segment_tokens = compressor.config.longest_segment(segment_tokens or compressor.config.max_passage_tokens)
+        self.segment_tokens = compressor.longest_segment(segment_tokens or compressor.config.max_passage_tokens)
         self.refine_steps, self.refine_from = refine_steps, refine_from
         self.refine_keep = refine_keep if refine_from == "encoder" else 0.0
         self.name = self.name or compressor.config.method

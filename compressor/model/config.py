@@ -125,13 +125,3 @@ class CompressorConfig:
         require(asks, "compressor.question_template", self.question_template, template)
         even = self.layout != "nested" or self.memory_tokens & (self.memory_tokens - 1) == 0
         require(even, "compressor.memory_tokens", self.memory_tokens, "a power of two with the nested layout")
-
-    def longest_segment(self, asked: int | None = None) -> int:
-        """Most tokens of a segment where so many are asked for, or none.
-
-        Raises:
-            CompressorError: more are asked for than the compressor reads at once.
-        """
-        most = f"at most {self.max_passage_tokens}, which is what this compressor reads at once"
-        require((asked or 0) <= self.max_passage_tokens, "segment_tokens", asked, most)
-        return asked or self.segment_tokens or self.max_passage_tokens

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from compressor.data.batches import by_length, equal_segments, pad
-from compressor.errors import CompressorError, require_whole
+from compressor.errors import CompressorError, require, require_whole
 from compressor.model.base import Base
 from compressor.model.config import CompressorConfig
 from compressor.model.decoder import Prefix
@@ -120,6 +120,17 @@ class Network(nn.Module):
             raise CompressorError(f"cannot compress to {tokens} memory tokens: this compressor has 1 to {most}")
         return int(tokens)
 
+    def longest_segment(self, asked: int | None = None) -> int:
+        """Most tokens of a segment where so many are asked for, or none.
+
+        Raises:
+            CompressorError: more are asked for than the compressor reads at once.
+        """
+        config = self.config
+        most = f"at most {config.max_passage_tokens}, which is what this compressor reads at once"
+        require((asked or 0) <= config.max_passage_tokens, "segment_tokens", asked, most)
+        return asked or config.segment_tokens or config.max_passage_tokens
+
     def segment(self, ids: Sequence[int], most: int | None = None) -> list[list[int]]:
         """Cut token ids into the fewest segments of at most `most` tokens, as equal as can be.
 
@@ -130,7 +141,7 @@ class Network(nn.Module):
             raise CompressorError("cannot compress an empty passage: give at least one token of text")
         if most is not None and most < 1:
             raise CompressorError(f"segments of {most} tokens hold nothing: give segment_tokens of at least 1")
-        return equal_segments(ids, self.config.longest_segment(most))
+        return equal_segments(ids, self.longest_segment(most))
 
     @torch.no_grad()
     def compress_ids(
@@ -165,7 +176,7 @@ class Network(nn.Module):
         if segment_tokens is not None:
             require_whole("segment_tokens", segment_tokens)
         batch_size, refine_steps = int(batch_size), int(refine_steps)  # numpy's among them
-        most = self.config.longest_segment(segment_tokens)
+        most = self.longest_segment(segment_tokens)
         owners, segments = [], []
         for owner, ids in enumerate(passages):
             for segment in self.segment(ids, segment_tokens):

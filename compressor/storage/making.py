@@ -47,7 +47,7 @@ class Making:
     def numbers(self, model: Network) -> dict[str, float]:
         """Numbers that memories are made with, besides what each of them states."""
         return {
-            "segment_tokens": model.config.longest_segment(self.segment_tokens),
+            "segment_tokens": model.longest_segment(self.segment_tokens),
             "refine_steps": self.refine_steps,
             **({} if self.target_fidelity is None else {"target_fidelity": self.target_fidelity}),
         }

@@ -11,7 +11,7 @@ from typing import Any
 
 from compressor.data.builders.choice import CorpusConfig
 from compressor.data.examples import PUBLISHED_ID
-from compressor.data.records import date_value, record_id, string_value, text_field
+from compressor.data.records import text_field
 from compressor.data.rows import BadRecord, Row, type_name
 
 ARXIV_ID = re.compile(r"(?:(\d\d)(\d\d)\.\d{4,5}|[a-z-]+(?:\.[A-Z]{2})?/(\d\d)(\d\d)\d{3})(v\d+)?")
@@ -75,18 +75,18 @@ def read_abstract(row: Row, names: CorpusConfig, first: dict[str, Any], *, defau
     Raises:
         CompressorError: a field is missing or of the wrong type; names file and line.
     """
-    abstract = collapse(string_value(row, text_field(first, names.text_field, row.where)))
+    abstract = collapse(row.string(text_field(first, names.text_field, row.where)))
     if not abstract:
         return "empty"
     title = row.values.get(names.title_field)
     if withdrawn(abstract, row.values, title=title if isinstance(title, str) else ""):
         return "withdrawn"
-    identifier = record_id(row, names.id_field) if names.id_field in first else default_id
+    identifier = row.id(names.id_field) if names.id_field in first else default_id
     if identifier.strip().split("v")[0] == PUBLISHED_ID:
         return "example"
     return {
         "id": identifier.strip(),
-        "title": collapse(string_value(row, names.title_field)) if names.title_field in first else "",
+        "title": collapse(row.string(names.title_field)) if names.title_field in first else "",
         "abstract": abstract,
         "categories": _categories(row, names.categories_field) if names.categories_field in first else "",
         "date": _date(row, names, identifier.strip(), first),
@@ -149,21 +149,21 @@ def _categories(row: Row, field: str) -> str:
     value = row.values.get(field)
     if isinstance(value, list) and all(isinstance(item, str) for item in value):
         return collapse(" ".join(value))
-    return collapse(string_value(row, field))
+    return collapse(row.string(field))
 
 
 def _date(row: Row, names: CorpusConfig, identifier: str, first: dict[str, Any]) -> str:
     if names.date_field is not None:
         if names.date_field not in row.values:
-            string_value(row, names.date_field)  # raises: the field is missing
-        return _day(row, names.date_field, date_value(row, names.date_field))
+            row.string(names.date_field)  # raises: the field is missing
+        return _day(row, names.date_field, row.date(names.date_field))
     if "versions" in first:
         return _first_version(row)
     for field in ("date", "created"):
         if field in first:
             if field not in row.values:
-                string_value(row, field)
-            return _day(row, field, date_value(row, field))
+                row.string(field)
+            return _day(row, field, row.date(field))
     return month_of_id(identifier)
 
 
@@ -176,7 +176,7 @@ def _first_version(row: Row) -> str:
             f"but is {got if versions != [] else 'empty'}; or name the field of the date (date_field)"
         )
     v1 = next((item for item in versions if item.get("version") == "v1"), versions[0])
-    return _day(row, "versions[].created", string_value(row._replace(values=v1), "created"))
+    return _day(row, "versions[].created", row._replace(values=v1).string("created"))
 
 
 def _day(row: Row, field: str, value: str) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from compressor.data.questions import load_questions
-from compressor.data.records import load_texts, text_value
+from compressor.data.records import load_texts
 from compressor.data.rows import read_rows
 from compressor.data.sources import text_lines
 from compressor.errors import CompressorError, require
@@ -164,7 +164,7 @@ def _joined(tokens: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
 def read_spans(config: EntitiesConfig) -> Iterator[Found]:
     """Records with `text` and `entities` (or `spans`, `labels`): characters from and to (exclusive), and a label."""
     for row in read_rows(Path(config.source)):
-        text = text_value(row, "text")
+        text = row.text("text")
         name = next((one for one in ("entities", "spans", "labels", "label") if one in row.values), "entities")
         try:
             spans = sorted(_span(one) for one in row.values[name])

@@ -20,7 +20,7 @@ from torch import nn
 
 from compressor.api import Compressor
 from compressor.data.batches import by_length
-from compressor.data.prompts import answer_text
+from compressor.data.prompts import answer_ids
 from compressor.errors import CompressorError
 from compressor.evaluation.metrics import LEVEL, bootstrap, ratio
 from compressor.evaluation.report import figure
@@ -196,8 +196,7 @@ class AnswerProbe(QuestionAnswering):
 
     def run(self, method: Method, items: Sequence[Item], contexts: Sequence[list[Piece]]) -> list[Result]:
         base = method.base
-        texts = [answer_text(item.asked["answers"][0]) for item in items]
-        answers = base.tokenise(texts)
+        answers = answer_ids(base.tokenizer, [item.asked["answers"] for item in items])
         targets = [[*answer, base.eos] for answer in answers]
         return probe(method, contexts, [item.asked["prompt"] for item in items], targets)
 

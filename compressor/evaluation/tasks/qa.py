@@ -7,9 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from compressor.data.prompts import QUESTION, answer_ids, question_ids
+from compressor.data.prompts import QUESTION, answer_ids, place_questions, question_ids
 from compressor.data.questions import Question, load_questions
-from compressor.data.windows import place_questions
 from compressor.evaluation.metrics import FigureOf, answer_scores, answer_words, difference, ratio, retained
 from compressor.evaluation.tasks.interface import Item, Result, Task
 from compressor.methods.interface import Method, Piece
