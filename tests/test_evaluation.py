@@ -15,6 +15,7 @@ import yaml
 
 from compressor.commands.cli import evaluate_main
 from compressor.errors import CompressorError
+from compressor.evaluation.items import Item, Task
 from compressor.evaluation.report import (
     load_published,
     loss_curve,
@@ -25,7 +26,6 @@ from compressor.evaluation.report import (
 )
 from compressor.evaluation.settings import RegenerationSettings
 from compressor.evaluation.tasks import regeneration as tasks_module
-from compressor.evaluation.tasks.interface import Item, make_batches
 from compressor.evaluation.tasks.regeneration import Regeneration
 from compressor.files import sha256
 from compressor.methods.interface import MemoryMethod
@@ -261,7 +261,7 @@ def test_encodes_once_where_the_layout_allows(make_tiny_compressor: Callable[...
 
 def test_batches_do_not_depend_on_processes_and_start_with_the_longest() -> None:
     items = [Item(str(i), [5] * length, None) for i, length in enumerate([3, 9, 1, 9, 4])]
-    assert make_batches(items, 2) == [[1, 3], [4, 0], [2]]
+    assert Task().batches(items, 2) == [[1, 3], [4, 0], [2]]
 
 
 @pytest.mark.parametrize("task", ["regeneration", "qa"])

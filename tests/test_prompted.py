@@ -21,11 +21,11 @@ from compressor.data.instructions import PRESETS, Prompt, load_prompt, preset_na
 from compressor.data.prompts import answer_ids
 from compressor.errors import CompressorError
 from compressor.evaluation.figures import FIGURES
+from compressor.evaluation.items import Item, Result
 from compressor.evaluation.methods import Methods
 from compressor.evaluation.metrics import resampled_figures, word_errors
 from compressor.evaluation.scores import SCORES, Answered
 from compressor.evaluation.settings import PromptSettings
-from compressor.evaluation.tasks.interface import Item, Result
 from compressor.evaluation.tasks.prompt import Prompted
 from compressor.methods.bounds import Full
 from compressor.methods.interface import MemoryMethod

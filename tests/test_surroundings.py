@@ -273,8 +273,8 @@ def test_what_the_api_cannot_take_of_a_memory(tiny_compressor: Any, tmp_path: Pa
 
 
 def test_a_table_says_that_its_tokens_are_of_each_segment() -> None:
+    from compressor.evaluation.items import Item
     from compressor.evaluation.notes import segment_notes
-    from compressor.evaluation.tasks.interface import Item
 
     items = [Item("a", [1] * 90), Item("b", [1] * 100), Item("c", [1] * 101), Item("d", [1] * 250)]
     (note,) = segment_notes(items, 100)

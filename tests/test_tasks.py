@@ -16,6 +16,7 @@ from compressor.commands.cli import evaluate_main
 from compressor.data.questions import Question
 from compressor.errors import CompressorError
 from compressor.evaluation.figures import FIGURES
+from compressor.evaluation.items import Item, Result, Task
 from compressor.evaluation.report import text_table
 from compressor.evaluation.settings import (
     ContinuationSettings,
@@ -26,7 +27,6 @@ from compressor.evaluation.settings import (
 from compressor.evaluation.table import entry
 from compressor.evaluation.tasks import retrieve
 from compressor.evaluation.tasks.continuation import Continuation
-from compressor.evaluation.tasks.interface import Item, Result, Task
 from compressor.evaluation.tasks.interference import Interference
 from compressor.evaluation.tasks.retrieve import Retrieve, reciprocal_rank
 from compressor.methods.bounds import Full, Nothing

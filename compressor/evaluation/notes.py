@@ -9,10 +9,9 @@ from typing import Any
 
 from compressor.data.rows import LeftOut
 from compressor.evaluation.figures import FIGURES
+from compressor.evaluation.items import BEYOND, Item, Results, Task, left_out_of
 from compressor.evaluation.methods import Methods
 from compressor.evaluation.metrics import LEVEL
-from compressor.evaluation.results import Results, left_out_of
-from compressor.evaluation.tasks.interface import BEYOND, Item, Task
 
 
 def row_notes(task: Task, rows: Sequence[dict[str, Any]]) -> list[str]:

@@ -18,6 +18,19 @@ from accelerate import Accelerator
 
 from compressor.data.rows import LeftOut
 from compressor.errors import CompressorError
+from compressor.evaluation.items import (
+    MACRO,
+    Item,
+    Results,
+    Task,
+    data_names,
+    describe_data,
+    items_hash,
+    left_out_of,
+    make_rows,
+    row_key,
+    run_batches,
+)
 from compressor.evaluation.methods import Methods
 from compressor.evaluation.metrics import LEVEL, bleu_signature, chrf_signature
 from compressor.evaluation.notes import (
@@ -30,20 +43,8 @@ from compressor.evaluation.notes import (
     surroundings_note,
 )
 from compressor.evaluation.report import load_published, markdown_table, regeneration_plot
-from compressor.evaluation.results import (
-    MACRO,
-    Results,
-    data_names,
-    describe_data,
-    items_hash,
-    left_out_of,
-    make_rows,
-    row_key,
-    run_batches,
-)
 from compressor.evaluation.settings import EvaluationConfig, TaskSettings
 from compressor.evaluation.table import STUDIES, entry
-from compressor.evaluation.tasks.interface import Item, Task
 from compressor.files import FolderKind, atomic_folder, check_folder, read_json
 from compressor.processes import make_accelerator
 from compressor.provenance import versions

@@ -22,12 +22,11 @@ from compressor.api import Compressor
 from compressor.data.batches import by_length
 from compressor.data.prompts import answer_ids
 from compressor.errors import CompressorError
+from compressor.evaluation.items import LEFT_OUT, Item, Result, Task, data_names, describe_data, items_hash, run_batches
 from compressor.evaluation.metrics import LEVEL, bootstrap, ratio
 from compressor.evaluation.report import figure
-from compressor.evaluation.results import data_names, describe_data, items_hash, run_batches
 from compressor.evaluation.settings import UtilisationSettings
 from compressor.evaluation.studies import Findings
-from compressor.evaluation.tasks.interface import LEFT_OUT, Item, Result, Task
 from compressor.evaluation.tasks.qa import QuestionAnswering
 from compressor.evaluation.tasks.regeneration import Regeneration
 from compressor.methods.interface import MemoryMethod, Method, Piece, check_tokens

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from compressor.evaluation.items import Item, Result, Task
 from compressor.evaluation.metrics import FigureOf, ratio, retained
-from compressor.evaluation.tasks.interface import Item, Result, Task
 from compressor.evaluation.tasks.regeneration import Regeneration
 from compressor.methods.interface import Method, Piece
 from compressor.model.decoder import score

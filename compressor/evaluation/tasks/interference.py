@@ -8,8 +8,8 @@ from typing import Any
 
 from compressor.data.questions import Question
 from compressor.errors import CompressorError
+from compressor.evaluation.items import Item, Result
 from compressor.evaluation.metrics import FigureOf, answer_scores, difference, ratio
-from compressor.evaluation.tasks.interface import Item, Result
 from compressor.evaluation.tasks.qa import QuestionAnswering
 from compressor.methods.interface import Method, Piece
 from compressor.model.decoder import empty_prefix

@@ -11,10 +11,10 @@ from compressor.data.instructions import Prompt, load_prompt
 from compressor.data.prompts import QUESTION, answer_ids, question_ids
 from compressor.data.questions import Question, load_questions
 from compressor.errors import CompressorError
+from compressor.evaluation.items import Item, Result
 from compressor.evaluation.metrics import ratio, retained
 from compressor.evaluation.scores import SCORES, Answered
 from compressor.evaluation.table import TASKS
-from compressor.evaluation.tasks.interface import Item, Result
 from compressor.evaluation.tasks.qa import QuestionAnswering
 from compressor.methods.interface import Method, Piece
 from compressor.model.decoder import label_scores, shared

@@ -9,8 +9,8 @@ import numpy as np
 
 from compressor.data.prompts import QUESTION, answer_ids, place_questions, question_ids
 from compressor.data.questions import Question, load_questions
+from compressor.evaluation.items import Item, Result, Task
 from compressor.evaluation.metrics import FigureOf, answer_scores, answer_words, difference, ratio, retained
-from compressor.evaluation.tasks.interface import Item, Result, Task
 from compressor.methods.interface import Method, Piece
 from compressor.model.decoder import score, shared
 from compressor.model.generation import ANSWER_TOKENS, after, generate

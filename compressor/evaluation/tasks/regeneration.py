@@ -7,6 +7,7 @@ from typing import Any
 
 from compressor.data.batches import by_length
 from compressor.data.records import load_texts
+from compressor.evaluation.items import Item, Result, Task, tokenised
 from compressor.evaluation.metrics import (
     BLEU_COLUMNS,
     CHRF_COLUMNS,
@@ -22,7 +23,6 @@ from compressor.evaluation.metrics import (
     unspaced,
     words,
 )
-from compressor.evaluation.tasks.interface import Item, Result, Task, tokenised
 from compressor.methods.interface import Method, Piece
 from compressor.model.decoder import score
 from compressor.model.fidelity import rewrite

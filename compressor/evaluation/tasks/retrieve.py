@@ -14,8 +14,8 @@ from compressor.data.records import TEXT_FIELDS, rows_of
 from compressor.data.rows import BadRecords
 from compressor.data.sources import resolve
 from compressor.errors import CompressorError
+from compressor.evaluation.items import Item, Result, Task, tokenised
 from compressor.evaluation.metrics import FigureOf, ratio
-from compressor.evaluation.tasks.interface import Item, Result, Task, tokenised
 from compressor.methods.interface import Method, Piece
 from compressor.model.decoder import score
 from compressor.model.generation import after
