@@ -17,7 +17,7 @@ from typing import Any
 
 from compressor.errors import CompressorError, lacking
 from compressor.packing.float64 import IDENTITY_BYTES
-from compressor.storage.entropy import varint
+from compressor.storage import entropy
 
 MAGIC, VERSION = 0xCE, 0x71
 _WITH_TEXT = 0x08  # in the version byte: the base's identity follows
@@ -114,17 +114,11 @@ def unpack_plain(block: Block) -> bytes:
 
 
 def read_varint(data: bytes, place: int) -> tuple[int, int]:
-    """A number that `varint` wrote at `place`, and the place after it."""
-    value = 0
-    for shift in range(0, 35, 7):
-        if place >= len(data):
-            break
-        byte = data[place]
-        place += 1
-        value |= (byte & 127) << shift
-        if byte < 128:
-            return value, place
-    raise Damaged("a length in it is cut off or absurd")
+    """`entropy.read_varint`, of a block."""
+    try:
+        return entropy.read_varint(data, place)
+    except CompressorError:
+        raise Damaged("a length in it is cut off or absurd") from None
 
 
 class Reader:
@@ -159,7 +153,7 @@ def serialise(blocks: Sequence[tuple[Block, bytes]], identity: bytes) -> bytes:
         block = replace(block, last=number == len(blocks) - 1)
         out.append(block.head)
         out += block.checksum(number, original).to_bytes(4, "little")
-        out += (b"" if block.last else varint(len(block.body))) + block.body
+        out += (b"" if block.last else entropy.varint(len(block.body))) + block.body
     return bytes(out)
 
 

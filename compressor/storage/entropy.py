@@ -7,10 +7,11 @@ one byte. constriction does the coding: an ANS coder, or Huffman codes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from decimal import ROUND_FLOOR, Decimal, localcontext
 from functools import lru_cache
 from types import ModuleType
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
 
@@ -112,7 +113,6 @@ def encode(symbols: np.ndarray, models: np.ndarray, coder: Coder, alphabet: Alph
     Raises:
         CompressorError: constriction is not installed.
     """
-    words = _Writer(coder)
     escaped: list[int] = []
     runs = []
     for model in np.unique(models[models != DROPPED]).tolist():
@@ -121,9 +121,8 @@ def encode(symbols: np.ndarray, models: np.ndarray, coder: Coder, alphabet: Alph
         if alphabet is None:
             outside = np.abs(values) >= high
             escaped += (np.abs(values[outside]) - high).tolist()
-        runs.append(((np.clip(values, low, high) - low).astype(np.int32), model))
-    words.write(runs, alphabet)
-    return (b"" if alphabet else b"".join(map(varint, [len(escaped), *escaped]))) + words.finish()
+        runs.append(((np.clip(values, low, high) - low).astype(np.int32), table(model, alphabet)))
+    return (b"" if alphabet else b"".join(map(varint, [len(escaped), *escaped]))) + _written(runs, coder)
 
 
 def decode(data: bytes, models: np.ndarray, coder: Coder, alphabet: Alphabet = None) -> np.ndarray:
@@ -137,73 +136,58 @@ def decode(data: bytes, models: np.ndarray, coder: Coder, alphabet: Alphabet = N
     if len(words) % 4:
         raise CompressorError(f"damaged coded data: {len(words)} bytes are no whole number of 32-bit words")
     symbols = np.zeros(len(models), dtype=np.int64)
-    reader = _Reader(np.frombuffer(words, dtype="<u4").astype(np.uint32), coder)
     left = iter(escaped)
-    for model in np.unique(models[models != DROPPED]).tolist():
-        here = models == model
+    present, counts = np.unique(models[models != DROPPED], return_counts=True)
+    wanted = [(count, table(model, alphabet)) for model, count in zip(present.tolist(), counts.tolist(), strict=True)]
+    found = _read(np.frombuffer(words, dtype="<u4").astype(np.uint32), wanted, coder)
+    for model, places in zip(present.tolist(), found, strict=True):
         low = alphabet[0] if alphabet else -reach(model)
-        values = reader.read(table(model, alphabet), int(here.sum())).astype(np.int64) + low
+        values = places.astype(np.int64) + low
         if alphabet is None:
             for place in np.flatnonzero(np.abs(values) == -low).tolist():
                 values[place] += np.sign(values[place]) * next(left, 0)
-        symbols[here] = values
-    reader.finish()
+        symbols[models == model] = values
     return symbols
 
 
-class _Writer:
-    def __init__(self, coder: Coder):
-        self.coder = coder
-        constriction = _constriction()
-        self.model = constriction.stream.model.Categorical
-        if coder == "ans":
-            self.stream: Any = constriction.stream.stack.AnsCoder()
-        else:
-            self.stream = constriction.symbol.QueueEncoder()
-            self.tree = constriction.symbol.huffman.EncoderHuffmanTree
-
-    def write(self, runs: list[tuple[np.ndarray, int]], alphabet: Alphabet) -> None:
-        # ANS is a stack: what is decoded first is encoded last.
-        for symbols, model in reversed(runs) if self.coder == "ans" else runs:
-            frequencies = table(model, alphabet)
-            if self.coder == "huffman":
-                tree = self.tree(frequencies.astype(np.float64))
-                for symbol in symbols.tolist():
-                    self.stream.encode_symbol(symbol, tree)
-            else:
-                self.stream.encode_reverse(symbols, self.model(_leaky(frequencies), perfect=False))
-
-    def finish(self) -> bytes:
-        words = self.stream.get_compressed()
-        return np.asarray(words[0] if isinstance(words, tuple) else words).astype("<u4").tobytes()
+def _written(runs: Sequence[tuple[np.ndarray, np.ndarray]], coder: Coder) -> bytes:
+    """Runs of places in a table of frequencies, each with its table, as 32-bit words."""
+    constriction = _constriction()
+    if coder == "huffman":
+        queue = constriction.symbol.QueueEncoder()
+        for places, frequencies in runs:
+            tree = constriction.symbol.huffman.EncoderHuffmanTree(frequencies.astype(np.float64))
+            for place in places.tolist():
+                queue.encode_symbol(place, tree)
+        words = queue.get_compressed()[0]
+    else:
+        stack = constriction.stream.stack.AnsCoder()
+        for places, frequencies in reversed(runs):  # a stack: what is decoded first is encoded last
+            stack.encode_reverse(places, constriction.stream.model.Categorical(_leaky(frequencies), perfect=False))
+        words = stack.get_compressed()
+    return np.asarray(words).astype("<u4").tobytes()
 
 
-class _Reader:
-    def __init__(self, words: np.ndarray, coder: Coder):
-        self.coder = coder
-        constriction = _constriction()
-        self.model = constriction.stream.model.Categorical
-        try:
-            if coder == "ans":
-                self.stream: Any = constriction.stream.stack.AnsCoder(words)
-            else:
-                self.stream = constriction.symbol.QueueDecoder(words)
-                self.tree = constriction.symbol.huffman.DecoderHuffmanTree
-        except Exception as error:
-            raise CompressorError(f"damaged coded data: {error}") from None
-
-    def read(self, frequencies: np.ndarray, count: int) -> np.ndarray:
-        try:
-            if self.coder == "huffman":
-                tree = self.tree(frequencies.astype(np.float64))
-                return np.array([self.stream.decode_symbol(tree) for _ in range(count)])
-            return self.stream.decode(self.model(_leaky(frequencies), perfect=False), count)
-        except Exception as error:
-            raise CompressorError(f"damaged coded data: {error}") from None
-
-    def finish(self) -> None:
-        if self.coder == "ans" and not self.stream.is_empty():
-            raise CompressorError("damaged coded data: some are left over")
+def _read(words: np.ndarray, wanted: Sequence[tuple[int, np.ndarray]], coder: Coder) -> list[np.ndarray]:
+    """The runs that `_written` was given, by how many places each has and its table."""
+    constriction = _constriction()
+    found = []
+    try:
+        if coder == "huffman":
+            queue = constriction.symbol.QueueDecoder(words)
+            for count, frequencies in wanted:
+                tree = constriction.symbol.huffman.DecoderHuffmanTree(frequencies.astype(np.float64))
+                found.append(np.array([queue.decode_symbol(tree) for _ in range(count)]))
+            return found
+        stack = constriction.stream.stack.AnsCoder(words)
+        for count, frequencies in wanted:
+            model = constriction.stream.model.Categorical(_leaky(frequencies), perfect=False)
+            found.append(stack.decode(model, count))
+    except Exception as error:
+        raise CompressorError(f"damaged coded data: {error}") from None
+    if not stack.is_empty():
+        raise CompressorError("damaged coded data: some are left over")
+    return found
 
 
 def _leaky(frequencies: np.ndarray) -> np.ndarray:
@@ -224,27 +208,30 @@ def varint(value: int) -> bytes:
     return bytes([*out, value])
 
 
+def read_varint(data: bytes, place: int) -> tuple[int, int]:
+    """A number that `varint` wrote at `place`, and the place after it."""
+    value = 0
+    for shift in range(0, 35, 7):
+        if place >= len(data):
+            break
+        byte = data[place]
+        place += 1
+        value |= (byte & 127) << shift
+        if byte < 128:
+            return value, place
+    raise CompressorError("damaged coded data: they end within a number, or the number is too large")
+
+
 def _read_varints(data: bytes, most: int) -> tuple[list[int], int]:
     """Values after their count, and where they end."""
     values: list[int] = []
-    count, place = 1, 0
-    while len(values) < count:
-        value = shift = 0
-        while True:
-            if place >= len(data) or shift > 35:
-                raise CompressorError("damaged coded data: they end within a number, or the number is too large")
-            byte = data[place]
-            place += 1
-            value |= (byte & 127) << shift
-            shift += 7
-            if byte < 128:
-                break
-        if not values:
-            count = value + 1
-            if value > most:
-                raise CompressorError(f"damaged coded data: {value} escapes among {most} integers")
+    count, place = read_varint(data, 0)
+    if count > most:
+        raise CompressorError(f"damaged coded data: {count} escapes among {most} integers")
+    for _ in range(count):
+        value, place = read_varint(data, place)
         values.append(value)
-    return values[1:], place
+    return values, place
 
 
 def check_coder(coder: str) -> None:

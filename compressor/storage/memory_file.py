@@ -21,8 +21,7 @@ from compressor.model.table import LAYOUTS
 from compressor.provenance import VERSION
 from compressor.storage import container
 from compressor.storage.calibration import Calibration
-from compressor.storage.codec import Codec
-from compressor.storage.codecs import FLOATS
+from compressor.storage.codec import FLOATS, Codec
 
 FORMAT = 2
 BESIDE = "calibration.safetensors"

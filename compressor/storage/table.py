@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 CODECS: dict[str, str] = {
-    "float32": "codecs:Floats",
-    "float16": "codecs:Floats",
-    "bf16": "codecs:Floats",
-    "int8": "codecs:Integers",
-    "int4": "codecs:Integers",
-    "int3": "codecs:Integers",
-    "int2": "codecs:Integers",
-    "lowrank": "codecs:LowRank",
+    "float32": "codec:Floats",
+    "float16": "codec:Floats",
+    "bf16": "codec:Floats",
+    "int8": "codec:Integers",
+    "int4": "codec:Integers",
+    "int3": "codec:Integers",
+    "int2": "codec:Integers",
+    "lowrank": "codec:LowRank",
 }
 """Where each is. Files know a codec by its name."""
