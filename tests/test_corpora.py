@@ -15,8 +15,7 @@ import pytest
 from compressor.commands.cli import main
 from compressor.data.builders.abstracts import collapse, comparable, month_of_id, withdrawn
 from compressor.data.builders.choice import CorpusConfig, SampleConfig
-from compressor.data.builders.corpora import build_corpus
-from compressor.data.builders.shards import even_shares
+from compressor.data.builders.corpora import build_corpus, even_shares
 from compressor.data.records import load_texts
 from compressor.errors import CompressorError
 from compressor.files import sha256

@@ -33,8 +33,7 @@ from compressor.model.decoder import Prefix, decode
 from compressor.model.generation import generate
 from compressor.model.memory import Memory, memory_prefix, place
 from compressor.serving.front import CANARIES, CHAT, COMPLETIONS, Desk, Front, _reply
-from compressor.serving.shelf import Shelf
-from compressor.storage.catalogue import Catalogue, Missing
+from compressor.serving.shelf import Catalogue, Missing, Shelf
 from compressor.storage.making import Making
 from compressor.storage.store import Store
 

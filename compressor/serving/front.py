@@ -29,8 +29,7 @@ from compressor.model.decoder import score
 from compressor.model.fidelity import fidelities
 from compressor.model.generation import regeneration_limit
 from compressor.model.memory import Memory, memory_prefix, signed
-from compressor.serving.shelf import Placed, Shelf
-from compressor.storage.catalogue import Catalogue, Missing
+from compressor.serving.shelf import Catalogue, Missing, Placed, Shelf
 from compressor.storage.codec import Codec
 from compressor.storage.memory_file import as_stored
 from compressor.storage.store import Store

@@ -1,4 +1,9 @@
-"""What a training run tells: a line a step interval, rows in `log.jsonl`, trackers, a progress bar on a terminal."""
+"""What a training run tells: a line a step interval, rows in `log.jsonl`, a progress bar on a terminal, and trackers.
+
+Trackers (wandb, tensorboard) have the figures of `log.jsonl`, and every setting, parameter counts, commit and versions
+as the run's configuration; wandb also the samples of every validation as a table that grows, the best and last figures
+as its summary, and the trained compressor as an artifact.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +12,37 @@ import math
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 from tqdm import tqdm
 
 from compressor.files import atomic_file, write_errors
+from compressor.parsing import flat
 from compressor.progress import is_quiet
+from compressor.provenance import commit, versions
 from compressor.training.config import RunConfig
-from compressor.training.stage import TrainingState
+from compressor.training.stage import Stage, TrainingState
+
+
+def start_trackers(accelerator: Accelerator, config: RunConfig, stage: Stage) -> None:
+    """Begin the run of each tracker with what it needs to be repeated."""
+    trained = sum(p.numel() for p in stage.module.parameters() if p.requires_grad)
+    known = {
+        **flat(asdict(config)),
+        "parameters.trained": trained,
+        "parameters.frozen": sum(p.numel() for p in stage.module.parameters()) - trained,
+        "commit": commit(),
+        "processes": accelerator.num_processes,
+        **{f"versions.{name}": value for name, value in versions().items()},
+    }
+    # TensorBoard takes plain values alone.
+    plain = {
+        key: value if isinstance(value, bool | int | float | str) else json.dumps(value) for key, value in known.items()
+    }
+    accelerator.init_trackers("compressor", config=plain)
 
 
 class RunLog:
@@ -32,6 +59,10 @@ class RunLog:
         self.started = self.interval_started = time.monotonic()
         # What the interval held before this process: it does not count for the speed.
         self.inherited = list(state.interval)
+        wandb = accelerator.is_main_process and any(tracker.name == "wandb" for tracker in accelerator.trackers)
+        self.wandb = accelerator.get_tracker("wandb", unwrap=True) if wandb else None
+        """Its run, on the main process."""
+        self.samples: list[list[Any]] = []
         self.bar: tqdm | None = None
         if accelerator.is_main_process:
             kept = []
@@ -74,12 +105,31 @@ class RunLog:
         self.interval_started = now
 
     def validation(self, figures: Mapping[str, float], samples: list[str]) -> None:
-        """Line, samples and row of a validation."""
+        """Line, samples (`kind: text`) and row of a validation."""
         shown = "  ".join(f"{name} {value:.4f}" for name, value in figures.items())
         self.line(f"{self._step()}  validation  {shown}")
         for sample in samples:
             self.line("    " + sample)
         self.row({f"validation_{name}": value for name, value in figures.items()})
+        if self.wandb is None:
+            return
+        import wandb  # optional
+
+        step = self.state.step
+        for sample in samples:
+            kind, told, text = sample.strip().partition(": ")
+            self.samples.append([step, *((kind, text) if told and " " not in kind else ("answer", sample.strip()))])
+        table = wandb.Table(columns=["step", "kind", "text"], data=list(self.samples))
+        self.wandb.log({"samples": table}, step=step)
+
+    def finish(self, figures: Mapping[str, float], checkpoint: Path | None) -> None:
+        """Summarise the last validation for wandb; log the folder `checkpoint`, if there is one, as an artifact."""
+        if self.wandb is None:
+            return
+        self.wandb.summary.update({f"final_{name}": value for name, value in figures.items()})
+        self.wandb.summary.update({"best_step": self.state.best_step, "best_loss": self.state.best_loss})
+        if checkpoint is not None:
+            self.wandb.log_artifact(str(checkpoint), name=f"compressor-{self.wandb.id}", type="model")
 
     def line(self, text: str) -> None:
         """Print a line, above the progress bar if there is one."""

@@ -34,10 +34,9 @@ from compressor.progress import note
 from compressor.training.averaging import WeightAverage
 from compressor.training.checkpoints import Checkpoints
 from compressor.training.config import RunConfig, TrainingConfig
-from compressor.training.log import RunLog
+from compressor.training.log import RunLog, start_trackers
 from compressor.training.optimizers import make_optimizer
 from compressor.training.stage import Batch, Stage, TrainingState, moved
-from compressor.training.trackers import Wandb, start_trackers
 
 TRIM_EVERY = 10
 """Steps after which a process on CPUs gives free memory back."""
@@ -219,7 +218,6 @@ def train(
     module, prepared = accelerator.prepare(stage.module, optimizer)
     if settings.trackers:
         start_trackers(accelerator, config, stage)
-    tracked = Wandb(accelerator)
     figures: dict[str, float] = {}
     log, stop = RunLog(accelerator, config, state), StopSignal()
     stopping = False
@@ -246,7 +244,6 @@ def train(
                 with average.applied():
                     figures, samples = stage.validate(accelerator)
                 log.validation(figures, samples)
-                tracked.samples(state.step, samples)
                 state.note_validation(figures["loss"])
             best = state.best_step == state.step
             if finished or stopping or best or state.step % settings.checkpoint_every == 0:
@@ -257,7 +254,7 @@ def train(
         else:
             with average.applied():
                 checkpoints.export(stage)
-            tracked.finish(state, figures, Path(config.output) / "final" if settings.log_model else None)
+            log.finish(figures, Path(config.output) / "final" if settings.log_model else None)
     except WriteError as error:
         raise checkpoints.interrupted(error) from None
     finally:

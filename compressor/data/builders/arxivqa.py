@@ -16,9 +16,8 @@ import pyarrow as pa
 
 from compressor.data.builders.choice import CorpusConfig
 from compressor.data.builders.cloze import cloze_questions
-from compressor.data.builders.corpora import check_output, gather
+from compressor.data.builders.corpora import SplitWriter, check_output, gather
 from compressor.data.builders.endpoint import EndpointConfig, Pair, check_pair, read_pairs, replies
-from compressor.data.builders.shards import SplitWriter
 from compressor.data.sources import MANIFEST, SPLITS
 from compressor.errors import CompressorError, require
 from compressor.files import FolderKind, atomic_folder, owned, write_json
