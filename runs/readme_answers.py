@@ -48,7 +48,8 @@ def qa_short() -> str:
         for way in ("kv", "recite-tuned"):
             shares = []
             for name, label in DATA.items() if (way, 16, next(iter(DATA))) in f1 else ():
-                ours, high, low = (f1[(*one, name)] for one in ((way, 16), ("full-tuned", None), ("none-tuned", None)))
+                of = ((way, 16), ("full-tuned", None), ("none-tuned", None))
+                ours, high, low = (f1[method, tokens, name] for method, tokens in of)
                 shares.append(f"{(ours - low) / (high - low):.0%} ({label})")
             kept[way] = " and ".join(shares)
         said += f"\nOf the F1 between the two trained prefixes, 16 memory tokens keep {kept['kv']}"

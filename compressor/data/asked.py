@@ -118,11 +118,11 @@ class QuestionPlan(Rounds[Draw]):
         batch_tokens: int,
         batch_passages: int,
         seed: int,
-        shares: Sequence[tuple[int, float]] = (),
+        shares: Sequence[tuple[int, float]],
     ):
         super().__init__(batch_tokens, batch_passages, seed)
         self.asked = asked
-        self.sizes, self.shares = (np.array(one) for one in zip(*(shares or [(len(asked), 1.0)]), strict=True))
+        self.sizes, self.shares = (np.array(one) for one in zip(*shares, strict=True))
 
     def draw_round(self, rng: np.random.Generator, number: int) -> list[Draw]:
         drawn = []

@@ -46,7 +46,7 @@ def padded_width(longest: int) -> int:
     return -(-longest // step) * step
 
 
-def by_length(sizes: Sequence[int], together: int) -> list[list[int]]:
+def by_length(sizes: Sequence[Any], together: int) -> list[list[int]]:
     """Places of items of these sizes, at most so many together: those of similar size, which end together."""
     order = sorted(range(len(sizes)), key=sizes.__getitem__)
     return [order[start : start + together] for start in range(0, len(order), together)]

@@ -88,7 +88,7 @@ def _lists(one: Answered) -> dict[str, int]:
 
 def _f1(sums: Sums) -> np.ndarray:
     both = sums["list_written"] + sums["list_wanted"]
-    return np.divide(200 * sums["list_found"], both, out=np.full_like(both, np.nan), where=both != 0)
+    return divided(200 * sums["list_found"], both)
 
 
 def shares(logprobs: Mapping[str, float]) -> np.ndarray:
@@ -113,8 +113,7 @@ def auc(columns: Sums, times: np.ndarray) -> np.ndarray:
     share, first = columns["first_share"], columns["is_first"]
     above = (share[:, None] > share[None]) + 0.5 * (share[:, None] == share[None])
     right, wrong = times * first, times * (1 - first)
-    pairs = right.sum(1) * wrong.sum(1)
-    return np.divide(((right @ above) * wrong).sum(1), pairs, out=np.full_like(pairs, np.nan), where=pairs != 0)
+    return divided(((right @ above) * wrong).sum(1), right.sum(1) * wrong.sum(1))
 
 
 def _correlation(x: np.ndarray, y: np.ndarray, times: np.ndarray) -> np.ndarray:

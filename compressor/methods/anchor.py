@@ -19,10 +19,6 @@ class AnchorEncoder(Encoder):
         super().__init__(base, config)
         self.anchor_embedding = nn.Parameter(torch.randn(base.hidden) * base.embeddings.weight.float().std().item())
 
-    @property
-    def truncatable(self) -> bool:
-        return False
-
     def encode(self, model: AdaptedBase, passages: Tensor, lengths: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
         """See `Encoder.encode`. Of a passage of fewer than k tokens some serve as anchors more than once."""
         batch, width = passages.shape

@@ -7,7 +7,6 @@ from torch import Tensor, nn
 from compressor.model.base import Base
 from compressor.model.config import CompressorConfig
 from compressor.model.encoder import AdaptedBase, EmbeddingEncoder, initial_memory, memory_pass
-from compressor.model.table import LAYOUTS
 
 
 class ICAEEncoder(EmbeddingEncoder):
@@ -19,10 +18,6 @@ class ICAEEncoder(EmbeddingEncoder):
     def __init__(self, base: Base, config: CompressorConfig):
         super().__init__(base, config)
         self.memory_embeddings = nn.Parameter(initial_memory(base, config))
-
-    @property
-    def truncatable(self) -> bool:
-        return LAYOUTS[self.config.layout].truncatable
 
     def embedded(self, model: AdaptedBase, passages: Tensor, lengths: Tensor, tokens: int) -> Tensor:
         with memory_pass(model, self.memory_embeddings[:tokens], passages, lengths) as reading:

@@ -7,7 +7,6 @@ from torch import Tensor, nn
 from compressor.model.base import Base
 from compressor.model.config import CompressorConfig
 from compressor.model.encoder import AdaptedBase, Encoder, initial_memory, memory_pass
-from compressor.model.table import LAYOUTS
 
 
 class KVEncoder(Encoder):
@@ -18,10 +17,6 @@ class KVEncoder(Encoder):
     def __init__(self, base: Base, config: CompressorConfig):
         super().__init__(base, config)
         self.memory_embeddings = nn.Parameter(initial_memory(base, config))
-
-    @property
-    def truncatable(self) -> bool:
-        return LAYOUTS[self.config.layout].truncatable
 
     def encode(self, model: AdaptedBase, passages: Tensor, lengths: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
         with memory_pass(model, self.memory_embeddings[:tokens], passages, lengths) as reading:

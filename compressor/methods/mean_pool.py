@@ -26,10 +26,6 @@ class MeanPoolEncoder(EmbeddingEncoder):
             self.map.bias.zero_()
 
     @property
-    def truncatable(self) -> bool:
-        return False
-
-    @property
     def memory_layout(self) -> Layout:
         return "spread"
 

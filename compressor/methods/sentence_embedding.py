@@ -37,10 +37,6 @@ class SentenceEmbeddingEncoder(EmbeddingEncoder):
         )
 
     @property
-    def truncatable(self) -> bool:
-        return True
-
-    @property
     def frozen_fingerprint(self) -> str | None:
         return None if self._frozen is None else fingerprint(self._frozen[0])
 

@@ -58,12 +58,8 @@ class Prefix:
         """The prefix of some rows, int64 or bool index `[rows]`."""
         if self.owners is not None:
             return replace(self, mask=self.mask[rows], start=self.start[rows], owners=self.owners[rows])
-        return Prefix(
-            [keys[rows] for keys in self.keys],
-            [values[rows] for values in self.values],
-            self.mask[rows],
-            self.start[rows],
-        )
+        keys, values = ([one[rows] for one in kind] for kind in (self.keys, self.values))
+        return Prefix(keys, values, self.mask[rows], self.start[rows])
 
     def share(self, owners: Tensor) -> Prefix:
         """A prefix whose rows read these contexts, int64 `[rows]`: `select` without copies of keys and values."""
@@ -245,7 +241,7 @@ class _HeadNats(torch.autograd.Function):
         return gradient * upstream[:, None].to(gradient.dtype), None, None
 
 
-def _read(base: Base, part: nn.Module, prefix: Prefix, ids: Tensor, **options: bool) -> Any:
+def _read(base: Base, part: nn.Module, prefix: Prefix, ids: Tensor) -> Any:
     """What the base's model, or its decoder, gives for `ids` after a prefix, as for `decode`."""
     width = ids.shape[1]
     base.check_window(0, prefix.start + width - 1)
@@ -263,7 +259,6 @@ def _read(base: Base, part: nn.Module, prefix: Prefix, ids: Tensor, **options: b
         attention_mask=base.attention_mask(allowed),
         past_key_values=cache,
         use_cache=True,
-        **options,
     )
 
 
@@ -288,7 +283,8 @@ def score(
     Returns:
         For each row float32 `[target tokens, 2]`: log-probability in nats, and 1 where the token is the first choice.
     """
-    ids = _inputs(base, prompts, targets)
+    # The last token of a row is left out: nothing follows it.
+    ids, _ = pad([[*prompt, *target][:-1] for prompt, target in zip(prompts, targets, strict=True)], base.device)
     where = torch.zeros_like(ids, dtype=torch.bool)
     for row, prompt, target in zip(where, prompts, targets, strict=True):
         row[len(prompt) - 1 : len(prompt) - 1 + len(target)] = True
@@ -321,8 +317,3 @@ def label_scores(
         for row, one in zip(rows, scored, strict=True):
             found[row].append(float(one[:, 0].double().mean()))
     return found
-
-
-def _inputs(base: Base, prompts: Sequence[Sequence[int]], targets: Sequence[Sequence[int]]) -> Tensor:
-    """`prompt target` of each row without its last token, which nothing follows, int64 `[batch, width]`."""
-    return pad([[*prompt, *target][:-1] for prompt, target in zip(prompts, targets, strict=True)], base.device)[0]

@@ -19,6 +19,7 @@ from compressor.model.base import Base
 from compressor.model.config import CompressorConfig, Layout
 from compressor.model.layouts import decoder_start, memory_positions, tree_stretches
 from compressor.model.lora import READER, WRITER, adapter
+from compressor.model.table import LAYOUTS
 
 
 class AdaptedBase(Protocol):
@@ -55,7 +56,7 @@ class Encoder(nn.Module):
     @property
     def truncatable(self) -> bool:
         """Whether the first j of k slots are what encoding to j slots gives."""
-        raise NotImplementedError
+        return LAYOUTS[self.config.layout].truncatable
 
     @property
     def frozen_fingerprint(self) -> str | None:

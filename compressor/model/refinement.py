@@ -19,7 +19,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from compressor.data.batches import IGNORED, answer_pair, regeneration_pair, stack_pairs
+from compressor.data.batches import IGNORED, answer_pair, by_length, regeneration_pair, stack_pairs
 from compressor.data.prompts import question_ids
 from compressor.errors import CompressorError
 from compressor.model.base import Base
@@ -83,8 +83,7 @@ def refine(
             )
         parts += memory.split_with(ids)
     better: dict[int, Memory] = {}
-    order = sorted(range(len(parts)), key=lambda i: (len(parts[i][1]), parts[i][0].tokens))
-    groups = [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
+    groups = by_length([(len(ids), memory.tokens) for memory, ids in parts], batch_size)
     with Progress("refining", len(groups) * steps, "steps") as progress:
         for chosen in groups:
             found = _refined(

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from compressor.data.asked import QUESTIONS_TOGETHER, Asked, Draw, QuestionPlan, ask, questions_digest
-from compressor.data.batches import IGNORED, answer_pair, pad, padded_width, stack_pairs
+from compressor.data.batches import IGNORED, answer_pair, by_length, pad, padded_width, stack_pairs
 from compressor.data.instructions import Prompt, load_prompt
 from compressor.data.questions import load_questions
 from compressor.errors import CompressorError
@@ -203,8 +203,7 @@ class AnswerStage(CompressionStage):
         names += ["answer_together"] * (self.config.data.passages_together > 1)
         names += [] if self._bounds else ["answer_full", "answer_none"]
         sums = torch.zeros(len(names) + 1, dtype=torch.float64)
-        order = sorted(range(len(self.held_out_questions)), key=lambda i: self.held_out_questions[i].length)
-        groups = [order[i : i + VALIDATED_TOGETHER] for i in range(0, len(order), VALIDATED_TOGETHER)]
+        groups = by_length([one.length for one in self.held_out_questions], VALIDATED_TOGETHER)
         for group in share_out(groups, self.module, accelerator):
             values, targets = self._validate_group(group, counts, accelerator)
             sums += torch.tensor([*values, targets], dtype=torch.float64)

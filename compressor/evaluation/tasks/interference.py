@@ -13,7 +13,7 @@ from compressor.evaluation.metrics import FigureOf, answer_scores, difference, r
 from compressor.evaluation.tasks.qa import QuestionAnswering
 from compressor.methods.interface import Method, Piece
 from compressor.model.decoder import empty_prefix
-from compressor.model.generation import generate
+from compressor.model.generation import after, generate
 
 
 class Interference(QuestionAnswering):
@@ -55,8 +55,8 @@ class Interference(QuestionAnswering):
         base = method.base
         prompts = {tuple(item.asked["prompt"]) for item in items} - self._alone.keys()
         if asked := sorted(prompts):
-            rows = [prompt if prompt[:1] == (base.bos,) else (base.bos, *prompt) for prompt in asked]
-            written = generate(base, empty_prefix(base, len(rows)), rows, [self.new_tokens] * len(rows))
+            nothing = empty_prefix(base, len(asked))
+            written = generate(base, nothing, after(base, nothing, asked), [self.new_tokens] * len(asked))
             texts = [base.tokenizer.decode(one.ids, skip_special_tokens=True).strip() for one in written]
             self._alone |= dict(zip(asked, texts, strict=True))
         for item, result in zip(items, results, strict=True):
