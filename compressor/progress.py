@@ -11,7 +11,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -125,14 +125,12 @@ class Progress:
             _shown = None
 
 
-def counted(
-    items: Iterable[T], what: str, total: int, unit: str, size: Callable[[T], int] = lambda item: 1
-) -> Iterator[T]:
+def counted(items: Iterable[T], what: str, total: int, unit: str) -> Iterator[T]:
     """Pass items on and show how many are done."""
     with Progress(what, total, unit) as progress:
         for item in items:
             yield item
-            progress.add(size(item))
+            progress.add()
 
 
 def _first_process() -> bool:

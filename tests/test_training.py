@@ -645,13 +645,13 @@ def test_a_dry_run_writes_nothing(
 def test_a_loss_of_nan_ends_the_command_with_status_2_and_record_ids(
     training_options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    honest, calls = compressor.training.objectives.loss, []
+    honest, calls = compressor.training.objectives.Trainee.forward, []
 
     def spoiled(*given: Any) -> Tensor:
         calls.append(1)
         return honest(*given) * (math.nan if len(calls) == 5 else 1.0)
 
-    monkeypatch.setattr(compressor.training.objectives, "loss", spoiled)
+    monkeypatch.setattr(compressor.training.objectives.Trainee, "forward", spoiled)
     argv = [*training_options, f"--output={tmp_path}", "--training.steps=9", "--training.checkpoint_every=2"]
     assert train_main(argv) == 2
     error = capsys.readouterr().err

@@ -17,7 +17,7 @@ from accelerate import Accelerator
 
 from compressor.commands.cli import evaluate_main
 from compressor.errors import CompressorError
-from compressor.evaluation import notes, results, runner
+from compressor.evaluation import items, notes, runner
 from compressor.unfinished import Unfinished
 
 
@@ -76,7 +76,7 @@ def same(one: Path, other: Path) -> None:
 def batches(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Batches that are run, of which the last is followed by what was appended to `ends`."""
     done: list[Any] = []
-    honest = results.run_fitting
+    honest = items.run_fitting
 
     def run_fitting(task: Any, method: Any, items: Any, contexts: Any) -> Any:
         if ENDS and len(done) == ENDS[0]:
@@ -84,7 +84,7 @@ def batches(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         done.append(method.name)
         return honest(task, method, items, contexts)
 
-    monkeypatch.setattr(results, "run_fitting", run_fitting)
+    monkeypatch.setattr(items, "run_fitting", run_fitting)
     yield done
     ENDS.clear()
 

@@ -193,11 +193,12 @@ def run_fitting(task: Task, method: Method, items: Sequence[Item], contexts: Seq
     return [{LEFT_OUT: BEYOND} if over else next(found) for over in beyond]
 
 
-def items_hash(items: Sequence[Item]) -> str:
-    """SHA-256 over all that is measured."""
+def items_hash(items: Any) -> str:
+    """SHA-256 over all that is measured: items, or records."""
     digest = hashlib.sha256()
     for item in items:
-        digest.update(json.dumps(asdict(item), sort_keys=True, default=str).encode())
+        shown = item if isinstance(item, dict) else asdict(item)
+        digest.update(json.dumps(shown, sort_keys=True, default=str).encode())
     return digest.hexdigest()
 
 
@@ -215,11 +216,7 @@ def describe_data(source: str, config: ItemSettings, records: Any) -> dict[str, 
     described = {"source": source, "split": config.split, "records": len(records)}
     if len(places) == 1 and isinstance(places[0], Path):
         return described | {"sha256": sha256(places[0]), "sha256_of": "file"}
-    digest = hashlib.sha256()
-    for record in records:
-        shown = record if isinstance(record, dict) else asdict(record)
-        digest.update(json.dumps(shown, sort_keys=True, default=str).encode())
-    return described | {"sha256": digest.hexdigest(), "sha256_of": "records"}
+    return described | {"sha256": items_hash(records), "sha256_of": "records"}
 
 
 def row_key(method: str, dataset: str, tokens: int | None, length: int | None) -> dict[str, Any]:

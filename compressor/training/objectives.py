@@ -39,7 +39,28 @@ class Trainee(Compressor):
         object.__setattr__(self, "teacher", teacher)
 
     def forward(self, batch: dict[str, Any]) -> Tensor:
-        return loss(self, batch, self.activation_checkpointing)
+        """Summed, weighted loss of a micro-batch.
+
+        The batch holds `input_ids`, `lengths`, `memory_tokens` (each passage's own number) and, for each objective with
+        a weight, `NAME_inputs`, `NAME_labels` and `NAME_weight`.
+        """
+        tokens, encode, nats = batch["memory_tokens"], self.encode, label_nats
+        if self.activation_checkpointing and torch.is_grad_enabled():
+            # The encoder switches adapters itself, so that a recomputation runs with the same ones.
+            encode = partial(checkpoint, self.encode, use_reentrant=False)
+            nats = partial(checkpoint, label_nats, use_reentrant=False)
+        keys, values = encode(batch["input_ids"], batch["lengths"], int(tokens.max()))
+        prefix = self.prefix(keys, values, batch["lengths"], tokens)
+        total = torch.zeros((), device=keys.device)
+        for name in OBJECTIVES:
+            if f"{name}_inputs" in batch:
+                losses = nats(self.base, prefix, batch[f"{name}_inputs"], batch[f"{name}_labels"])
+                total = total + batch[f"{name}_weight"] * losses.sum()
+        if "answer_inputs" in batch:
+            if (groups := batch.get("answer_segments")) is not None:
+                prefix = self.joined_prefix(keys, values, batch["lengths"], tokens, groups)
+            total = total + answer_loss(self, prefix, batch)
+        return total
 
 
 def load_teacher(path: str, **held: Any) -> Network:
@@ -55,31 +76,6 @@ def load_teacher(path: str, **held: Any) -> Network:
             "as it is; give one of full-tuned (configs/smollm2-135m/tuned.yaml trains it)"
         )
     return teacher
-
-
-def loss(model: Trainee, batch: dict[str, Any], activation_checkpointing: bool = False) -> Tensor:
-    """Summed, weighted loss of a micro-batch.
-
-    The batch holds `input_ids`, `lengths`, `memory_tokens` (each passage's own number) and, for each objective with a
-    weight, `NAME_inputs`, `NAME_labels` and `NAME_weight`.
-    """
-    tokens, encode, nats = batch["memory_tokens"], model.encode, label_nats
-    if activation_checkpointing and torch.is_grad_enabled():
-        # The encoder switches adapters itself, so that a recomputation runs with the same ones.
-        encode = partial(checkpoint, model.encode, use_reentrant=False)
-        nats = partial(checkpoint, label_nats, use_reentrant=False)
-    keys, values = encode(batch["input_ids"], batch["lengths"], int(tokens.max()))
-    prefix = model.prefix(keys, values, batch["lengths"], tokens)
-    total = torch.zeros((), device=keys.device)
-    for name in OBJECTIVES:
-        if f"{name}_inputs" in batch:
-            losses = nats(model.base, prefix, batch[f"{name}_inputs"], batch[f"{name}_labels"])
-            total = total + batch[f"{name}_weight"] * losses.sum()
-    if "answer_inputs" in batch:
-        if (groups := batch.get("answer_segments")) is not None:
-            prefix = model.joined_prefix(keys, values, batch["lengths"], tokens, groups)
-        total = total + answer_loss(model, prefix, batch)
-    return total
 
 
 def answer_loss(model: Trainee, prefix: Prefix, batch: dict[str, Any]) -> Tensor:

@@ -109,9 +109,9 @@ def _window(sentence: str, start: int, end: int) -> str:
     return f"{head}{shown}{tail}"
 
 
-def _gap(sentence: str, start: int, end: int, what: str, kind: str, answer: str | None = None) -> Cloze:
+def _gap(sentence: str, start: int, end: int, what: str, kind: str) -> Cloze:
     window = _window(sentence, start, end)
-    return Cloze(f'{what} fills the gap in "{window}"?', answer or sentence[start:end], kind)
+    return Cloze(f'{what} fills the gap in "{window}"?', sentence[start:end], kind)
 
 
 # Acronyms ------------------------------------------------------------------------------------------------------------

@@ -64,7 +64,8 @@ def efficiency(config: EfficiencySettings, accelerator: Accelerator, parts: Unfi
         CompressorError: settings that mean nothing here, a passage over the compressor's limit, or a base whose layers
             the formulas do not describe.
     """
-    check_settings(config)
+    if min(config.new_tokens) < 2:
+        raise CompressorError(f"new_tokens = {config.new_tokens}: a rate needs at least 2 new tokens")
     model = Compressor.from_pretrained(config.checkpoint, device=accelerator.device, **config.loading)
     settings, base = model.config, model.base
     if settings.method != "kv":
@@ -118,12 +119,6 @@ def efficiency(config: EfficiencySettings, accelerator: Accelerator, parts: Unfi
         "base": {"path": base.name, "fingerprint": base.fingerprint, "dtype": base.dtype_name},
     }
     return Findings(metrics, lambda folder: draw(rows, sizes[0], folder))
-
-
-def check_settings(config: EfficiencySettings) -> None:
-    """Raise a `CompressorError` for settings that this study cannot follow."""
-    if min(config.new_tokens) < 2:
-        raise CompressorError(f"new_tokens = {config.new_tokens}: a rate needs at least 2 new tokens")
 
 
 def shape_of(model: Compressor) -> Shape:

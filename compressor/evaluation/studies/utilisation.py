@@ -47,7 +47,9 @@ def utilisation(config: UtilisationSettings, accelerator: Accelerator, parts: Un
     Raises:
         CompressorError: settings that mean nothing here, or data that is neither.
     """
-    check_settings(config)
+    for name in ("tokens", "lengths"):
+        if len(values := getattr(config, name)) > 1:
+            raise CompressorError(f"{name} = {values} cannot be used with --task utilisation: give one")
     sources = list(config.data) or list(DEFAULT_DATA)
     with accelerator.main_process_first():
         loaded = {source: load(source, config) for source in sources}
@@ -88,13 +90,6 @@ def utilisation(config: UtilisationSettings, accelerator: Accelerator, parts: Un
         "data": [describe_data(source, config, records) for source, (_, records) in loaded.items()],
     }
     return Findings(metrics, lambda folder: draw(rows, folder))
-
-
-def check_settings(config: UtilisationSettings) -> None:
-    """Raise a `CompressorError` for settings that this study cannot follow."""
-    for name in ("tokens", "lengths"):
-        if len(values := getattr(config, name)) > 1:
-            raise CompressorError(f"{name} = {values} cannot be used with --task utilisation: give one")
 
 
 def load(source: str, config: UtilisationSettings) -> tuple[Task, Any]:
