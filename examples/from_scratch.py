@@ -135,7 +135,7 @@ def rows(encoded: Sequence[Sequence[int]], tokenizer: Any, width: int, seed: int
     `BOS passage BOS passage EOS`, of log-uniform length: copying is learned from short passages first.
     """
     rng = np.random.default_rng(seed)
-    bos, eos, carry = tokenizer.bos_token_id, tokenizer.eos_token_id, []
+    bos, eos, carry = tokenizer.bos_token_id, tokenizer.eos_token_id, list[int]()
     while True:
         if rng.random() < 1 / 3:
             row: list[int] = []

@@ -17,6 +17,7 @@ import tempfile
 import zipfile
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -106,13 +107,14 @@ def main(output: str) -> None:
         found = variables(archive.read(FOLDER + "model.bin"))
         settings = json.loads(archive.read(FOLDER + "config.json"))
         tokenizer = json.loads(archive.read(FOLDER + "tokenizer.json"))
-    sizes = {"d_model": 384, "vocab_size": len(found["decoder/embeddings/weight"])}
+    sizes: dict[str, Any] = {"d_model": 384, "vocab_size": len(found["decoder/embeddings/weight"])}
     sizes |= {
         f"{side}_{name}": count
         for side in ("encoder", "decoder")
         for name, count in (("layers", 4), ("attention_heads", 6), ("ffn_dim", 1536))
     }
-    marks = {"bos_token_id": END, "eos_token_id": END, "pad_token_id": END, "decoder_start_token_id": START}
+    marks: dict[str, Any] = {f"{name}_token_id": END for name in ("bos", "eos", "pad")}
+    marks["decoder_start_token_id"] = START
     model = WhisperForConditionalGeneration(WhisperConfig(**sizes, **marks))
     model.load_state_dict(renamed(found), strict=True)
     suppressed = {"suppress_tokens": settings["suppress_ids"], "begin_suppress_tokens": settings["suppress_ids_begin"]}

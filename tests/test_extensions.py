@@ -24,7 +24,7 @@ import torch
 
 from compressor.evaluation.tasks.regeneration import Regeneration
 from compressor.methods.kv import KVEncoder
-from compressor.methods.truncate import Truncate
+from compressor.methods.bounds import Truncate
 from compressor.model.layouts import Placing
 from compressor.packing.text_codecs import Words, Writer
 from compressor.storage.codec import Codec

@@ -17,7 +17,7 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
 
 from compressor.commands.cli import train_main
-from compressor.training.averaging import WeightAverage
+from compressor.training.optimizers import WeightAverage
 
 STEPS = 12
 SCHEDULE = [

@@ -1,4 +1,4 @@
-"""`full` and `none`: the whole passage, and none, between which every memory stands."""
+"""`full` and `none`: the whole passage, and none, between which every memory stands; `truncate`: its beginning."""
 
 from __future__ import annotations
 
@@ -23,3 +23,12 @@ class Nothing(TokenMethod):
 
     def choose(self, passage: list[int], tokens: int) -> list[int]:
         return []
+
+
+class Truncate(TokenMethod):
+    """The passage's first tokens."""
+
+    name = "truncate"
+
+    def choose(self, passage: list[int], tokens: int) -> list[int]:
+        return passage[:tokens]

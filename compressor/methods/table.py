@@ -18,7 +18,7 @@ TRAINED = METHODS
 UNTRAINED: dict[str, str] = {
     "full": "bounds:Full",
     "none": "bounds:Nothing",
-    "truncate": "truncate:Truncate",
+    "truncate": "bounds:Truncate",
     "keywords": "keywords:Keywords",
     "summary": "summary:Summary",
     "llmlingua2": "llmlingua2:LLMLingua2",

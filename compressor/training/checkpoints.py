@@ -23,8 +23,8 @@ from safetensors.torch import load_file, save_file
 from compressor.errors import FULL, MORE_SPACE, CompressorError, WriteError
 from compressor.files import FolderKind, atomic_folder, read_json, remove_folder, unreadable, write_json
 from compressor.progress import note
-from compressor.training.averaging import WeightAverage
 from compressor.training.config import RunConfig
+from compressor.training.optimizers import WeightAverage
 from compressor.training.stage import Stage, TrainingState
 
 VALIDATION = "data.validation"

@@ -31,11 +31,10 @@ from compressor.processes import (
     summed,
 )
 from compressor.progress import note
-from compressor.training.averaging import WeightAverage
 from compressor.training.checkpoints import Checkpoints
 from compressor.training.config import RunConfig, TrainingConfig
 from compressor.training.log import RunLog, start_trackers
-from compressor.training.optimizers import make_optimizer
+from compressor.training.optimizers import WeightAverage, make_optimizer
 from compressor.training.stage import Batch, Stage, TrainingState, moved
 
 TRIM_EVERY = 10
