@@ -17,6 +17,7 @@ from compressor.api import Compressor
 from compressor.commands.cli import evaluate_main
 from compressor.errors import CompressorError
 from compressor.evaluation.flops import Setting, causal_pairs
+from compressor.evaluation.items import Item
 from compressor.evaluation.settings import EfficiencySettings
 from compressor.evaluation.studies.efficiency import (
     LLAMA,
@@ -25,7 +26,14 @@ from compressor.evaluation.studies.efficiency import (
     published_rows,
     shape_of,
 )
-from compressor.evaluation.studies.utilisation import hidden_from, permutation_test, probe, verdict, without_token
+from compressor.evaluation.studies.utilisation import (
+    AnswerProbe,
+    hidden_from,
+    permutation_test,
+    probe,
+    verdict,
+    without_token,
+)
 from compressor.methods.interface import MemoryMethod
 from compressor.model.config import BaseConfig
 from compressor.model.decoder import decode, empty_prefix, score, token_prefix
@@ -188,6 +196,9 @@ def test_probe_agrees_with_scores(tiny_compressor: Compressor) -> None:
         assert float(found[1]["nats"][place]) == pytest.approx(wanted, rel=1e-5)
     assert found[1]["nats"].shape == (1 + 8 + 3 + 1,)
     assert [one["tokens"] for one in found] == [30, 55]
+    # Of a question that has no answer its end is what a removal costs.
+    unanswerable = Item("a", list(range(10, 40)), asked={"answers": [], "prompt": [1]})
+    assert AnswerProbe().run(method, [unanswerable], [one])[0]["tokens"] == 1
 
 
 def test_nothing_follows_from_a_memory_that_does_not_help() -> None:

@@ -22,7 +22,6 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 
 from compressor.api import Compressor
-from compressor.data.batches import tokenise
 from compressor.errors import CompressorError, require_texts, require_whole
 from compressor.model.checkpoint import compressor_name
 from compressor.model.decoder import score
@@ -76,7 +75,7 @@ class Desk:
         try:
             return self.describe(name)
         except CompressorError:  # not there, or damaged
-            ids = tokenise(self.model.base.tokenizer, [str(text)])
+            ids = self.model.base.tokenise([str(text)])
         (memory,) = self.model.compress_ids(ids, tokens, segment_tokens=segment_tokens, refine_steps=steps)
         stored = as_stored(memory, Codec.parse(self.catalogue.codec)) if self.catalogue.codec else memory
         fidelity = fidelities(self.model, [stored], ids)[0] if wanted.get("measure", True) else None
@@ -158,7 +157,7 @@ class Desk:
 
     def _ids(self, prompt: Any) -> list[int]:
         """Token ids of what follows a memory; without anything BOS, which asks for the passage again."""
-        ids = tokenise(self.model.base.tokenizer, [prompt])[0] if isinstance(prompt, str) else prompt
+        ids = self.model.base.tokenise([prompt])[0] if isinstance(prompt, str) else prompt
         if not isinstance(ids, list) or not all(type(token) is int for token in ids):
             raise Refused(400, "prompt must be text, token ids, or a list of either")
         return ids or [self.model.base.bos]

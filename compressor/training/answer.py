@@ -245,9 +245,10 @@ class AnswerStage(CompressionStage):
                 full = token_prefix(base, [self.held_out_questions[i].ids for i in group]).share(owners)
                 values.append(float(label_nats(base, full, inputs, labels).sum()))
                 nothing = empty_prefix(base, len(owners))
+                answers = [self.held_out_questions[draw.passage].answers[q] for draw in drawn for q in draw.questions]
                 pairs = [
                     answer_pair([base.bos, *prompt], answer, base.eos)
-                    for prompt, answer in zip(batch["answer_prompts"], self._answers(drawn), strict=True)
+                    for prompt, answer in zip(batch["answer_prompts"], answers, strict=True)
                 ]
                 stacked = stack_pairs(pairs)
                 shown = stacked["inputs"].to(device), stacked["labels"].to(device)
@@ -259,9 +260,6 @@ class AnswerStage(CompressionStage):
         if (groups := batch.get("answer_segments")) is None:
             return self.module.prefix(keys, values, lengths)
         return self.module.joined_prefix(keys, values, lengths, torch.full_like(lengths, keys.shape[3]), groups)
-
-    def _answers(self, drawn: Sequence[Draw]) -> list[list[int]]:
-        return [self.held_out_questions[draw.passage].answers[q] for draw in drawn for q in draw.questions]
 
     def answer_samples(self, tokens: int, accelerator: Accelerator) -> list[str]:
         """Some held-out questions with the right answer, the one from the memory and the one from the full passage."""
