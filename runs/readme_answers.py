@@ -236,6 +236,18 @@ def flagship_compared() -> str:
     )
 
 
+def flagship_compared_sets() -> str:
+    """The same training's memories and ICAE's on sets that nothing was trained on."""
+    rows = results(f"{FLAGSHIP}/methods-qa-sets.json")["rows"]
+    body = []
+    for method, k in dict.fromkeys((row["method"], row["tokens"]) for row in rows):
+        by = {row["dataset"]: row for row in rows if (row["method"], row["tokens"]) == (method, k)}
+        cells = [(interval(by[one], "f1", 1), f"{by[one]['em']:.1f}", f"{by[one]['answer_nats']:.1f}") for one in SETS]
+        body.append([LABELS.get(method, method), str(k), *(cell for three in cells for cell in three)])
+    header = ["method", "k", *(f"{label} {one}" for label in SETS.values() for one in ("F1", "EM", "nats"))]
+    return table(header, body)
+
+
 def refined_answers() -> str:
     """What gradient steps do to answers, without and with what keeps them."""
     data = results(f"{FLAGSHIP}/refined-answers.json")

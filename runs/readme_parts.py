@@ -8,6 +8,7 @@ from functools import partial
 from readme_answers import (
     compared,
     flagship_compared,
+    flagship_compared_sets,
     instructed,
     interference,
     prompted,
@@ -81,6 +82,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "lossless": lossless,
     "lossless-flagship": partial(lossless, f"{FLAGSHIP}/lossless.json"),
     "methods-flagship": flagship_compared,
+    "methods-flagship-sets": flagship_compared_sets,
     "refined-answers": refined_answers,
     "interference": interference,
     "codecs": codecs,
