@@ -61,7 +61,7 @@ def _described(path: str | Path) -> str:
     elif container.kind(path) == "calibration":
         found = Calibration.load(path)
         head, size = f"calibration {found.digest[:12]}, fitted on {found.passages:,} passages", 0
-        rows = {"base": f"weights {found.base[:12]}", "compressor": found.compressor or "not recorded"}
+        rows = {"base": f"weights {found.base[:12]}", "compressor": _compressor(found.compressor)}
         rows |= {"tokens": f"{found.slots} of {found.most}, layout {found.layout}"}
         ledger = {"file": Path(path).stat().st_size}
     else:
@@ -77,9 +77,15 @@ def _described(path: str | Path) -> str:
     total = sum(ledger.values())
     rows |= {name: f"{count:,} bytes" for name, count in ledger.items()} | {"total": f"{total:,} bytes"}
     if size:
-        rows["passages"] = f"{size:,} bytes; {total / size:.3f} bytes a byte of text"
+        rows["passages"] = f"{size:,} bytes; {total / size:,.{0 if total > 99 * size else 3}f} bytes a byte of text"
     width = max(map(len, rows), default=0) + 2
     return "\n".join([f"{path}: {head}", *(f"  {name:<{width}}{text}" for name, text in rows.items())])
+
+
+def _compressor(name: str | None) -> str:
+    """A compressor's name and the beginning of its hash, from `NAME@SHA256`."""
+    stem, _, digest = (name or "not recorded").partition("@")
+    return f"{stem} (weights {digest[:12]})" if digest else stem
 
 
 def _origin(settings: dict[str, Any]) -> dict[str, str]:
@@ -91,7 +97,7 @@ def _origin(settings: dict[str, Any]) -> dict[str, str]:
     layers, heads, size = settings["shape"]
     return {
         "base": f"{base['name'] or 'unnamed'} (weights {base['weights'][:12]})",
-        "compressor": settings["compressor"] or "not recorded",
+        "compressor": _compressor(settings["compressor"]),
         "layout": f"{settings['layout']}, up to {settings['most']} memory tokens a segment",
         "shape": f"{layers} layers x {heads} heads x {size}, made in {settings['dtype']}",
         "codec": f"{codec['name']}{rate}{coder}{fitted}",
