@@ -3,11 +3,13 @@
     python benchmarks/training_step.py --base smollm2-135m --output results/benchmark-training-step.json
     python benchmarks/training_step.py --base smollm2-135m --lengths 96
     python benchmarks/training_step.py --base smollm2-135m --at 48 96 192 480 --output outputs/training-step.json
+    python benchmarks/training_step.py --shape llama3-8b --variants ours "published recipe" --memory     # on a GPU
 
 Variants alternate in one run: ours as it trains, ours without one lever each, and the published recipe as it is (every
 passage extended to 500 tokens, no mask, LoRA of rank 64 on queries and values, 4 passages a step). Passages are as long
 as the shipped test abstracts (up to 500 tokens), or of --lengths tokens. Seconds are the process's own on a CPU (other
 programs do not count) and wall seconds on a GPU; the peak is that of products of 2048 x 2048 matrices in the same run.
+--shape takes random weights of a known size in place of a base's: all variants are held at once.
 How it is on a processor with fewer instructions shows with ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2
 ONEDNN_MAX_CPU_ISA=AVX2 in the environment and --dtype float32, as `auto` chooses there.
 --memory runs each variant in a process of its own and reports the largest resident set (on a GPU, the most memory
@@ -30,11 +32,14 @@ from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from compressor.data.batches import pad, padded_width, regeneration_pair, stack_pairs
 from compressor.data.records import load_passages
 from compressor.files import write_json
+from compressor.model.base import Base
 from compressor.model.config import BaseConfig, CompressorConfig
+from compressor.model.kernels import GROUPED, lighten_norms
 from compressor.model.load import load_base
 from compressor.processes import current_device, held_dtype
 from compressor.streams import exits_cleanly
@@ -50,13 +55,34 @@ VARIANTS = {
     PUBLISHED: "passages extended to 500 tokens, q and v only, 4 a step",
 }
 TOKENS = 512
+SHAPES = {
+    "llama3-8b": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+    },
+    "tiny": {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 4096,
+    },
+}
+"""Settings of `LlamaConfig`; the tokenizer is arxiv-mini's, whose ids all of them have."""
 
 
 def build(variant: str, options: argparse.Namespace, device: torch.device) -> Trainee:
     """The model of a variant, ready to train."""
     held = "float32" if variant == "autocast" else held_dtype(options.dtype, device)
     attention: Any = "sdpa" if variant in ("fused attention", PUBLISHED) else "auto"
-    loaded = load_base(BaseConfig(path=options.base, dtype=held, attention=attention), device)  # type: ignore[arg-type]
+    chosen = BaseConfig(path=options.base, dtype=held, attention=attention)  # type: ignore[arg-type]
+    loaded = shaped(options.shape, chosen, device) if options.shape else load_base(chosen, device)
     loaded.plain_head = variant not in ("whole logits", PUBLISHED)
     if variant == PUBLISHED:
         settings: dict[str, Any] = {"method": "reference-500x", "layout": "published", "passage_attention": "causal"}
@@ -66,6 +92,24 @@ def build(variant: str, options: argparse.Namespace, device: torch.device) -> Tr
     model = Trainee(loaded, CompressorConfig(**settings)).train()
     model.activation_checkpointing = variant == "activation checkpointing"
     return model
+
+
+def shaped(shape: str, config: BaseConfig, device: torch.device) -> Base:
+    """A base of random weights, made on its device: 8B of them take minutes elsewhere."""
+    tokenizer = load_base(BaseConfig()).tokenizer
+    settings = LlamaConfig(**SHAPES[shape], max_position_embeddings=8192, tie_word_embeddings=False)
+    settings._attn_implementation = GROUPED if config.attention == "auto" else config.attention
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(getattr(torch, config.dtype))
+    try:
+        with device:
+            model = LlamaForCausalLM(settings)
+    finally:
+        torch.set_default_dtype(before)
+    base = Base(model, tokenizer, shape, stored="random")
+    if config.attention == "auto" and device.type == "cpu":
+        lighten_norms(model)
+    return base
 
 
 def _named(base: Any, names: tuple[str, ...]) -> Any:
@@ -154,7 +198,7 @@ def resident_peak() -> int:
 def memory_of(variant: str, options: argparse.Namespace) -> int:
     """Bytes at the peak of a variant's step, in a process of its own."""
     command = [sys.executable, __file__, "--base", options.base, "--passages", str(options.passages), "--only", variant]
-    command += ["--dtype", options.dtype]
+    command += ["--dtype", options.dtype, *(["--shape", options.shape] if options.shape else [])]
     lengths = ["--lengths", *map(str, options.lengths)] if options.lengths else []
     done = subprocess.run([*command, *lengths], capture_output=True, text=True, check=True)
     return int(json.loads(done.stdout.splitlines()[-1])["bytes"])
@@ -224,6 +268,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", default="models/arxiv-mini/base")
+    parser.add_argument("--shape", choices=list(SHAPES), help="random weights of this size instead of a base")
     parser.add_argument("--passages", type=int, default=12)
     parser.add_argument("--lengths", type=int, nargs="*", default=[])
     parser.add_argument("--at", type=int, nargs="*", default=[], help="ours and the published recipe at these, too")
@@ -244,7 +289,12 @@ def main() -> int:
         used = torch.cuda.max_memory_allocated() if device.type == "cuda" else resident_peak()
         print(json.dumps({"bytes": used}))
         return 0
-    result = {"base": options.base, "device": device.type, "threads": options.threads, "machine": platform.machine()}
+    result = {
+        "base": options.shape or options.base,
+        "device": device.type,
+        "threads": options.threads,
+        "machine": platform.machine(),
+    }
     result |= {"dtype": held_dtype(options.dtype, device), "instructions": torch.backends.cpu.get_cpu_capability()}
     result |= {"torch": torch.__version__, **measure(options.variants, options.lengths, options, device)}
     result["at"] = [measure([OURS, PUBLISHED], [length], options, device, False) for length in options.at]

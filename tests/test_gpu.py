@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -129,3 +131,22 @@ def test_refinement_on_the_gpu(tiny_base_folder: Path) -> None:
         nats.append(-sum(float(one[:, 0].sum()) for one in scored))
     assert nats[1] < nats[0]
     assert refined[0].keys.dtype == plain[0].keys.dtype
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_properties(0).total_memory < 60e9, reason="needs 60 GB"
+)
+def test_a_training_step_of_an_8b_base_is_measured(project: Path, tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "benchmarks/training_step.py",
+        "--shape",
+        "llama3-8b",
+        "--variants",
+        "ours",
+        "published recipe",
+    ]
+    command += ["--passages", "4", "--repeats", "2", "--memory", "--output", str(tmp_path / "step.json")]
+    subprocess.run(command, cwd=project, check=True)
+    ours = json.loads((tmp_path / "step.json").read_text())["variants"]["ours"]
+    assert ours["bytes"] > 16e9
