@@ -354,7 +354,7 @@ def test_a_tokenizer_of_another_base_is_refused(make_family_base: Callable[..., 
         make_family_base("llama", vocab_size=400)
     base = make_family_base("llama")
     base.tokenizer.add_special_tokens({"eos_token": "<end>"})
-    with pytest.raises(CompressorError, match=r"1 tokens \(<end>, ...\) for which"):
+    with pytest.raises(CompressorError, match=r"1 tokens \(<end>\) for which"):
         Base(base.model, base.tokenizer, "llama")
 
 
