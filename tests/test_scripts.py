@@ -1,0 +1,40 @@
+"""Scripts that are run rarely: that they run, on something tiny. What benchmarks measure is no test's business."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from compressor import Compressor
+
+
+def test_a_training_step_of_random_weights(project: Path, tmp_path: Path) -> None:
+    output = tmp_path / "step.json"
+    command = [sys.executable, "benchmarks/training_step.py", "--shape", "tiny", "--passages", "2", "--lengths", "24"]
+    command += ["--repeats", "1", "--variants", "ours", "published recipe", "--output", str(output)]
+    subprocess.run(command, cwd=project, check=True, capture_output=True)
+    found = json.loads(output.read_text())
+    ours, published = found["variants"].values()
+    assert (found["base"], found["passages"]) == ("tiny", 2)
+    # The published recipe extends passages of 24 tokens to 500.
+    assert published["flops"] > 3 * ours["flops"] > 0
+
+
+def test_a_writer_begins_as_a_copy_of_the_shared_adapter(project: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "runs/add-writer.py", "models/arxiv-mini/compressor", str(tmp_path / "with")]
+    subprocess.run(command, cwd=project, check=True, capture_output=True)
+    before, after = (Compressor.from_pretrained(path) for path in ("models/arxiv-mini/compressor", tmp_path / "with"))
+    assert after.has_writer
+    assert after.config.memory_attention == "tree"
+    # A single token sees the whole passage under either mask.
+    old, new = (model.compress("Some text to be compressed.", tokens=1) for model in (before, after))
+    assert torch.allclose(old.keys, new.keys, atol=1e-4)
+    assert torch.allclose(old.values, new.values, atol=1e-4)
+    twice = [*command[:2], str(tmp_path / "with"), str(tmp_path / "twice")]
+    again = subprocess.run(twice, cwd=project, capture_output=True)
+    assert again.returncode == 2
+    assert b"has a writer's adapter" in again.stderr
