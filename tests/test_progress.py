@@ -128,6 +128,14 @@ def test_commands_are_listed_in_groups_with_a_line_each(capsys: pytest.CaptureFi
     assert sorted(listed) == sorted(COMMANDS)
 
 
+@pytest.mark.parametrize("name", ["train", "evaluate"])
+def test_hours_of_work_are_not_begun_by_a_bare_name(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli([name]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {name} was given no option")
+    assert COMMANDS[name].example in said
+
+
 @pytest.mark.parametrize(
     ("argv", "level"),
     [(["-q"], 0), (["--quiet"], 0), ([], 1), (["--tokens", "4", "-v"], 2), (["-v", "--tokens", "4"], 2)],

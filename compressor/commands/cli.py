@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
-from compressor.errors import unknown
+from compressor.errors import CompressorError, unknown
 from compressor.files import check_file
 from compressor.model.table import load
 from compressor.parsing import parse_config
@@ -48,6 +48,8 @@ class Command(NamedTuple):
     """Of the function that does it, with options and switches; by default `run` of the module of its name."""
     passes_on: bool = False
     """What follows -- is another program's: the switch `rest`."""
+    begun_by_itself: bool = True
+    """Whether it runs without any argument. Defaults that take hours are not begun by who only tries the name."""
 
 
 COMMANDS = {
@@ -132,6 +134,7 @@ COMMANDS = {
         "accelerate launch train.py --config configs/smollm2-135m/regenerate.yaml --data.train my.jsonl",
         "compressor.training.config:RunConfig",
         flags={"dry_run": "show settings, batch arithmetic, parameter counts and memory, then stop"},
+        begun_by_itself=False,
     ),
     "evaluate": Command(
         "compressors",
@@ -143,6 +146,7 @@ COMMANDS = {
             "resume": "go on with an evaluation that was interrupted, if there is one in the output folder",
             "wandb": "give settings, table and figures to wandb as a run of its own, too (extra tracking)",
         },
+        begun_by_itself=False,
     ),
     "corpus": Command(
         "data",
@@ -204,6 +208,11 @@ def usage() -> str:
 def run(name: str, argv: list[str]) -> int:
     """Run a sub-command with its arguments; returns the exit status."""
     command = COMMANDS[name]
+    if not argv and not command.begun_by_itself:
+        raise CompressorError(
+            f"{name} was given no option, and its defaults run for long: say what to {name}, for example\n"
+            f"  {command.example}\n(compressor {name} --help lists the options)"
+        )
     place = command.place or f"{name}:run"
     if command.options is None:
         return load(place, PACKAGE)(argv)
