@@ -13,6 +13,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +34,11 @@ def loop(base: Base, memories: list[Memory], tokens: int) -> None:
     """One row, a token a pass."""
     prefix = memory_prefix(base, memories[:1])
     ids, cache, mask = torch.tensor([[base.bos]], device=base.device), prefix.to_cache(), prefix.mask.long()
+    model: Any = base.model
     for step in range(tokens):
         mask = torch.cat([mask, mask.new_ones(1, 1)], dim=1)
         places = prefix.start[:, None] + step
-        found = base.model(
-            input_ids=ids, position_ids=places, attention_mask=mask, past_key_values=cache, use_cache=True
-        )
+        found = model(input_ids=ids, position_ids=places, attention_mask=mask, past_key_values=cache, use_cache=True)
         ids = found.logits[:, -1:].argmax(-1)
 
 
@@ -48,7 +48,8 @@ def library(base: Base, memories: list[Memory], tokens: int) -> None:
     ids = torch.full((rows, prefix.slots + 1), base.bos, device=base.device)
     mask = torch.cat([prefix.mask.long(), prefix.mask.new_ones(rows, 1).long()], dim=1)
     limits: dict[str, Any] = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False}
-    base.model.generate(ids, attention_mask=mask, past_key_values=prefix.to_cache(), pad_token_id=base.eos, **limits)
+    model: Any = base.model
+    model.generate(ids, attention_mask=mask, past_key_values=prefix.to_cache(), pad_token_id=base.eos, **limits)
 
 
 def ours(base: Base, memories: list[Memory], tokens: int, decoding: str = "auto") -> None:
@@ -73,13 +74,13 @@ def measure(checkpoint: str, dtype: str, options: argparse.Namespace, device: to
     """Tokens a second of every variant and batch size."""
     model = Compressor.from_pretrained(checkpoint, device=device, dtype=dtype).eval()
     made = model.compress_ids([[(7 * i + j) % 400 + 5 for i in range(40)] for j in range(3)])
-    work: dict[tuple[str, int], Callable[[], None]] = {(LOOP, 1): lambda: loop(model.base, made, options.tokens)}
+    work: dict[tuple[str, int], Callable[[], None]] = {(LOOP, 1): partial(loop, model.base, made, options.tokens)}
     for size in options.batches:
         rows = [made[i % 3].truncate((16, 8, 4)[i % 3]) for i in range(size)]
-        work[OURS, size] = lambda rows=rows: ours(model.base, rows, options.tokens)  # type: ignore[misc]
-        work[LIBRARY, size] = lambda rows=rows: library(model.base, rows, options.tokens)  # type: ignore[misc]
+        work[OURS, size] = partial(ours, model.base, rows, options.tokens)
+        work[LIBRARY, size] = partial(library, model.base, rows, options.tokens)
         for way in options.decoding:
-            work[way, size] = lambda rows=rows, way=way: ours(model.base, rows, options.tokens, way)  # type: ignore[misc]
+            work[way, size] = partial(ours, model.base, rows, options.tokens, way)
     for one in work.values():
         one()
     taken: dict[tuple[str, int], list[float]] = {key: [] for key in work}
@@ -87,14 +88,14 @@ def measure(checkpoint: str, dtype: str, options: argparse.Namespace, device: to
         for key, one in work.items():
             taken[key].append(seconds(one, device))
     rate = {key: key[1] * options.tokens / min(times) for key, times in taken.items()}
-    rows = []
+    measured = []
     for (variant, size), times in taken.items():
         fields = {"base": model.base.name, "dtype": dtype, "variant": variant, "batch": size, "seconds": times}
         found = rate[variant, size]
-        rows.append({**fields, "tokens_per_second": found, "times_loop": found / rate[LOOP, 1]})
+        measured.append({**fields, "tokens_per_second": found, "times_loop": found / rate[LOOP, 1]})
         ratio = found / rate[LOOP, 1]
         print(f"{model.base.name:<28}{dtype:<10}{variant:<14}{size:>6}{found:12.1f}{ratio:9.1f} x the loop")
-    return rows
+    return measured
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:

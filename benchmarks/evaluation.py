@@ -137,9 +137,11 @@ def main() -> int:
         print(f"{name}: {found['seconds']:.1f} s: {shares}")
     if options.output:
         settings = {name: getattr(options, name) for name in ("limit", "batch_size", "lengths", "tokens")}
-        found = [{"commit": name, **row} for name, row in rows.items()]
         surroundings = {"torch": torch.__version__, "threads": os.environ.get("OMP_NUM_THREADS")}
-        write_json(options.output, {**settings, **surroundings, "rows": found})
+        write_json(
+            options.output,
+            {**settings, **surroundings, "rows": [{"commit": name, **row} for name, row in rows.items()]},
+        )
     return 0
 
 

@@ -27,7 +27,8 @@ from typing import Any
 
 import torch
 
-from compressor.data.rows import read_rows
+from compressor.data.records import rows_of
+from compressor.data.rows import BadRecords
 from compressor.data.sources import resolve as resolve_data
 from compressor.errors import CompressorError
 from compressor.files import bundled, write_json
@@ -92,7 +93,7 @@ def unseen(options: argparse.Namespace) -> list[str]:
     """Abstracts dated `--since` or later, in a random order that is always the same."""
     texts = []
     for source in resolve_data(options.abstracts, split="test"):
-        for row in read_rows(source):
+        for row in rows_of(source, "test", BadRecords()):
             if str(row.values.get("date", "")) >= options.since:
                 text = str(row.values.get("abstract") or row.values.get("text") or "")
                 texts += [text] if text else []

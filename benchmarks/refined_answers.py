@@ -55,7 +55,7 @@ def measure(model: Compressor, memories: list[Memory], groups: list[list[Placed]
     prompts = question_ids(base.tokenizer, asked, template)
     scored = score(base, shared, prompts, [[*one, base.eos] for one in answers])
     judged = [answer_scores(text, question.answers) for text, (_, question) in zip(written, rows, strict=True)]
-    questions = {
+    questions: dict[str, list[float]] = {
         "em": [em for em, _ in judged],
         "f1": [f1 for _, f1 in judged],
         "answer_nats": [-float(one[:, 0].sum()) for one in scored],
@@ -66,7 +66,7 @@ def measure(model: Compressor, memories: list[Memory], groups: list[list[Placed]
     back = regenerate(base, memories)
     texts = [base.tokenizer.decode(ids, skip_special_tokens=True) for ids in passages]
     nats = passage_scores(base, prefix, passages)
-    written_back = {
+    written_back: dict[str, list[float]] = {
         "rouge_l": [rouge_l(one, text) for one, text in zip(back, texts, strict=True)],
         "nats": [-float(one[:, 0].sum()) for one in nats],
         "tokens": [len(one) for one in nats],

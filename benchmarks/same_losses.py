@@ -99,11 +99,10 @@ def compare(old: Path, new: Path) -> str | None:
     if not new.exists():
         return "is not made any more"
     if old.suffix == ".jsonl":
-        return first_difference(
-            *([json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] for path in (old, new))
-        )
+        before, now = ([json.loads(line) for line in one.read_text("utf-8").splitlines()] for one in (old, new))
+        return first_difference(before, now)
     if old.suffix == ".json":
-        return first_difference(*(json.loads(path.read_text(encoding="utf-8")) for path in (old, new)))
+        return first_difference(json.loads(old.read_text("utf-8")), json.loads(new.read_text("utf-8")))
     one, other = old.read_bytes(), new.read_bytes()
     if one == other:
         return None

@@ -95,7 +95,8 @@ async def measure(args: Any, tokenizer: Any, result: dict[str, Any]) -> None:
     question = tokenise(tokenizer, [QUESTION])[0]
     contexts: dict[tuple[int, int], tuple[list[Any], list[Any]]] = {}
     for count, length in args.sizes:
-        memories, passages = [], []
+        memories: list[Any] = []
+        passages: list[Any] = []
         for group in range(GROUPS):
             cut = [ids[start : start + length] for start in range(group * 2400, group * 2400 + count * length, length)]
             made = [

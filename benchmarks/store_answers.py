@@ -170,7 +170,8 @@ class Asked:
         Args:
             prefixes: makes one prefix of several groups.
         """
-        base, columns = self.model.base, {name: [] for name in ("f1", "em", "nats", "slots")}
+        base = self.model.base
+        columns: dict[str, list[float]] = {name: [] for name in ("f1", "em", "nats", "slots")}
         for start in range(0, len(groups), self.batch):
             some = self.questions[start : start + self.batch]
             asked = [one.question + suffix for one in some]
@@ -255,7 +256,8 @@ def together(asked: Asked, options: Options, result: dict[str, Any], keep: Any) 
 
 def first_token(asked: Asked, count: int, repeats: int = 5) -> dict[str, Any]:
     """Processor seconds from what is held (memories, or tokens of texts) to an answer's first token; medians."""
-    base, row = asked.model.base, {"count": count}
+    base = asked.model.base
+    row: dict[str, Any] = {"count": count}
     for name, prefixes in (("memories", asked.from_memories()), ("texts", asked.from_texts(asked.ids))):
         spent = []
         for number in range(repeats):

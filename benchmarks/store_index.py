@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -61,7 +62,8 @@ def main() -> int:
         noise = rng.standard_normal(SIZE, dtype=np.float32)
         question = vector + options.noise * noise / np.linalg.norm(noise)
         started = time.perf_counter()
-        query = table.search(question).distance_type("cosine").nprobes(64).refine_factor(10).select(["id", "_distance"])
+        query: Any = table.search(question)  # its type has no distance_type
+        query = query.distance_type("cosine").nprobes(64).refine_factor(10).select(["id", "_distance"])
         found += any(row["id"] == number for row in query.limit(4).to_list())
         seconds.append(time.perf_counter() - started)
     result = {

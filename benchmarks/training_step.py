@@ -26,7 +26,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ VARIANTS = {
     PUBLISHED: "passages extended to 500 tokens, q and v only, 4 a step",
 }
 TOKENS = 512
-SHAPES = {
+SHAPES: dict[str, dict[str, Any]] = {
     "llama3-8b": {
         "hidden_size": 4096,
         "intermediate_size": 14336,
@@ -129,15 +130,15 @@ def batches(model: Trainee, passages: list[list[int]], variant: str) -> list[dic
     for group in groups:
         if model.encoder.padded_to:
             group = [ids + [model.base.eos] * (model.encoder.padded_to - len(ids)) for ids in group]
-        ids, lengths = pad(group, model.base.device, width=padded_width)
+        padded, lengths = pad(group, model.base.device, width=padded_width)
         pairs = stack_pairs([regeneration_pair(model.base.bos, model.base.eos, one) for one in group])
         made.append(
             {
-                "input_ids": ids,
+                "input_ids": padded,
                 "lengths": lengths,
                 "memory_tokens": torch.full_like(lengths, model.config.memory_tokens),
-                "regeneration_inputs": pairs["inputs"].to(ids.device),
-                "regeneration_labels": pairs["labels"].to(ids.device),
+                "regeneration_inputs": pairs["inputs"].to(padded.device),
+                "regeneration_labels": pairs["labels"].to(padded.device),
                 "regeneration_weight": 1.0,
             }
         )
@@ -146,7 +147,8 @@ def batches(model: Trainee, passages: list[list[int]], variant: str) -> list[dic
 
 def run(model: Trainee, data: list[dict[str, Any]], variant: str) -> None:
     """Forward and backward pass over all of the micro-batches."""
-    device, precision = model.base.device, nullcontext()  # type: AbstractContextManager[Any]
+    device = model.base.device
+    precision: AbstractContextManager[Any] = nullcontext()
     for batch in data:
         if variant == "autocast":
             precision = torch.autocast(device.type, torch.bfloat16)
@@ -217,7 +219,7 @@ def measure(
         with FlopCounterMode(display=False) as counter:
             run(model, data, variant)  # warms up, too
         flops[variant] = counter.get_total_flops()
-        work[variant] = lambda model=model, data=data, variant=variant: run(model, data, variant)
+        work[variant] = partial(run, model, data, variant)
     taken: dict[str, list[float]] = {variant: [] for variant in variants}
     peaks = [peak(device, options.dtype)]
     for _ in range(options.repeats):

@@ -57,13 +57,8 @@ def passage(folder: Path) -> dict[str, None]:
     settings |= {"data.validation_limit": 2, "compressor.lora_rank": 2, "training.batch_passages": 2, "output": folder}
     config, _ = parse_config(RunConfig, [f"--{name}={value}" for name, value in settings.items()], "")
     reached: dict[str, None] = {}
-    honest: Any = regenerate.load_passages
-
-    def load(*given: Any) -> Any:
-        with watched(reached):
-            return honest(*given)
-
-    regenerate.load_passages = load
+    stages: Any = regenerate
+    stages.load_passages = _watching(stages.load_passages, reached)
     stage = regenerate.CompressionStage(config, make_accelerator())
     with watched(reached):
         stage.module(stage.micro_batch(0)).backward()
