@@ -93,6 +93,17 @@ ENDS: list[int] = []
 """Number of batches after which a signal comes, and the signal."""
 
 
+def test_predictions_with_any_line_separator_are_taken_up(tmp_path: Path) -> None:
+    """JSON escapes \n, but neither U+2028 nor U+0085, at which `str.splitlines` cuts."""
+    results = [{"prediction": f"one{mark}two", "left_out": None} for mark in ("\n", "\r", "\x0b", "\x85", "\u2028")]
+    chosen = [items.Item(f"r{number}", [1]) for number in range(len(results))]
+    (tmp_path / "metrics.json").write_text(json.dumps({"made_with": {"items": "hash"}}))
+    runner.write_predictions(tmp_path / "predictions.jsonl", chosen, {"kv": {8: results}})
+    parts = Unfinished(tmp_path / "unfinished")
+    runner.finished_parts(tmp_path, parts)
+    assert [(part["place"], part["result"]) for part in parts.parts] == list(enumerate(results))
+
+
 def test_an_interrupted_evaluation_goes_on_to_the_same_table(
     whole: tuple[str, Path],
     checkpoint: str,

@@ -267,12 +267,14 @@ def finished_parts(output: Path, parts: Unfinished) -> None:
     places: Counter[tuple[str, int | None]] = Counter()
     parts.take(output / KEPT)
     if (output / "predictions.jsonl").exists():
-        for line in (output / "predictions.jsonl").read_text(encoding="utf-8").splitlines():
-            values = json.loads(line)
-            key = values["method"], values["tokens"]
-            result = {name: value for name, value in values.items() if name not in PREDICTION_KEYS}
-            parts.parts.append({"method": key[0], "tokens": key[1], "place": places[key], "result": result})
-            places[key] += 1
+        # Line by line: `splitlines` also cuts at U+2028 and its like, which JSON leaves as they are in texts.
+        with (output / "predictions.jsonl").open(encoding="utf-8") as file:
+            for line in file:
+                values = json.loads(line)
+                key = values["method"], values["tokens"]
+                result = {name: value for name, value in values.items() if name not in PREDICTION_KEYS}
+                parts.parts.append({"method": key[0], "tokens": key[1], "place": places[key], "result": result})
+                places[key] += 1
 
 
 def run_study(
