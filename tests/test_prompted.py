@@ -155,6 +155,28 @@ def test_rows_of_every_form(tiny_base: Base, tmp_path: Path) -> None:
     assert loaded("entities", ROWS["entities"])[0].answers == ("Ada; Charles",)
 
 
+def test_right_labels_are_spelled_as_those_to_choose_from(tmp_path: Path) -> None:
+    """Data and presets write labels in their own ways; a right one that is not among the choices is never right."""
+    rows = _write(tmp_path / "rows.jsonl", [{"text": "a b", "label": one} for one in ("POSITIVE", "very_negative", 1)])
+    preset = {"instruction": "Which: {labels}?", "answer": "label", "columns": {"answers": "label"}}
+    preset |= {
+        "metrics": ["accuracy"],
+        "labels": ["Positive", "Very negative"],
+        "meanings": {"1": "Positive", "Neg": "Very negative"},
+    }
+    for settings in (preset, {**preset, "meanings": {}}):
+        (tmp_path / "own.yaml").write_text(yaml.safe_dump(settings))
+        config = PromptSettings(task="prompt", prompt=str(tmp_path / "own.yaml"))
+        found = Prompted(config).load(rows, config)
+        assert [one.answers[0] for one in found][:2] == ["Positive", "Very negative"]
+        assert found[0].choices == ("Positive", "Very negative")
+
+
+def test_a_list_without_members_is_empty_however_nothing_is_spelled() -> None:
+    assert Prompt(answer="list", nothing="None").listed("none") == []
+    assert Prompt(answer="list").listed("None.") == []
+
+
 def test_class_numbers_of_the_hub_become_names(monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 

@@ -77,7 +77,7 @@ class Prompt:
     def listed(self, written: str) -> list[str]:
         """The members of a written list, none twice."""
         parts = [part.strip(" \n.") for part in written.split(self.separator.strip() or None)]
-        return [part for part in dict.fromkeys(parts) if part and part.casefold() != self.nothing]
+        return [part for part in dict.fromkeys(parts) if part and part.casefold() != self.nothing.casefold()]
 
     def asks(self, values: Mapping[str, Any], where: str = "the row") -> str:
         """The instruction for a row, with the examples; `{labels}` stays where they are not known yet.
@@ -133,10 +133,13 @@ class Prompt:
         if self.answer == "label" and not self.options:
             if not isinstance(found[0], str | int | float):
                 raise BadRecord(f"{row.where}: the label must be text or a number but is {type_name(found[0])}")
-            label = str(found[0]).lower().replace("_", " ")
-            if self.meanings and label not in {**self.meanings, **dict.fromkeys(self.meanings.values())}:
+            label = spelled_plainly(found[0])
+            meanings = {spelled_plainly(name): meaning for name, meaning in self.meanings.items()}
+            # A right answer is spelled as the labels to choose from are: else none that is chosen would be right.
+            known = {spelled_plainly(one): one for one in (*self.labels, *self.meanings.values())} | meanings
+            if self.meanings and label not in known:
                 raise BadRecord(f"{row.where}: the label {found[0]!r} is none of {', '.join(self.meanings)}")
-            return [self.meanings.get(label, label)]
+            return [known.get(label, label)]
         return found
 
     def _column(self, values: Mapping[str, Any], name: str, usual: tuple[str, ...], where: str) -> str:
@@ -148,6 +151,11 @@ class Prompt:
             f"{where} has no field {' or '.join(map(repr, names))}; its fields are "
             f"{', '.join(map(repr, values)) or 'none'}. {self.needs}".rstrip()
         )
+
+
+def spelled_plainly(label: Any) -> str:
+    """A label as labels are compared: in lower case, with spaces for underscores."""
+    return str(label).lower().replace("_", " ")
 
 
 def either(labels: list[str]) -> str:
