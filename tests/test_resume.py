@@ -114,6 +114,11 @@ def test_the_mean_is_of_the_weights_after_each_step_from_the_first_on() -> None:
         module.weight += 1
     average.update(100)
     assert torch.equal(average.weights["weight"], module.weight)
+    # Resumed with a later first step: what the mean was of does not count any more.
+    average.first = 50
+    average.restore({"weight": weights}, 35)
+    average.update(41)
+    assert torch.equal(average.weights["weight"], weights)
 
 
 def test_leftovers_of_a_kill_are_gone(resumed: Path) -> None:

@@ -138,7 +138,7 @@ class WeightAverage:
     def update(self, step: int) -> None:
         """Take in the weights after `step` steps."""
         if self.first is not None:
-            self.count += step >= self.first
+            self.count = self.count + 1 if step >= self.first else 0
             share = 1 / max(1, self.count)
             torch._foreach_lerp_(list(self.weights.values()), list(self.trained.values()), share)
 
