@@ -296,8 +296,9 @@ def answer_scores(written: str, answers: Sequence[str]) -> tuple[float, float]:
     for answer in answers:
         normal = answer_words if answer_words(answer) else plain_words
         ours, theirs = normal(written), normal(answer)
-        shared = (Counter(ours) & Counter(theirs)).total()
-        found.append((float(ours == theirs), 2 * shared / max(1, len(ours) + len(theirs))))
+        shared, both = (Counter(ours) & Counter(theirs)).total(), len(ours) + len(theirs)
+        # Nothing is all of nothing: as SQuAD 2.0's script has it, its F1 is its exact match.
+        found.append((float(ours == theirs), 2 * shared / both if both else 1.0))
     return max(exact for exact, _ in found), max(f1 for _, f1 in found)
 
 
