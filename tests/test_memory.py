@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from compressor.api import Compressor
+from compressor.commands.cli import main
 from compressor.commands.options import AskOptions
 from compressor.errors import CompressorError
 from compressor.methods.interface import MemoryMethod
 from compressor.model.decoder import decode, empty_prefix
 from compressor.model.memory import Memory, Segment, memory_prefix
+from compressor.storage.making import Making
+from compressor.storage.store import Store
 
 PASSAGE = [(7 * i) % 400 + 5 for i in range(40)]
 OTHER = [(11 * i) % 400 + 5 for i in range(23)]
@@ -246,6 +250,43 @@ def test_a_memory_shows_itself_in_a_line(make: Callable[..., Compressor]) -> Non
 def test_what_cannot_be_asked_is_told_before_anything_is_loaded(given: dict[str, Any], message: str) -> None:
     with pytest.raises(CompressorError, match=message):
         AskOptions(**given)
+
+
+def test_settings_that_no_base_could_mend_are_refused_before_it_is_loaded(
+    tiny_compressor: Compressor,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A large base takes long to load."""
+    folder, store, kept = str(tmp_path / "checkpoint"), str(tmp_path / "store"), str(tmp_path / "a.memory")
+    tiny_compressor.save_pretrained(folder)
+    Store.open(store, tiny_compressor, making=Making(codec="bf16", no_measure=True), encoder="bm25").add({"a": "heat"})
+    tiny_compressor.compress("heat", measure=False).save(kept)
+    (tmp_path / "text.txt").write_text("What conducts heat?")
+
+    def load_base(*arguments: Any, **options: Any) -> None:
+        raise AssertionError("the base is loaded")
+
+    for place in ("commands.loading", "commands.ask", "model.checkpoint", "commands.packer"):
+        monkeypatch.setattr(f"compressor.{place}.load_base", load_base)
+    text, output = str(tmp_path / "text.txt"), str(tmp_path / "out")
+    compress = ["compress", text, "-o", output, "--checkpoint", folder]
+    most = f"it must be 1 to 8 with {folder}"
+    for argv, message in (
+        ([*compress, "--tokens", "9"], f"tokens = 9 is out of range: {most}"),
+        ([*compress, "--tokens", "0"], f"tokens = 0 is out of range: {most}"),
+        ([*compress, "--segment-tokens", "65"], "segment_tokens = 65 is out of range: it must be 1 to 64"),
+        (["demo", "--text", text, "--tokens", "9", "--checkpoint", folder], f"tokens = 9 is out of range: {most}"),
+        (["index", text, "--output", output, "--tokens", "9", "--checkpoint", folder], "tokens = 9 is out of range"),
+        (["ask", "--store", store, "What?", "--tokens", "9"], "tokens = 9 is out of range: it must be 1 to 8, which"),
+        (["ask", kept, "What?", "--temperature", "-1"], "got temperature = -1.0"),
+        (["regenerate", kept, "--temperature", "-1"], "got temperature = -1.0"),
+    ):
+        assert main(argv) == 2
+        assert message in capsys.readouterr().err
+    assert main(["pack", "--codec", "keywords", "--temperature", "-1", "-c", text]) == 1
+    assert "got temperature = -1.0" in capsys.readouterr().err
 
 
 def test_the_plain_argument_beside_a_store_is_the_question() -> None:

@@ -108,6 +108,11 @@ def test_without_a_recogniser_the_message_says_what_to_give(tmp_path: Path, caps
     for command in (["transcribe", audio], ["compress", audio, "-o", str(tmp_path / "a.memory")]):
         assert main(command) == 2
         assert "give --speech ID" in capsys.readouterr().err
+    # Nobody should install a recogniser for a file that is not there.
+    assert main(["transcribe", str(tmp_path / "gone.wav")]) == 2
+    said = capsys.readouterr().err
+    assert "gone.wav does not exist" in said
+    assert "--speech" not in said
     assert main(["transcribe", audio, "--speech", str(tmp_path)]) == 2
     assert "cannot load the speech recogniser" in capsys.readouterr().err
 

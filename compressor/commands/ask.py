@@ -9,7 +9,7 @@ from compressor.commands.options import AskOptions
 from compressor.data import speech
 from compressor.data.instructions import Prompt, load_prompt
 from compressor.data.prompts import QUESTION, answer_ids, question_ids
-from compressor.errors import CompressorError
+from compressor.errors import CompressorError, require
 from compressor.methods.recite import recite
 from compressor.model.cartridge import text_prefix
 from compressor.model.config import BaseConfig
@@ -24,6 +24,7 @@ from compressor.streams import check_output, write_output
 
 def run(options: AskOptions, switches: Any) -> None:
     """Write the answer to standard output; of a store, the records that it is from behind it."""
+    sampling = Sampling(temperature=options.temperature, seed=options.seed)  # what is wrong with it shows at once
     prompt = Prompt() if options.prompt is None else load_prompt(options.prompt)
     asked = what_is_asked(options, prompt)
     check_output()
@@ -32,6 +33,9 @@ def run(options: AskOptions, switches: Any) -> None:
     of_texts = text_prefix if options.prompt is None else token_prefix
     if options.store is not None:
         store = Store.open(options.store, base_mismatch=options.base_mismatch)
+        most, asked_for = store.manifest["most"], options.tokens
+        fits = asked_for is None or 1 <= asked_for <= most
+        require(fits, "tokens", asked_for, f"1 to {most}, which the memories of {options.store} have for a segment")
         path = options.base or store.manifest["base"]["name"]
         store.base = base = load_base(BaseConfig(path=path, dtype=options.base_dtype), options.device)
         hits = store.search(asked, options.top)
@@ -50,7 +54,6 @@ def run(options: AskOptions, switches: Any) -> None:
         written = prompt.labels[found.index(max(found))]
     else:
         limit = options.new_tokens if options.prompt is None else prompt.new_tokens
-        sampling = Sampling(temperature=options.temperature, seed=options.seed)
         written = answer(base, prefix, [asked], template, limit, sampling)[0].text
     if not written.strip():
         note("note: the answer is empty")

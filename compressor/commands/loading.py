@@ -10,10 +10,11 @@ import torch
 from compressor.api import Compressor
 from compressor.commands.options import MemoryOptions, ModelOptions
 from compressor.data.sources import kind_of, read_text, shipped_names
-from compressor.errors import CompressorError
+from compressor.errors import CompressorError, require
 from compressor.model.base import Base
 from compressor.model.bases import made_with
-from compressor.model.config import BaseConfig
+from compressor.model.checkpoint import fetch_checkpoint, read_settings
+from compressor.model.config import BaseConfig, CompressorConfig
 from compressor.model.fidelity import LITTLE
 from compressor.model.load import load_base
 from compressor.model.memory import Memory, check_base, on_base
@@ -24,7 +25,17 @@ from compressor.storage.store import Store
 
 
 def load_model(options: ModelOptions, device: str | torch.device | None = None) -> Compressor:
-    """The compressor, on another device than the options' where one is given."""
+    """The compressor, on another device than the options' where one is given.
+
+    Raises:
+        CompressorError: see `Compressor.from_pretrained`; also where the options ask for memory tokens or segments that
+            the checkpoint does not have, which its settings tell before the base is loaded.
+    """
+    config = CompressorConfig(**read_settings(fetch_checkpoint(options.checkpoint))["config"])
+    limits = {"tokens": config.memory_tokens, "segment_tokens": config.max_passage_tokens}
+    for name, most in limits.items():
+        asked = getattr(options, name, None)
+        require(asked is None or 1 <= asked <= most, name, asked, f"1 to {most} with {options.checkpoint}")
     return Compressor.from_pretrained(
         options.checkpoint,
         base=options.base,

@@ -15,6 +15,7 @@ from compressor.api import Compressor
 from compressor.errors import CompressorError
 from compressor.model.bases import SMALL_BASE, default_writer
 from compressor.model.config import BaseConfig
+from compressor.model.generation import Sampling
 from compressor.model.load import load_base
 from compressor.packing.float64 import ExactBase
 from compressor.packing.lossless import pack_bytes, unpack_bytes
@@ -52,6 +53,7 @@ def _text(data: bytes, options: Namespace) -> bytes:
         text = data.decode("utf-8")
     except UnicodeDecodeError:
         raise CompressorError(f"not UTF-8 text, which the codec {options.codec} takes: leave --codec out") from None
-    codec = load(options.codec)
     given = {name: getattr(options, name) for name in ("temperature", "top_p") if getattr(options, name) is not None}
+    Sampling(seed=options.seed, **given)  # what is wrong with it shows before a model is loaded
+    codec = load(options.codec)
     return pack_text(text, options.codec, codec, replace(codec.sampling, seed=options.seed, **given))[0]

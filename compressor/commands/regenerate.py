@@ -15,9 +15,9 @@ from compressor.streams import check_output, write_output
 def run(options: RegenerateOptions, switches: Any) -> None:
     """Write it to standard output."""
     check_output()
+    sampling = Sampling(temperature=options.temperature, seed=options.seed)  # what is wrong with it shows at once
     memory, base = memory_and_base(options)
     if not options.exact:
-        sampling = Sampling(temperature=options.temperature, seed=options.seed)
         write_output(regenerate(base, [memory], sampling)[0])
         return
     if memory.text is None:

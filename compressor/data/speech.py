@@ -60,8 +60,11 @@ def transcribe(path: str | Path, speech: str | None, device: str = "cpu") -> str
         speech: folder or hub id of a recogniser (Whisper, or one that emits characters).
 
     Raises:
-        CompressorError: no recogniser is named or it does not load, or the file is no WAV or holds no speech.
+        CompressorError: no such file, no recogniser is named or it does not load, or the file is no WAV or holds no
+            speech.
     """
+    if not Path(path).exists():
+        raise CompressorError(f"{path} does not exist: name a WAV file")
     if not speech:
         raise CompressorError(f"{path}: {WITHOUT}")
     from transformers import pipeline  # start-up
