@@ -224,6 +224,21 @@ def test_commands_compute_in_the_type_that_is_asked_for(tmp_path: Path, capsys: 
     assert "bfloat16" in capsys.readouterr().err
 
 
+def test_a_kept_text_comes_back_with_its_byte_order_mark(
+    tiny_compressor: Compressor, tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    folder, text, memory = tmp_path / "checkpoint", tmp_path / "passage.txt", str(tmp_path / "passage.memory")
+    tiny_compressor.save_pretrained(folder)
+    text.write_bytes("\ufeffWe study thin films.\r\n".encode())
+    options = ["-o", memory, "--checkpoint", str(folder), "--no-measure", "--keep-text"]
+    assert cli(["compress", str(text), *options]) == 0
+    capfdbinary.readouterr()
+    assert cli(["regenerate", memory, "--exact", "--base", tiny_compressor.base.name]) == 0
+    assert capfdbinary.readouterr().out == text.read_bytes()
+    (plain,) = tiny_compressor.base.tokenise(["We study thin films.\r\n"])
+    assert Memory.load(memory).passage_tokens == len(plain)  # the mark is no part of what the memory says
+
+
 def test_a_checkpoint_rounded_to_half_the_size_reads_alike(
     tiny_compressor: Compressor, tiny_base: Base, tmp_path: Path
 ) -> None:

@@ -90,7 +90,11 @@ def test_standard_input_and_text_as_it_was_written(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(TEXT.encode("utf-16"))))
     assert read_text("-") == TEXT
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf a\r\nb \r\n")
-    assert read_text(tmp_path / "a.txt", as_written=True) == " a\r\nb \r\n"
+    assert read_text(tmp_path / "a.txt", as_written=True) == "\ufeff a\r\nb \r\n"
+    assert read_text(tmp_path / "a.txt") == "a\nb"
+    (tmp_path / "mark.txt").write_bytes(b"\xef\xbb\xbf\n")
+    with pytest.raises(CompressorError, match=r"mark\.txt is empty"):
+        read_text(tmp_path / "mark.txt", as_written=True)
     with pytest.raises(CompressorError, match=r"cannot read .*gone\.txt: No such file"):
         read_text(tmp_path / "gone.txt")
 

@@ -32,7 +32,8 @@ def run(options: CompressOptions, switches: Any) -> None:
     else:
         passage = read_passage(options.text, as_written=options.keep_text)
     model = load_model(options)
-    (memory,), respelled = memories_of(options, model, [passage], codec)
+    # A byte order mark is kept with the text, and is no part of what the memory says.
+    (memory,), respelled = memories_of(options, model, [passage.removeprefix("\ufeff")], codec)
     memory = signed(memory, model.base, compressor_name(model, options.checkpoint))
     if options.keep_text:
         # A larger base would take long in float64; what rounded weights packed, those held otherwise cannot unpack.

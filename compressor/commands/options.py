@@ -207,7 +207,8 @@ class RegenerateOptions(MemoryOptions):
     """What `compressor regenerate` takes."""
 
     exact: bool = False
-    """Give the text that `compress --keep-text` kept, the same bytes, instead of what the memory tokens give."""
+    """Give the text that `compress --keep-text` kept, the same bytes (those of UTF-16 as UTF-8), instead of what the
+    memory tokens give."""
 
 
 @dataclass(kw_only=True)

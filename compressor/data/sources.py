@@ -174,19 +174,20 @@ def read_text(path: str | Path, *, as_written: bool = False) -> str:
     """The text of a file (also .gz), or of standard input for "-".
 
     Args:
-        as_written: keep line ends (otherwise all become "\\n") and the white space around the text.
+        as_written: keep line ends (otherwise all become "\\n"), the white space around the text, and a byte order mark of
+            UTF-8.
 
     Raises:
         CompressorError: the file is missing, blank or not text.
     """
     name = "standard input" if str(path) == "-" else str(path)
     try:
-        lines = _decoded(input_stream(), name) if str(path) == "-" else raw_lines(Path(path))
+        lines = _decoded(input_stream(), name, as_written) if str(path) == "-" else raw_lines(Path(path), as_written)
         text = "".join(line for _, line in lines)
     except OSError as error:
         there = "" if Path(path).exists() else "; name a text file, or give - and the text on standard input"
         raise CompressorError(f"cannot read {name}: {error.strerror or error}{there}") from None
-    if not text.strip():
+    if not text.strip().strip("\ufeff"):
         raise CompressorError(f"{name} is empty: give a text of at least one word")
     return text if as_written else _plain_ends(text).strip()
 
@@ -206,8 +207,11 @@ def text_lines(path: Path) -> Iterator[tuple[int, str]]:
         yield number + 1, before
 
 
-def raw_lines(path: Path) -> Iterator[tuple[int, str]]:
+def raw_lines(path: Path, marked: bool = False) -> Iterator[tuple[int, str]]:
     """Numbers (from 1) and lines of a text file (also .gz), with their ends as they are, without a byte order mark.
+
+    Args:
+        marked: leave the byte order mark of UTF-8 where it is.
 
     Raises:
         CompressorError: not UTF-8 (UTF-16 and UTF-32 have a byte order mark), or not text; names file and line.
@@ -216,10 +220,10 @@ def raw_lines(path: Path) -> Iterator[tuple[int, str]]:
     with open(path, "rb") as probe:
         compressed = probe.read(2) == b"\x1f\x8b"
     with cast("IO[bytes]", gzip.open(path, "rb") if compressed else open(path, "rb")) as file:
-        yield from _decoded(file, str(path))
+        yield from _decoded(file, str(path), marked)
 
 
-def _decoded(file: IO[bytes], name: str) -> Iterator[tuple[int, str]]:
+def _decoded(file: IO[bytes], name: str, marked: bool) -> Iterator[tuple[int, str]]:
     """Lines, decoded one by one so that errors have a line."""
     number = 0
     try:
@@ -236,7 +240,7 @@ def _decoded(file: IO[bytes], name: str) -> Iterator[tuple[int, str]]:
                 raise CompressorError(f"{name} line {number} is longer than {MOST_LINE:,} bytes: not text?")
             if b"\0" in line:
                 raise CompressorError(f"{name} line {number} holds a zero byte: {_ADVICE}")
-            yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
+            yield number, line.decode("utf-8-sig" if number == 1 and not marked else "utf-8")
             line = file.readline(MOST_LINE + 1)
     except UnicodeDecodeError as error:
         encoding = "UTF-8" if error.encoding.startswith("utf-8") else error.encoding.upper()
