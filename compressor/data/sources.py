@@ -174,8 +174,8 @@ def read_text(path: str | Path, *, as_written: bool = False) -> str:
     """The text of a file (also .gz), or of standard input for "-".
 
     Args:
-        as_written: keep line ends (otherwise all become "\\n"), the white space around the text, and a byte order mark of
-            UTF-8.
+        as_written: keep line ends (otherwise all become "\\n"), the white space around the text, and a byte order
+            mark of UTF-8.
 
     Raises:
         CompressorError: the file is missing, blank or not text.
