@@ -16,6 +16,7 @@ import pytest
 from compressor.commands.cli import evaluate_main
 from compressor.data.prompts import question_ids
 from compressor.errors import CompressorError
+from compressor.evaluation.items import Item, run_fitting
 from compressor.evaluation.metrics import (
     answer_scores,
     difference,
@@ -24,6 +25,8 @@ from compressor.evaluation.metrics import (
     resampled_figures,
     retained,
 )
+from compressor.evaluation.tasks.qa import QuestionAnswering
+from compressor.methods.bounds import Full
 from compressor.model.config import CompressorConfig
 
 CASES: list[tuple[str, list[str]]] = [
@@ -275,3 +278,17 @@ def test_arguments_of_a_chat_template_are_passed(tiny_base: Any) -> None:
     tokenizer.chat_template = "{{ raise_exception('only with tools') }}"
     with pytest.raises(CompressorError, match=r"chat template fails .*only with tools"):
         question_ids(tokenizer, ["Why?"], "chat")
+
+
+def test_a_right_answer_that_reaches_beyond_the_positions_is_not_scored(tiny_base: Any) -> None:
+    """What is scored may be longer than the most that is written, and the base writes noise beyond its positions."""
+    task, method = QuestionAnswering(), Full(tiny_base)
+    assert tiny_base.positions is not None
+    (long,), (prompt,) = tiny_base.tokenise(["heat " * 200]), tiny_base.tokenise(["Why?"])
+    for answer, fits in ((long, False), (long[: task.new_tokens], True)):
+        text = tiny_base.tokenizer.decode(answer)
+        passage = [5] * (tiny_base.positions - 2 - len(prompt) - task.new_tokens)
+        item = Item("a", passage, asked={"question": "Why?", "answers": [text], "prompt": prompt})
+        (contexts,) = method.compress([passage], [1])
+        (result,) = run_fitting(task, method, [item], contexts)
+        assert (result == {"left_out": "beyond_positions"}) != fits

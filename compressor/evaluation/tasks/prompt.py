@@ -11,7 +11,7 @@ from compressor.data.instructions import Prompt, load_prompt
 from compressor.data.prompts import QUESTION, answer_ids, question_ids
 from compressor.data.questions import Question, load_questions
 from compressor.errors import CompressorError
-from compressor.evaluation.items import Item, Result
+from compressor.evaluation.items import Item, Result, Task
 from compressor.evaluation.metrics import ratio, retained
 from compressor.evaluation.scores import SCORES, Answered
 from compressor.evaluation.table import TASKS
@@ -95,6 +95,12 @@ class Prompted(QuestionAnswering):
     def room(self, item: Item) -> int:
         longest = max(map(len, item.asked["labels"].values()), default=self.new_tokens)
         return 1 + len(item.asked["prompt"]) + longest
+
+    def beyond(self, method: Method, items: Sequence[Item], contexts: Sequence[list[Piece]]) -> list[bool]:
+        """See `QuestionAnswering.beyond`; of labels, they alone are scored."""
+        if self.prompt.answer == "label":
+            return Task.beyond(self, method, items, contexts)
+        return super().beyond(method, items, contexts)
 
     def run(self, method: Method, items: Sequence[Item], contexts: Sequence[list[Piece]]) -> list[Result]:
         if self.prompt.answer != "label":

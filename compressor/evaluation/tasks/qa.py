@@ -86,6 +86,18 @@ class QuestionAnswering(Task):
     def room(self, item: Item) -> int:
         return 1 + len(item.asked["prompt"]) + self.new_tokens
 
+    def beyond(self, method: Method, items: Sequence[Item], contexts: Sequence[list[Piece]]) -> list[bool]:
+        """See `Task.beyond`; a right answer, which is scored, may be longer than what is written."""
+        most, answers = (
+            method.base.positions,
+            answer_ids(method.base.tokenizer, [one.asked["answers"] for one in items]),
+        )
+        written = super().beyond(method, items, contexts)
+        return [
+            over or (most is not None and method.reach(pieces) + 1 + len(item.asked["prompt"]) + len(answer) > most)
+            for over, item, pieces, answer in zip(written, items, contexts, answers, strict=True)
+        ]
+
     def run(self, method: Method, items: Sequence[Item], contexts: Sequence[list[Piece]]) -> list[Result]:
         base = method.base
         answers = answer_ids(base.tokenizer, [item.asked["answers"] for item in items])
