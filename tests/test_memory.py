@@ -245,6 +245,9 @@ def test_a_memory_shows_itself_in_a_line(make: Callable[..., Compressor]) -> Non
         ({"memory": "a", "store": "s", "question": "Why?"}, r"not both \(a, s\)"),
         ({"memory": "a", "new_tokens": 0}, "new_tokens = 0 is out of range"),
         ({"memory": "a", "top": 0}, "top = 0 is out of range"),
+        ({"store": "s", "question": "Why?", "id": "a"}, "give --memory s --id a, or leave --id out"),
+        ({"memory": "a", "texts": True}, "--texts is of records that are found in a store"),
+        ({"memory": "a", "top": 3}, "--top 3 is of records that are found in a store"),
     ],
 )
 def test_what_cannot_be_asked_is_told_before_anything_is_loaded(given: dict[str, Any], message: str) -> None:

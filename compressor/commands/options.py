@@ -246,6 +246,17 @@ class AskOptions(MemoryOptions):
             raise CompressorError(f"say what to ask: --memory FILE, or --store STORE{both}")
         for name in ("top", "new_tokens"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        # Each of these would go unheeded, and the answer be another one than was asked for.
+        if self.store is not None and self.id is not None:
+            raise CompressorError(
+                f"--id {self.id} names one memory, and --store finds records that are like the question: give --memory "
+                f"{self.store} --id {self.id}, or leave --id out"
+            )
+        if self.store is None and (self.texts or self.top > 1):
+            unread = "--texts" if self.texts else f"--top {self.top}"
+            raise CompressorError(
+                f"{unread} is of records that are found in a store: give --store STORE, or leave it out"
+            )
         if self.store is not None and self.texts and self.recite:
             raise CompressorError("--recite and --texts are two ways of reading records: give one")
 
