@@ -278,6 +278,8 @@ def test_an_interrupted_calibration_goes_on_to_the_same_file(
     calls.append("stopped")
     assert cli.main([*argv, str(out)]) == 2
     assert "add --resume" in capsys.readouterr().err
+    assert cli.main([*argv, str(out), "--base-dtype", "bfloat16", "--resume"]) == 2
+    assert "settings.base_dtype = " in capsys.readouterr().err
     assert cli.main([*argv, str(out), "--limit", "41", "--resume"]) == 2
     assert "with passages = " in capsys.readouterr().err
     before = len(calls)

@@ -38,7 +38,7 @@ def fit(options: CalibrateOptions, again: bool) -> None:
     name = compressor_name(model, options.checkpoint)
     parts.expect(
         {
-            "settings": {"tokens": options.tokens, "sensitivity": options.sensitivity},
+            "settings": {name: getattr(options, name) for name in ("tokens", "sensitivity", "base_dtype")},
             "passages": hashlib.sha256(json.dumps(passages).encode()).hexdigest(),
             "compressor": name,
         }
