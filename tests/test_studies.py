@@ -320,6 +320,24 @@ def test_bad_settings(
     assert not output.exists()
 
 
+@pytest.mark.parametrize("study", ["utilisation", "efficiency"])
+def test_more_tokens_than_there_are_are_refused_before_the_base_is_loaded(
+    study: str,
+    checkpoint: str,
+    tmp_path: Path,
+    data: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def load_base(*arguments: Any, **options: Any) -> None:
+        raise AssertionError("the base is loaded")
+
+    monkeypatch.setattr("compressor.model.checkpoint.load_base", load_base)
+    argv = ["--task", study, "--checkpoint", checkpoint, "--tokens", "9", "--output", str(tmp_path / "out")]
+    assert evaluate_main([*argv, *(["--data", *data] if study == "utilisation" else [])]) == 2
+    assert "tokens = 9 is more than the 8 memory tokens of" in capsys.readouterr().err
+
+
 def test_variants_are_timed_alike(tiny_compressor: Compressor) -> None:
     times = measure(tiny_compressor, 20, [8, 1], EfficiencySettings(repeats=2, new_tokens=[3, 5]))
     assert list(times) == [None, 8, 1]

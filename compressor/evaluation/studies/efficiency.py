@@ -27,7 +27,7 @@ from compressor.evaluation.settings import EfficiencySettings
 from compressor.evaluation.studies import Findings
 from compressor.methods.interface import check_tokens
 from compressor.model.base import Base
-from compressor.model.checkpoint import compressor_fingerprint
+from compressor.model.checkpoint import compressor_fingerprint, fetch_checkpoint, read_settings
 from compressor.model.decoder import token_prefix
 from compressor.model.generation import stream
 from compressor.model.lora import READER, WRITER
@@ -66,6 +66,8 @@ def efficiency(config: EfficiencySettings, accelerator: Accelerator, parts: Unfi
     """
     if min(config.new_tokens) < 2:
         raise CompressorError(f"new_tokens = {config.new_tokens}: a rate needs at least 2 new tokens")
+    held = read_settings(fetch_checkpoint(config.checkpoint))["config"]["memory_tokens"]
+    check_tokens(config.tokens or [1], held, config.checkpoint)  # before a base is loaded, which takes long
     model = Compressor.from_pretrained(config.checkpoint, device=accelerator.device, **config.loading)
     settings, base = model.config, model.base
     if settings.method != "kv":
@@ -73,7 +75,6 @@ def efficiency(config: EfficiencySettings, accelerator: Accelerator, parts: Unfi
             f"{config.checkpoint} holds the method {settings.method}, and this study counts what kv computes: give a "
             "checkpoint of kv"
         )
-    check_tokens(config.tokens or [1], settings.memory_tokens, config.checkpoint)
     sizes = config.tokens or list(dict.fromkeys([settings.memory_tokens, 1]))
     sizes = [size for size in sizes if model.encoder.trained_for(size)]
     lengths = config.lengths or [min(LENGTH, settings.max_passage_tokens)]

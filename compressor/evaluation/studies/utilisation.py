@@ -31,7 +31,7 @@ from compressor.evaluation.tasks.qa import QuestionAnswering
 from compressor.evaluation.tasks.regeneration import Regeneration
 from compressor.methods.interface import MemoryMethod, Method, Piece, check_tokens
 from compressor.model.base import Base
-from compressor.model.checkpoint import compressor_fingerprint
+from compressor.model.checkpoint import compressor_fingerprint, fetch_checkpoint, read_settings
 from compressor.model.decoder import Prefix, score
 from compressor.unfinished import Unfinished
 
@@ -54,8 +54,9 @@ def utilisation(config: UtilisationSettings, accelerator: Accelerator, parts: Un
     with accelerator.main_process_first():
         loaded = {source: load(source, config) for source in sources}
     names = data_names(sources)
+    held = read_settings(fetch_checkpoint(config.checkpoint))["config"]["memory_tokens"]
+    check_tokens(config.tokens or [1], held, config.checkpoint)  # before a base is loaded, which takes long
     model = Compressor.from_pretrained(config.checkpoint, device=accelerator.device, **config.loading)
-    check_tokens(config.tokens or [1], model.config.memory_tokens, config.checkpoint)
     tokens = config.tokens[0] if config.tokens else model.config.memory_tokens
     if not model.encoder.trained_for(tokens):
         raise CompressorError(f"{config.checkpoint} is not meant to compress to {tokens} tokens: leave tokens out")
