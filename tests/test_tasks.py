@@ -182,6 +182,11 @@ def test_interference_is_of_passages_about_something_else(tiny_base: Base, tmp_p
     items, results = _run(Interference(), Full(tiny_base), config, source)
     for item, row in zip(items, rows, strict=True):
         assert tiny_base.tokenizer.decode(item.passage) in {one["context"] for one in rows} - {row["context"]}
+    # Ids that begin anew in another part of the data.
+    again = [{**rows[place], "id": name} for place, name in zip((0, 2, 1, 3, 4), "abcab", strict=True)]
+    items, _ = _run(Interference(), Full(tiny_base), config, _write(tmp_path / "again.jsonl", again))
+    for item, row in zip(items, again, strict=True):
+        assert tiny_base.tokenizer.decode(item.passage) in {one["context"] for one in rows} - {row["context"]}
     _, alone = _run(Interference(), Nothing(tiny_base), config, source)
     for one, other in zip(alone, results, strict=True):
         assert one["agreement"] == 1  # the same answer: nothing was read

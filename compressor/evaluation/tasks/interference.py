@@ -40,14 +40,16 @@ class Interference(QuestionAnswering):
     def items(self, records: Sequence[Question], tokenizer: Any, config: Any) -> list[Item]:
         """Each question with the passage of one that is about another context, half the data away."""
         items = super().items(records, tokenizer, config)
-        contexts = {record.id: record.context for record in records}
+        # Not by the id alone: those of several files, read together, may begin anew in each.
+        of_record = {(record.id, record.question): record.context for record in records}
+        contexts = [of_record[item.id, item.asked["question"]] for item in items]
         swapped = []
         for place, item in enumerate(items):
-            others = (items[(place + len(items) // 2 + step) % len(items)] for step in range(len(items)))
-            other = next((one for one in others if contexts[one.id] != contexts[item.id]), None)
+            others = ((place + len(items) // 2 + step) % len(items) for step in range(len(items)))
+            other = next((one for one in others if contexts[one] != contexts[place]), None)
             if other is None:
                 raise CompressorError("all questions are about one context: give data with several, or a higher limit")
-            swapped.append(replace(item, passage=other.passage))
+            swapped.append(replace(item, passage=items[other].passage))
         return swapped
 
     def run(self, method: Method, items: Sequence[Item], contexts: Sequence[list[Piece]]) -> list[Result]:
