@@ -104,6 +104,21 @@ def test_activation_checkpointing_gives_the_same_loss_and_gradients(make: Make, 
     assert (model(batch).item() == results[0][0].item()) == (dropout == 0)
 
 
+def test_activation_checkpointing_runs_the_base_twice_however_many_targets(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("compressor.model.decoder.HEAD_ROWS", 4)
+    model = make().train()
+    runs: list[int] = []
+    model.base.model.get_decoder().layers[0].register_forward_hook(lambda *_: runs.append(1))
+    counts = []
+    for model.activation_checkpointing in (False, True):
+        runs.clear()
+        model(training_batch(model.base)).backward()
+        counts.append(len(runs))
+    assert counts[1] == 2 * counts[0]
+
+
 def test_bfloat16_base_trains_float32_memory_tokens(make: Make, tiny_base_folder: Path) -> None:
     base = load_base(BaseConfig(path=str(tiny_base_folder), dtype="bfloat16"))
     model = make(base=base)

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
@@ -204,6 +205,10 @@ def label_nats(base: Base, prefix: Prefix, ids: Tensor, labels: Tensor) -> Tenso
     return torch.zeros(labels.shape, device=ids.device).masked_scatter(where, nats).sum(1)
 
 
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
+
+
 class _HeadNats(torch.autograd.Function):
     """Cross-entropy of a frozen output layer, whose gradient is taken in the forward pass, chunk by chunk.
 
@@ -216,7 +221,8 @@ class _HeadNats(torch.autograd.Function):
         """Nats float32 `[places]` of last hidden states `[places, hidden]` and labels int64 `[places]`."""
         nats, gradients = [], []
         for chunk, wanted in zip(states.split(HEAD_ROWS), labels.split(HEAD_ROWS), strict=True):
-            with torch.set_grad_enabled(ctx.needs_input_grad[0]):
+            # Not under a caller's hooks: those of activation checkpointing would run the base again for every chunk.
+            with torch.set_grad_enabled(ctx.needs_input_grad[0]), saved_tensors_hooks(_as_it_is, _as_it_is):
                 chunk = chunk.detach().requires_grad_(ctx.needs_input_grad[0])
                 logits = base.logits(chunk)
             if not ctx.needs_input_grad[0]:
