@@ -226,9 +226,11 @@ def test_training_with_shards_is_training(
         "--training.gradient_accumulation_steps=2",
         "--training.activation_checkpointing=true",
     ]
-    # The file for GPUs: processes without any take CPUs.
+    # The file for GPUs: processes without any take CPUs. On GPUs alone accelerate refuses shards under its DDP.
+    as_on_gpus = "from accelerate import Accelerator\nAccelerator.multi_device = property(lambda self: True)"
     shards = [*argv, f"--output={tmp_path / 'shards'}"]
-    printed = command.finish(command.start(shards, processes=2, launch="fsdp2.yaml", change=precise))
+    change = f"{precise}\n{as_on_gpus}"
+    printed = command.finish(command.start(shards, processes=2, launch="fsdp2.yaml", change=change))
     assert "frozen base in shards" in printed
     whole = [*argv, "--training.gradient_accumulation_steps=4", f"--output={tmp_path / 'whole'}"]
     command.finish(command.start(whole, change=precise))

@@ -35,6 +35,7 @@ from compressor.training.checkpoints import Checkpoints
 from compressor.training.config import RunConfig, TrainingConfig
 from compressor.training.log import RunLog, start_trackers
 from compressor.training.optimizers import WeightAverage, make_optimizer
+from compressor.training.sharding import prepared
 from compressor.training.stage import Batch, Stage, TrainingState, moved
 
 TRIM_EVERY = 10
@@ -214,7 +215,7 @@ def train(
         on_start(state.step)
     if settings.compile != "no":
         _compile(stage, settings.compile, accelerator)
-    module, prepared = accelerator.prepare(stage.module, optimizer)
+    module, stepping = prepared(stage.module, accelerator), accelerator.prepare_optimizer(optimizer)
     if settings.trackers:
         start_trackers(accelerator, config, stage)
     figures: dict[str, float] = {}
@@ -223,9 +224,9 @@ def train(
     try:
         while state.step < settings.steps and not stopping:
             rate = learning_rate(state.step, settings)
-            for group in prepared.param_groups:
+            for group in stepping.param_groups:
                 group["lr"] = rate
-            result = run_step(stage, module, prepared, state.step, config, accelerator, stop)
+            result = run_step(stage, module, stepping, state.step, config, accelerator, stop)
             # A signal that comes from here on counts in the next step, on all processes alike.
             stopping = result.stop
             state.step += 1

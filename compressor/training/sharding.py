@@ -69,6 +69,17 @@ def shard_base(model: Trainee, accelerator: Accelerator) -> None:
     model.sharded = True
 
 
+def prepared(model: nn.Module, accelerator: Accelerator) -> nn.Module:
+    """The module as accelerate prepares it, and on several processes under DDP.
+
+    On GPUs accelerate refuses to put a module with shards under DDP: it does not know that DDP leaves these alone
+    (`shard_base`). So it prepares such a module as one that is not trained, which gets no DDP of its own.
+    """
+    if not getattr(model, "sharded", False) or accelerator.num_processes == 1:
+        return accelerator.prepare_model(model)
+    return nn.parallel.DistributedDataParallel(accelerator.prepare_model(model, evaluation_mode=True))
+
+
 def share_out(groups: Sequence[T], model: Trainee, accelerator: Accelerator) -> Sequence[T]:
     """Those of the groups that this process runs: with shards all of them, since every pass is made by all together."""
     return groups if model.sharded else groups[accelerator.process_index :: accelerator.num_processes]
