@@ -60,6 +60,12 @@ def test_every_accelerate_configuration_is_one(path: Path) -> None:
     assert load_config_from_file(str(path)).num_processes >= 1
 
 
+def test_the_options_of_tests_that_need_a_gpu_are_settings() -> None:
+    from test_gpu import BFLOAT16
+
+    assert parse(*BFLOAT16).base.dtype == "bfloat16"
+
+
 def test_no_configuration_was_missed() -> None:
     assert len(RUNS) >= 5
 

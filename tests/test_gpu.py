@@ -25,6 +25,8 @@ from compressor.training.loop import StopSignal
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
+BFLOAT16 = ["--base.dtype=bfloat16", "--training.steps=10", "--training.checkpoint_every=4"]
+"""Options of a training whose weights are held in bfloat16, ten steps."""
 PASSAGES = [[(7 * i + j) % 400 + 5 for i in range(n)] for j, n in enumerate((30, 9, 17))]
 
 
@@ -44,10 +46,7 @@ def losses(output: Path) -> list[float]:
 
 @pytest.fixture
 def options(training_options: list[str]) -> list[str]:
-    """Training in bfloat16, ten steps."""
-    common = ["--training.steps=10", "--training.mixed_precision=bf16", "--training.checkpoint_every=4"]
-    regenerate = [option for option in training_options if "mixed_precision" not in option]
-    return [*regenerate, "--base.dtype=bfloat16", *common]
+    return [*training_options, *BFLOAT16]
 
 
 def test_bfloat16_training_runs_and_resumes_on_the_gpu(
@@ -56,7 +55,7 @@ def test_bfloat16_training_runs_and_resumes_on_the_gpu(
     argv = options
     assert train_main([*argv, f"--output={tmp_path / 'whole'}"]) == 0
     whole = losses(tmp_path / "whole")
-    assert whole[-1] < whole[0]
+    assert sum(whole[5:]) < sum(whole[:5])  # of single steps the batches decide
     with monkeypatch.context() as patch:
         # Stop after the step in which the flag is read for the sixth time.
         reads: list[int] = []
