@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import InitProcessGroupKwargs, parse_flag_from_env
 
 from compressor.errors import CompressorError, first_line, require
 from compressor.progress import is_quiet, note
@@ -107,7 +107,9 @@ def return_free_memory() -> None:
 
 
 def current_device() -> torch.device:
-    """The accelerator of this machine, or its CPU."""
+    """The accelerator of this machine, or its CPU: also where accelerate is told to stay on that."""
+    if parse_flag_from_env("ACCELERATE_USE_CPU"):
+        return torch.device("cpu")
     return torch.accelerator.current_accelerator() or torch.device("cpu")
 
 
