@@ -286,6 +286,7 @@ def test_accelerate_takes_the_launch_files(path: Path) -> None:
     assert found.num_processes >= 1
     asked = launch_command_parser().parse_args(["--config_file", str(path), "--num_processes", "2", "train.py"])
     asked = _validate_launch_command(asked)[0]
+    assert asked.mixed_precision == "no"  # anything else draws a note that it is ignored
     assert asked.use_fsdp is (path.name == "fsdp2.yaml")
     if asked.use_fsdp:
         assert int(asked.fsdp_version) == 2
