@@ -181,6 +181,20 @@ def join_lists(config: type, argv: list[str]) -> list[str]:
     return joined
 
 
+def _typed(config: type, argv: list[str]) -> dict[str, str]:
+    """Values of options that are text or nothing, as they were typed.
+
+    The parser takes for nothing whatever is so in YAML: `#1 of what?`, a comment, as well as `null`.
+    """
+    optional = {key for key, hint in settings_of(config).items() if {*get_args(hint)} == {str, type(None)}}
+    found = {}
+    for argument, following in zip(argv, [*argv[1:], ""], strict=True):
+        key, given, value = argument[2:].partition("=")
+        if argument.startswith("--") and key in optional:
+            found[key] = value if given else following
+    return {key: value for key, value in found.items() if value not in ("null", "~")}
+
+
 class _Parser(ArgumentParser):
     """Its --help names options as people write them: with dashes, and switches without a value."""
 
@@ -265,6 +279,8 @@ def parse_config(
             _reject_unknown(read_yaml(path), config, path)
     try:
         namespace = parser.parse_args(argv)
+        for key, text in _typed(config, argv).items():
+            namespace[key] = text
         values = parser.instantiate(namespace)
     except CompressorError:
         raise

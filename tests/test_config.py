@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from compressor.commands.cli import main
+from compressor.commands.options import DemoConfig
 from compressor.data.builders.arxivqa import ArxivQAConfig
 from compressor.data.builders.choice import CorpusConfig
 from compressor.data.config import LengthRange
@@ -365,3 +366,11 @@ def test_help_shows_options_as_they_are_written(capsys: pytest.CaptureFixture[st
     assert shown.startswith("usage: compressor compress TEXT -o OUTPUT [options]\n")
     assert re.search(r"^  --keep-text$", shown, re.M)  # a switch
     assert "--refine-steps REFINE_STEPS" in shown
+
+
+@pytest.mark.parametrize("text", ["#1 of what?", "&a", "123", "a: b", "", '"quoted"'])
+def test_text_is_taken_as_it_is_typed(text: str) -> None:
+    """Also what YAML takes for a comment or an anchor of nothing."""
+    for argv in (["--question", text], [f"--question={text}"], ["a.txt", "--question", text]):
+        assert parse_config(DemoConfig, argv, "", plain=("text",))[0].question == text
+    assert parse_config(DemoConfig, ["--question", "null"], "")[0].question is None
