@@ -188,7 +188,7 @@ def _typed(config: type, argv: list[str]) -> dict[str, str]:
     """
     optional = {key for key, hint in settings_of(config).items() if {*get_args(hint)} == {str, type(None)}}
     found = {}
-    for argument, following in zip(argv, [*argv[1:], ""], strict=True):
+    for argument, following in zip(argv, [*argv[1:], ""], strict=False):
         key, given, value = argument[2:].partition("=")
         if argument.startswith("--") and key in optional:
             found[key] = value if given else following

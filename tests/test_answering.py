@@ -63,6 +63,7 @@ def make_stage(options: list[str], tmp_path: Path) -> Callable[..., AnswerStage]
 
 
 PARTS = ("regeneration_", "answer_")
+NAMES = ("method", "model", "theory", "field", "surface", "energy", "data", "result")
 
 
 def test_an_answer_is_what_follows_the_prompt() -> None:
@@ -341,6 +342,22 @@ def test_settings_that_cannot_train_are_refused(options: list[str]) -> None:
     ):
         with pytest.raises(CompressorError, match=message):
             parse_config(RunConfig, [*options, *argv], "test")
+
+
+def test_a_set_of_one_context_beside_others_is_refused_by_name(
+    make_stage: Callable[..., AnswerStage], tmp_path: Path
+) -> None:
+    """All of it would be held out, and a micro-batch be drawn from nothing."""
+    one = tmp_path / "one.jsonl"
+    context = " ".join(f"the {name} is here and that is all of it" for name in NAMES)
+    rows = [{"id": name, "context": context, "question": "Where?", "answers": [name]} for name in NAMES]
+    one.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    texts = [{"text": f"{i} Short text here.", "targets": ["Short."]} for i in range(8)]
+    (tmp_path / "tldr.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts))
+    sets = [{"data": [str(tmp_path / "tldr.jsonl")], "prompt": "summarise", "share": 0.5}]
+    argv = [f'--data.questions=["{one}"]', "--data.question_tokens=32", f"--data.instructions={json.dumps(sets)}"]
+    with pytest.raises(CompressorError, match=r"one\.jsonl has 1 context, too few to hold some out"):
+        make_stage(*argv)
 
 
 def test_instructions_are_read_from_the_memories_of_all_segments(

@@ -55,6 +55,11 @@ def together(rng: np.random.Generator, count: int, most: int, fewest: int = 1) -
     return contexts
 
 
+def _too_few(sources: Sequence[str], found: Sequence[Asked]) -> str:
+    count = len({one.context for one in found})
+    return f"{', '.join(sources)} has {count} context{'s' * (count > 1)}, too few to hold some out: name more"
+
+
 class AnswerStage(CompressionStage):
     """Micro-batches of questions among those of passages, whose objectives keep the skill of regeneration."""
 
@@ -96,13 +101,14 @@ class AnswerStage(CompressionStage):
                 last = {one.context for one in found[len(found) - count :]}
                 held_out += [one for one in found if one.context in last]
                 kept = [one for one in found if one.context not in last]
+                if not kept:
+                    raise CompressorError(_too_few(sources, found))
                 asked += kept
                 shares.append((len(kept), share))
         if accelerator.is_main_process and left_out.total:
             note(f"note: {left_out.line('questions', sum(len(one.prompts) for one in [*asked, *held_out]))}")
-        if not held_out or not asked:
-            count = len({one.context for one in [*asked, *held_out]})
-            raise CompressorError(f"data.questions has {count} contexts, too few to hold some out: name more")
+        if not held_out:
+            raise CompressorError(_too_few(["data.questions"], asked))
         self.asked, self.held_out_questions = asked, held_out
         settings = config.training
         self.questions = QuestionPlan(asked, settings.batch_tokens, settings.batch_passages, config.seed, shares)
