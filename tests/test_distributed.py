@@ -290,6 +290,7 @@ def test_accelerate_takes_the_launch_files(path: Path) -> None:
     assert asked.use_fsdp is (path.name == "fsdp2.yaml")
     if asked.use_fsdp:
         assert int(asked.fsdp_version) == 2
+        assert str(asked.fsdp_cpu_ram_efficient_loading) == "False"
 
 
 def close(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> None:
