@@ -210,6 +210,27 @@ def test_the_loss_is_the_mean_over_the_targets_of_the_whole_step(tmp_path: Path)
     assert row["gradient_norm"] == pytest.approx(norm.item(), rel=1e-5)
 
 
+def test_gradients_reach_weights_through_a_base_in_float16(tmp_path: Path) -> None:
+    """Of a mean over a million targets they are under the smallest number of that type on their way."""
+
+    class Halved(Scripted):
+        def micro_batch(self, index: int) -> dict[str, Any]:
+            batch = super().micro_batch(index)
+            return batch | {"x": batch["x"] / 1000, "targets": 1 << 20}
+
+    class HalfDot(Dot):
+        def forward(self, batch: dict[str, Any]) -> Tensor:
+            return (self.bias.half() * batch["x"].half()).float().sum() + 0 * self.weight.sum()
+
+    stage = Halved()
+    stage.module = HalfDot()
+    config = settings(tmp_path, steps=1)
+    config.base.dtype = "float16"
+    run(stage, config)
+    expected = Halved().micro_batch(0)["x"].sum(0) / (1 << 20)
+    assert rows(tmp_path)[0]["gradient_norm"] == pytest.approx(expected.norm().item(), rel=1e-2)
+
+
 def test_gradients_are_clipped_to_the_norm(tmp_path: Path) -> None:
     seen = []
     handle = register_optimizer_step_post_hook(

@@ -141,6 +141,9 @@ def run_step(
     batches = [stage.micro_batch(index) for index in indices]
     counts = [sum(batch[name] for batch in batches) for name in ("targets", "passages")]
     targets, passages = summed(torch.tensor(counts, dtype=torch.float64), accelerator)
+    # In float16 the gradients of a mean over many targets vanish on their way back. A power of two rounds none.
+    half = held_dtype(config.base.dtype, device) == "float16"
+    scale = 2.0 ** math.floor(math.log2(targets / world)) if half and targets else 1.0
     loss_sum = torch.zeros((), dtype=precise(device), device=device)
     for index, batch in zip(indices, batches, strict=True):
         # Dropout depends on the micro-batch alone, not on which process runs it or what ran before.
@@ -148,12 +151,14 @@ def run_step(
         with nullcontext() if index == indices[-1] else accelerator.no_sync(module):
             loss = module(moved(batch, device))
             # DDP averages gradients over processes; the loss is a mean over all targets of the step.
-            accelerator.backward(loss * (world / targets))
+            accelerator.backward(loss * (world * scale / targets))
         loss_sum += loss.detach().to(loss_sum)
     asked = torch.full_like(loss_sum, float(stop.requested))
     total_loss, stops = summed(torch.stack([loss_sum, asked]), accelerator)
     _refuse_non_finite(total_loss, "loss", step, batches, accelerator)
     trainable = [p for p in stage.module.parameters() if p.requires_grad]
+    if scale != 1:
+        torch._foreach_div_([p.grad for p in trainable if p.grad is not None], scale)
     norm = float(accelerator.clip_grad_norm_(trainable, settings.max_grad_norm))
     _refuse_non_finite(norm, "gradient norm", step, batches, accelerator)
     optimizer.step()
