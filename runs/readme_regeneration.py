@@ -58,12 +58,12 @@ def flagship() -> str:
         f"\n\nSmolLM2-135M-Instruct, {by[tokens[0], lengths[0]]['n']} unseen abstracts of 2026 a cell, one pass, "
         "one memory each, 95% bootstrap intervals; a\nROUGE-L of 1 is every word, in its order. "
         f"Trained on {passages:,} passages in "
-        f"{steps:,} steps, {seconds / 3600:.1f} hours of one CPU core.\nDashed and dotted in the picture: the "
+        f"{steps:,} steps, {seconds / 3600:.1f} hours of a CPU core or two.\nDashed and dotted in the picture: the "
         "published figures of an 8B base."
     )
 
 
-STAGES = ("regenerate", "answer", "cued", "low", "again", "together", "average")
+STAGES = ("regenerate", "answer", "cued", "low", "again", "together", "average", "eight")
 
 
 def flagship_logs() -> list[list[dict[str, Any]]]:
@@ -97,8 +97,8 @@ def flagship_curve() -> str:
     body.append(["twice as many", *said])
     return table(header, body) + (
         "\n\nNats a token of unseen abstracts of 96 tokens at the end of each stage. The third began at a high rate "
-        "again and spent two\nin five passages on cues: it learned to answer, not to regenerate. Of the last stage "
-        "the mean of the weights is kept.\nThe last row goes on as the power of the passages between the first stage's "
+        "again and spent two\nin five passages on cues: it learned to answer, not to regenerate. Of the last two "
+        "stages the mean of the weights is kept.\nThe last row goes on as the power of the passages between the first stage's "
         "end and the last's."
     )
 

@@ -31,9 +31,13 @@ train together together --data.questions "[$questions]" "$@"
 # On at a rate that hardly falls; what is kept is the mean of the weights.
 train together average --data.questions "[$questions]" --init "$output/together/final" --seed 9 --training.learning-rate 6.5e-4 \
   --training.steps 1100 --training.decay-steps 0 --training.average-from 100 "$@"
+# Questions of the memories of up to eight passages, which takes larger batches.
+train together eight --data.questions "[$questions]" --init "$output/average/final" --seed 11 --data.passages-together 8 \
+  --training.batch-tokens 800 --training.learning-rate 6.5e-4 --training.steps 1140 --training.decay-steps 0 \
+  --training.average-from 60 "$@"
 train tuned full-tuned --data.questions "[$questions]" "$@"
 train tuned none-tuned --data.questions "[$questions]" --compressor.method none-tuned "$@"
-for pair in average:compressor full-tuned:full-tuned none-tuned:none-tuned; do
+for pair in eight:compressor full-tuned:full-tuned none-tuned:none-tuned; do
   python -c 'import sys, torch; from compressor import Compressor
 Compressor.from_pretrained(sys.argv[1]).save_pretrained(sys.argv[2], dtype=torch.bfloat16)' \
     "$output/${pair%:*}/final" "models/smollm2-135m/${pair#*:}"
