@@ -98,8 +98,8 @@ def flagship_curve() -> str:
     return table(header, body) + (
         "\n\nNats a token of unseen abstracts of 96 tokens at the end of each stage. The third began at a high rate "
         "again and spent two\nin five passages on cues: it learned to answer, not to regenerate. Of the last two "
-        "stages the mean of the weights is kept.\nThe last row goes on as the power of the passages between the first stage's "
-        "end and the last's."
+        "stages the mean of the weights is kept.\nThe last row goes on as the power of the passages between the first "
+        "stage's end and the last's."
     )
 
 
