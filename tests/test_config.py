@@ -103,6 +103,8 @@ def test_lists_and_mixtures_are_read(tmp_path: Path) -> None:
     assert config.data.train == ["a.jsonl", "b.jsonl"]
     assert config.data.lengths == [LengthRange(4, 8), LengthRange(9, 20, 2)]
     assert config.objective.tokens == [TokensShare(8, 2), TokensShare(1)]
+    config.objective.tokens.append(TokensShare(8, 0.5, longest=64))
+    assert list(config.objective.weights().items()) == [(8, 2.5), (1, 1.0)]
     for argv in (["x.jsonl", "y.jsonl"], ['["x.jsonl","y.jsonl"]']):
         assert parse("--data.train", *argv).data.train == ["x.jsonl", "y.jsonl"]
     for argv in (["--data.train=x.jsonl"], ["--data.train", "x.jsonl"], ["--data.train=[x.jsonl]"]):

@@ -204,7 +204,8 @@ class AnswerStage(CompressionStage):
         """
         regeneration, samples = super().validate(accelerator)
         self.module.eval()
-        counts = sorted({share.tokens for share in self.config.objective.tokens}, reverse=True)
+        weights = self.config.objective.weights()
+        counts = list(weights)
         names = [f"answer_{count}" for count in counts]
         names += ["answer_together"] * (self.config.data.passages_together > 1)
         names += [] if self._bounds else ["answer_full", "answer_none"]
@@ -217,7 +218,6 @@ class AnswerStage(CompressionStage):
         found = {name: value / max(1.0, totals[-1]) for name, value in zip(names, totals, strict=False)}
         # The base is frozen: what it does with the whole passage, or without, never changes.
         self._bounds = self._bounds or {name: found.pop(name) for name in ("answer_full", "answer_none")}
-        weights = {share.tokens: share.weight for share in self.config.objective.tokens}
         loss = sum(weights[count] * found[f"answer_{count}"] for count in counts) / sum(weights.values())
         figures = {"loss": loss, **found, **self._bounds}
         figures |= {f"regeneration_{name}": value for name, value in regeneration.items()}

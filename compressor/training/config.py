@@ -77,6 +77,13 @@ class ObjectiveConfig:
         require(taught, "objective.teacher", self.teacher, "left out, or objective.distillation positive")
         require(self.regeneration + self.continuation > 0, "objective", "all weights 0", "positive in total")
 
+    def weights(self) -> dict[int, float]:
+        """The weight of each number of memory tokens, over all of its shares; the largest number first."""
+        found: dict[int, float] = {}
+        for share in sorted(self.tokens, key=lambda share: -share.tokens):
+            found[share.tokens] = found.get(share.tokens, 0.0) + share.weight
+        return found
+
 
 @dataclass
 class TrainingConfig:

@@ -229,7 +229,8 @@ class CompressionStage:
         """Nats a token of regeneration for each number of memory tokens, and with the memories swapped."""
         model, device = self.module, accelerator.device
         model.eval()
-        counts = sorted({share.tokens for share in self.config.objective.tokens}, reverse=True)
+        weights = self.config.objective.weights()
+        counts = list(weights)
         # Nats for each count; then targets; then nats with own and with swapped memories, and targets, of groups of two
         # and more: a passage alone has no other's memory to read.
         sums = torch.zeros(len(counts) + 4, dtype=torch.float64)
@@ -254,7 +255,6 @@ class CompressionStage:
         totals = summed(sums, accelerator)
         loss = {tokens: value / totals[len(counts)] for tokens, value in zip(counts, totals, strict=False)}
         own, swapped_loss = (value / max(1.0, totals[-1]) for value in totals[-3:-1])
-        weights = {share.tokens: share.weight for share in self.config.objective.tokens}
         figures = {"loss": sum(weights[tokens] * loss[tokens] for tokens in counts) / sum(weights.values())}
         figures |= {f"nats_{tokens}": value for tokens, value in loss.items()}
         if totals[-1]:  # a single record has no other to swap memories with
