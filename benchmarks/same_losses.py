@@ -99,10 +99,14 @@ def compare(old: Path, new: Path) -> str | None:
     if not new.exists():
         return "is not made any more"
     if old.suffix == ".jsonl":
-        before, now = ([json.loads(line) for line in one.read_text("utf-8").splitlines()] for one in (old, new))
+        before, now = (
+            [json.loads(line) for line in one.read_text(encoding="utf-8").splitlines()] for one in (old, new)
+        )
         return first_difference(before, now)
     if old.suffix == ".json":
-        return first_difference(json.loads(old.read_text("utf-8")), json.loads(new.read_text("utf-8")))
+        return first_difference(
+            json.loads(old.read_text(encoding="utf-8")), json.loads(new.read_text(encoding="utf-8"))
+        )
     one, other = old.read_bytes(), new.read_bytes()
     if one == other:
         return None
