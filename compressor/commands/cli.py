@@ -48,8 +48,8 @@ class Command(NamedTuple):
     """Of the function that does it, with options and switches; by default `run` of the module of its name."""
     passes_on: bool = False
     """What follows -- is another program's: the switch `rest`."""
-    begun_by_itself: bool = True
-    """Whether it runs without any argument. Defaults that take hours are not begun by who only tries the name."""
+    needs_options: bool = False
+    """Whether it is refused without any, because its defaults take hours."""
 
 
 COMMANDS = {
@@ -134,7 +134,7 @@ COMMANDS = {
         "accelerate launch train.py --config configs/smollm2-135m/regenerate.yaml --data.train my.jsonl",
         "compressor.training.config:RunConfig",
         flags={"dry_run": "show settings, batch arithmetic, parameter counts and memory, then stop"},
-        begun_by_itself=False,
+        needs_options=True,
     ),
     "evaluate": Command(
         "compressors",
@@ -146,7 +146,7 @@ COMMANDS = {
             "resume": "go on with an evaluation that was interrupted, if there is one in the output folder",
             "wandb": "give settings, table and figures to wandb as a run of its own, too (extra tracking)",
         },
-        begun_by_itself=False,
+        needs_options=True,
     ),
     "corpus": Command(
         "data",
@@ -208,7 +208,7 @@ def usage() -> str:
 def run(name: str, argv: list[str]) -> int:
     """Run a sub-command with its arguments; returns the exit status."""
     command = COMMANDS[name]
-    if not argv and not command.begun_by_itself:
+    if command.needs_options and not argv:
         raise CompressorError(
             f"{name} was given no option, and its defaults run for long: say what to {name}, for example\n"
             f"  {command.example}\n(compressor {name} --help lists the options)"
