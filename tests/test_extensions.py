@@ -31,7 +31,7 @@ from compressor.storage.codec import Codec
 
 
 class Sparse(Placing):
-    def positions(self, lengths, slots, most):
+    def positions(self, lengths, slots, tokens, most):
         return lengths + 2 * slots
 
     def start(self, lengths, tokens):

@@ -19,11 +19,13 @@ class AnchorEncoder(Encoder):
         super().__init__(base, config)
         self.anchor_embedding = nn.Parameter(torch.randn(base.hidden) * base.embeddings.weight.float().std().item())
 
-    def encode(self, model: AdaptedBase, passages: Tensor, lengths: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+    def encode(self, model: AdaptedBase, passages: Tensor, lengths: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """See `Encoder.encode`. Of a passage of fewer than k tokens some serve as anchors more than once."""
         batch, width = passages.shape
         base = model.base
-        anchors = memory_positions(self.config.layout, lengths, tokens, self.config.memory_tokens)
+        slots = int(tokens.max())
+        anchors = memory_positions(self.config.layout, lengths, slots, self.config.memory_tokens, tokens)
+        used = torch.arange(slots, device=lengths.device)[None] < tokens[:, None]
         embedded = base.embeddings(passages)
         marked = embedded.gather(1, anchors[..., None].expand(-1, -1, embedded.shape[-1]))
         marked = marked + self.anchor_embedding.to(embedded.dtype)
@@ -32,14 +34,15 @@ class AnchorEncoder(Encoder):
         # reads slots, and what stays in their old columns is masked.
         order = torch.cat([columns, anchors], dim=1)
         if self.config.passage_attention == "bidirectional":
-            sees = torch.ones(batch, width + tokens, width + tokens, dtype=torch.bool, device=passages.device)
+            sees = torch.ones(batch, width + slots, width + slots, dtype=torch.bool, device=passages.device)
         else:
             sees = order[:, :, None] >= order[:, None, :]
-        gone = torch.zeros(batch, width + tokens, dtype=torch.bool, device=passages.device)
-        gone[:, :width] = torch.zeros_like(columns, dtype=torch.bool).scatter(1, anchors, True)
+        gone = torch.zeros(batch, width + slots, dtype=torch.bool, device=passages.device)
+        gone[:, :width] = ((columns[..., None] == anchors[:, None]) & used[:, None]).any(-1)
         gone[:, :width] |= columns >= lengths[:, None]
-        itself = torch.eye(width + tokens, dtype=torch.bool, device=passages.device)
+        gone[:, width:] = ~used
+        itself = torch.eye(width + slots, dtype=torch.bool, device=passages.device)
         allowed = (sees & ~gone[:, None, :]) | itself
         with adapter(READER):
-            keys, values = base.keys_and_values(torch.cat([embedded, marked], dim=1), order, allowed, tokens)
+            keys, values = base.keys_and_values(torch.cat([embedded, marked], dim=1), order, allowed, slots)
         return base.rotate(keys, anchors, inverse=True), values

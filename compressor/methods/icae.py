@@ -19,6 +19,6 @@ class ICAEEncoder(EmbeddingEncoder):
         super().__init__(base, config)
         self.memory_embeddings = nn.Parameter(initial_memory(base, config))
 
-    def embedded(self, model: AdaptedBase, passages: Tensor, lengths: Tensor, tokens: int) -> Tensor:
-        with memory_pass(model, self.memory_embeddings[:tokens], passages, lengths) as reading:
-            return model.base.hidden_states(*reading)[:, -tokens:]
+    def embedded(self, model: AdaptedBase, passages: Tensor, lengths: Tensor, tokens: Tensor) -> Tensor:
+        with memory_pass(model, self.memory_embeddings, passages, lengths, tokens) as reading:
+            return model.base.hidden_states(*reading)[:, -int(tokens.max()) :]

@@ -18,7 +18,8 @@ class KVEncoder(Encoder):
         super().__init__(base, config)
         self.memory_embeddings = nn.Parameter(initial_memory(base, config))
 
-    def encode(self, model: AdaptedBase, passages: Tensor, lengths: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
-        with memory_pass(model, self.memory_embeddings[:tokens], passages, lengths) as reading:
-            keys, values = model.base.keys_and_values(*reading[:3], tokens, reading.cache)
-        return model.base.rotate(keys, reading.positions[:, -tokens:], inverse=True), values
+    def encode(self, model: AdaptedBase, passages: Tensor, lengths: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        with memory_pass(model, self.memory_embeddings, passages, lengths, tokens) as reading:
+            slots = int(tokens.max())
+            keys, values = model.base.keys_and_values(*reading[:3], slots, reading.cache)
+        return model.base.rotate(keys, reading.positions[:, -slots:], inverse=True), values

@@ -29,7 +29,7 @@ class MeanPoolEncoder(EmbeddingEncoder):
     def memory_layout(self) -> Layout:
         return "spread"
 
-    def embedded(self, model: AdaptedBase, passages: Tensor, lengths: Tensor, tokens: int) -> Tensor:
+    def embedded(self, model: AdaptedBase, passages: Tensor, lengths: Tensor, tokens: Tensor) -> Tensor:
         batch, width = passages.shape
         positions = torch.arange(width, device=passages.device).expand(batch, -1)
         allowed = encoder_attention(lengths, width, 0, self.config.passage_attention == "bidirectional")
@@ -39,14 +39,15 @@ class MeanPoolEncoder(EmbeddingEncoder):
         return self.map(pooled.float())
 
 
-def block_means(lengths: Tensor, width: int, blocks: int) -> Tensor:
-    """Weights that average equal blocks of each passage, float32 `[batch, blocks, width]`.
+def block_means(lengths: Tensor, width: int, blocks: Tensor) -> Tensor:
+    """Weights that average equal blocks of each passage, float32 `[batch, most blocks, width]`.
 
     Block i of n tokens is `i n / k` to `(i + 1) n / k`, and one token where that is empty (fewer tokens than blocks).
+    Rows of fewer blocks, int64 `[batch]`, have the last token again after their own.
     """
-    index = torch.arange(blocks, device=lengths.device)
-    first = index[None] * lengths[:, None] // blocks
-    last = torch.maximum(first + 1, (index[None] + 1) * lengths[:, None] // blocks)
+    index = torch.arange(int(blocks.max()), device=lengths.device)[None].minimum(blocks[:, None] - 1)
+    first = index * lengths[:, None] // blocks[:, None]
+    last = torch.maximum(first + 1, (index + 1) * lengths[:, None] // blocks[:, None])
     columns = torch.arange(width, device=lengths.device)
     inside = (columns >= first[..., None]) & (columns < last[..., None])
     return inside / inside.sum(-1, keepdim=True)

@@ -31,10 +31,10 @@ class Reference500xEncoder(KVEncoder):
                 f"reference-500x pads passages to {PUBLISHED_LENGTH} tokens, so it takes at most as many"
             )
 
-    def trained_for(self, tokens: int) -> bool:
+    def trained_for(self, tokens: Tensor) -> bool:
         return tokens == self.config.memory_tokens  # the published code trains a checkpoint for each number
 
-    def encode(self, model: AdaptedBase, passages: Tensor, lengths: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+    def encode(self, model: AdaptedBase, passages: Tensor, lengths: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         batch, width = passages.shape
         padded = passages.new_full((batch, PUBLISHED_LENGTH), model.base.eos)
         shared = min(width, PUBLISHED_LENGTH)

@@ -58,6 +58,6 @@ class SentenceEmbeddingEncoder(EmbeddingEncoder):
         ]
         return pooled(encoder.to(passages.device), tokenizer, texts)
 
-    def embedded(self, model: AdaptedBase, passages: Tensor, lengths: Tensor, tokens: int) -> Tensor:
+    def embedded(self, model: AdaptedBase, passages: Tensor, lengths: Tensor, tokens: Tensor) -> Tensor:
         projected = self.projection(self.norm(self.embed(model, passages, lengths)))
-        return projected.view(len(passages), self.config.memory_tokens, -1)[:, :tokens]
+        return projected.view(len(passages), self.config.memory_tokens, -1)[:, : int(tokens.max())]

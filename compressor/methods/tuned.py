@@ -57,7 +57,7 @@ class TunedEncoder(Encoder):
     def truncatable(self) -> bool:
         return False
 
-    def encode(self, model: AdaptedBase, passages: Tensor, lengths: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+    def encode(self, model: AdaptedBase, passages: Tensor, lengths: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """See `Encoder.encode`; the slots are BOS, the cartridge's and, where it is read, the passage's."""
         shown = passages if self.reads else passages[:, :0]
         return read_after(model.base, self.cartridge.weight, shown, lengths)

@@ -21,7 +21,7 @@ BaseMismatch = Literal["refuse", "allow"]
 Decoding = Literal["auto", "static", "compiled"]
 """How a base writes token by token (`Rows` of `compressor/model/generation.py`)."""
 PassageAttention = Literal["causal", "bidirectional"]
-MemoryAttention = Literal["passage", "tree"]
+MemoryAttention = Literal["passage", "tree", "parts"]
 
 
 @dataclass
@@ -73,8 +73,9 @@ class CompressorConfig:
     passage_attention: PassageAttention = "bidirectional"
     """Attention among passage tokens in the encoder."""
     memory_attention: MemoryAttention = "tree"
-    """What memory tokens see of the passage: all of it (`passage`), or in the layout `nested` a stretch that is the
-    shorter the later the token comes in its order (`tree`, `layouts.tree_stretches`)."""
+    """What memory tokens see of the passage: all of it (`passage`); in the layout `nested` a stretch, the shorter the
+    later the token comes in its order (`tree`, `layouts.tree_stretches`); in `overlay` and `spread` the part in whose
+    middle it stands (`parts`, `layouts.part_stretches`)."""
     lora_rank: int = 64
     """Rank of the LoRA matrices."""
     writer_rank: int = 64
@@ -111,6 +112,8 @@ class CompressorConfig:
         layouts = layouts_of(self.method)
         fits = f"{' or '.join(layouts)} with the method {self.method}"
         require(self.layout in layouts, "compressor.layout", self.layout, fits)
+        parted = self.memory_attention != "parts" or self.layout in ("overlay", "spread")
+        require(parted, "compressor.layout", self.layout, "overlay or spread, whose tokens stand in parts (parts)")
         require(1 <= self.memory_tokens <= 512, "compressor.memory_tokens", self.memory_tokens, "1 to 512")
         for name, least in (("lora_rank", 1), ("writer_rank", 0), ("max_passage_tokens", 1)):
             require(getattr(self, name) >= least, f"compressor.{name}", getattr(self, name), f"at least {least}")

@@ -17,7 +17,7 @@ from transformers import DynamicCache
 
 from compressor.model.base import Base
 from compressor.model.config import CompressorConfig, Layout
-from compressor.model.layouts import decoder_start, memory_positions, tree_stretches
+from compressor.model.layouts import decoder_start, memory_positions, part_stretches, tree_stretches
 from compressor.model.lora import READER, WRITER, adapter
 from compressor.model.table import LAYOUTS
 
@@ -89,20 +89,21 @@ class Encoder(nn.Module):
             `[batch]`.
         """
         layout = self.memory_layout
-        positions = memory_positions(layout, lengths, slots, self.config.memory_tokens)
+        positions = memory_positions(layout, lengths, slots, self.config.memory_tokens, tokens)
         used = torch.arange(slots, device=lengths.device)[None] < tokens[:, None]
         return positions, used, decoder_start(layout, lengths, tokens)
 
-    def encode(self, model: AdaptedBase, passages: Tensor, lengths: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+    def encode(self, model: AdaptedBase, passages: Tensor, lengths: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Compress a batch of passages; differentiable.
 
         Args:
             passages: token ids, int64 `[batch, width]`, padded on the right with any valid id.
             lengths: passage tokens, int64 `[batch]`.
-            tokens: slots k.
+            tokens: slots k of each row, int64 `[batch]`.
 
         Returns:
-            Position-free keys and values, each `[layers, batch, kv_heads, k, head_size]`.
+            Position-free keys and values, each `[layers, batch, kv_heads, k, head_size]`, of the largest k; what a row
+            of fewer has after its own is not used.
         """
         raise NotImplementedError
 
@@ -117,15 +118,15 @@ class EmbeddingEncoder(Encoder):
     def memory_layout(self) -> Layout:
         return "front"
 
-    def embedded(self, model: AdaptedBase, passages: Tensor, lengths: Tensor, tokens: int) -> Tensor:
+    def embedded(self, model: AdaptedBase, passages: Tensor, lengths: Tensor, tokens: Tensor) -> Tensor:
         """Input embeddings `[batch, k, hidden]`; arguments as for `encode`."""
         raise NotImplementedError
 
-    def encode(self, model: AdaptedBase, passages: Tensor, lengths: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+    def encode(self, model: AdaptedBase, passages: Tensor, lengths: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """See `Encoder.encode`: keys and values of the embeddings, read without adapters."""
         embedded = self.embedded(model, passages, lengths, tokens)
         batch, slots = embedded.shape[:2]
-        positions = memory_positions(self.memory_layout, lengths, slots, self.config.memory_tokens)
+        positions = memory_positions(self.memory_layout, lengths, slots, self.config.memory_tokens, tokens)
         causal = torch.ones(slots, slots, dtype=torch.bool, device=embedded.device).tril().expand(batch, -1, -1)
         keys, values = model.base.keys_and_values(embedded.to(model.base.dtype), positions, causal)
         return model.base.rotate(keys, positions, inverse=True), values
@@ -145,7 +146,9 @@ class Reading(NamedTuple):
 
 
 @contextmanager
-def memory_pass(model: AdaptedBase, memory: Tensor, passages: Tensor, lengths: Tensor) -> Iterator[Reading]:
+def memory_pass(
+    model: AdaptedBase, memory: Tensor, passages: Tensor, lengths: Tensor, tokens: Tensor
+) -> Iterator[Reading]:
     """The inputs of memory tokens that read a passage, with the adapter on under which they do.
 
     With a writer there are two passes: the passage under the reader's adapter into a cache, then the memory tokens
@@ -153,20 +156,29 @@ def memory_pass(model: AdaptedBase, memory: Tensor, passages: Tensor, lengths: T
     in one pass, under the one adapter there is.
 
     Args:
-        memory: memory tokens, `[k, hidden]`.
+        memory: embeddings of memory tokens, `[m, hidden]`.
         passages: token ids, int64 `[batch, width]`.
         lengths: passage tokens, int64 `[batch]`.
+        tokens: memory tokens k of each row, int64 `[batch]`.
     """
     batch, width = passages.shape
-    config, tokens = model.config, len(memory)
+    config, slots, most = model.config, int(tokens.max()), len(memory)
     embedded = model.base.embeddings(passages)
-    # The base may be in bfloat16 while memory tokens train in float32; `cat` would promote.
-    appended = memory.to(embedded.dtype).expand(batch, -1, -1)
+    chosen = torch.arange(slots, device=passages.device).expand(batch, -1)
     columns = torch.arange(width, device=passages.device).expand(batch, -1)
-    placed = memory_positions(config.layout, lengths, tokens, config.memory_tokens)
-    allowed = encoder_attention(lengths, width, tokens, config.passage_attention == "bidirectional")
-    if config.memory_attention == "tree" and config.layout == "nested":
-        first, end = tree_stretches(lengths, tokens, config.memory_tokens)
+    placed = memory_positions(config.layout, lengths, slots, most, tokens)
+    allowed = encoder_attention(lengths, width, slots, config.passage_attention == "bidirectional")
+    stretches = None
+    if config.memory_attention == "parts":
+        # The i-th of k tokens is the one that stands there among all m.
+        chosen = (chosen * most // tokens[:, None]).clamp(max=most - 1)
+        stretches = part_stretches(lengths, slots, tokens)
+    elif config.memory_attention == "tree" and config.layout == "nested":
+        stretches = tree_stretches(lengths, slots, most)
+    # The base may be in bfloat16 while memory tokens train in float32; `cat` would promote.
+    appended = memory.to(embedded.dtype)[chosen]
+    if stretches is not None:
+        first, end = stretches
         allowed[:, width:, :width] &= (columns[:, None] >= first[..., None]) & (columns[:, None] < end[..., None])
     if model.has_writer:
         with adapter(READER):

@@ -44,8 +44,8 @@ def van_der_corput(count: int) -> list[int]:
 class Placing:
     """A layout: where memory tokens and what follows them stand. Subclasses say it."""
 
-    def positions(self, lengths: Tensor, slots: Tensor, most: int) -> Tensor:
-        """See `memory_positions`; lengths are int64 `[batch, 1]`, slots are 0..k-1, int64 `[1, k]`."""
+    def positions(self, lengths: Tensor, slots: Tensor, tokens: Tensor, most: int) -> Tensor:
+        """See `memory_positions`; lengths and tokens are int64 `[batch, 1]`, slots 0, 1, ..., int64 `[1, slots]`."""
         raise NotImplementedError
 
     def start(self, lengths: Tensor, tokens: Tensor | int) -> Tensor:
@@ -60,7 +60,7 @@ class Placing:
 class Restart(Placing):
     """After the passage; the decoder starts as if the memory were all it had read."""
 
-    def positions(self, lengths: Tensor, slots: Tensor, most: int) -> Tensor:
+    def positions(self, lengths: Tensor, slots: Tensor, tokens: Tensor, most: int) -> Tensor:
         return lengths + slots
 
     def start(self, lengths: Tensor, tokens: Tensor | int) -> Tensor:
@@ -70,7 +70,7 @@ class Restart(Placing):
 class Published(Restart):
     """`Restart` after 500 tokens."""
 
-    def positions(self, lengths: Tensor, slots: Tensor, most: int) -> Tensor:
+    def positions(self, lengths: Tensor, slots: Tensor, tokens: Tensor, most: int) -> Tensor:
         return (slots + PUBLISHED_LENGTH).expand(len(lengths), -1)
 
 
@@ -87,7 +87,7 @@ class After(Restart):
 class Front(Restart):
     """In the passage's place, which then takes no positions of its own."""
 
-    def positions(self, lengths: Tensor, slots: Tensor, most: int) -> Tensor:
+    def positions(self, lengths: Tensor, slots: Tensor, tokens: Tensor, most: int) -> Tensor:
         return slots.expand(len(lengths), -1)
 
     def before(self, passage_tokens: int, memory_tokens: int) -> int:
@@ -97,8 +97,8 @@ class Front(Restart):
 class Overlay(Placing):
     """In the middles of equal parts of the passage."""
 
-    def positions(self, lengths: Tensor, slots: Tensor, most: int) -> Tensor:
-        return (2 * slots + 1) * lengths // (2 * slots.shape[1])
+    def positions(self, lengths: Tensor, slots: Tensor, tokens: Tensor, most: int) -> Tensor:
+        return ((2 * slots + 1) * lengths // (2 * tokens)).clamp(max=lengths - 1)
 
 
 class Spread(Overlay):
@@ -111,7 +111,7 @@ class Spread(Overlay):
 class Nested(Placing):
     """In the middles of as many parts as there can be tokens, the first ones evenly spread too."""
 
-    def positions(self, lengths: Tensor, slots: Tensor, most: int) -> Tensor:
+    def positions(self, lengths: Tensor, slots: Tensor, tokens: Tensor, most: int) -> Tensor:
         order = torch.tensor(van_der_corput(most)[: slots.shape[1]], device=lengths.device)[None]
         return (2 * order + 1) * lengths // (2 * most)
 
@@ -122,19 +122,22 @@ def placing(layout: Layout) -> Placing:
     return load(LAYOUTS[layout].place, __package__ or "")()
 
 
-def memory_positions(layout: Layout, lengths: Tensor, tokens: int, most: int) -> Tensor:
+def memory_positions(layout: Layout, lengths: Tensor, slots: int, most: int, tokens: Tensor | None = None) -> Tensor:
     """Positions of the memory tokens, in the encoder and in the decoder's context.
 
     Args:
         layout: name of the layout.
         lengths: passage tokens, int64 `[batch]`.
-        tokens: memory tokens k.
+        slots: columns of the result; a row of fewer memory tokens does not use the last ones.
         most: memory tokens m that the compressor has; only `nested` depends on it.
+        tokens: memory tokens k of each row, int64 `[batch]`; by default `slots`.
 
     Returns:
-        int64 `[batch, k]`.
+        int64 `[batch, slots]`.
     """
-    return placing(layout).positions(lengths[:, None], torch.arange(tokens, device=lengths.device)[None], most)
+    tokens = torch.full_like(lengths, slots) if tokens is None else tokens
+    columns = torch.arange(slots, device=lengths.device)[None]
+    return placing(layout).positions(lengths[:, None], columns, tokens[:, None], most)
 
 
 def decoder_start(layout: Layout, lengths: Tensor, tokens: Tensor | int) -> Tensor:
@@ -164,3 +167,22 @@ def tree_stretches(lengths: Tensor, tokens: int, most: int) -> tuple[Tensor, Ten
     overlap = (n // 16).clamp(min=2)
     first = order * n // most
     return first - overlap, first + -(-n // parts) + overlap
+
+
+def part_stretches(lengths: Tensor, slots: int, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """The stretch of the passage that each memory token of the layouts `overlay` and `spread` sees with `parts`.
+
+    The i-th of k tokens is for the i-th of k equal parts, in whose middle it stands, and sees half as much again, at
+    least 2 tokens, on either side. So tokens do the same whatever k is: each writes the n / k tokens around it.
+
+    Args:
+        lengths: passage tokens n, int64 `[batch]`.
+        slots: columns of the result.
+        tokens: memory tokens k of each row, int64 `[batch]`.
+
+    Returns:
+        First token and the end (one past the last), int64 `[batch, slots]` each; not cut to the passage.
+    """
+    n, k, i = lengths[:, None], tokens[:, None], torch.arange(slots, device=lengths.device)[None]
+    overlap = (-(-n // (2 * k))).clamp(min=2)
+    return i * n // k - overlap, -(-(i + 1) * n // k) + overlap

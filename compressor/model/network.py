@@ -62,18 +62,19 @@ class Network(nn.Module):
             layer.train(mode)
         return self
 
-    def encode(self, passages: Tensor, lengths: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+    def encode(self, passages: Tensor, lengths: Tensor, tokens: int | Tensor) -> tuple[Tensor, Tensor]:
         """Compress a batch of passages; differentiable.
 
         Args:
             passages: token ids, int64 `[batch, width]`, padded on the right with any valid id.
             lengths: passage tokens, int64 `[batch]`.
-            tokens: memory tokens k.
+            tokens: memory tokens k, of all rows or of each, int64 `[batch]`.
 
         Returns:
-            Position-free keys and values, each `[layers, batch, kv_heads, k, head_size]`.
+            Position-free keys and values, each `[layers, batch, kv_heads, k, head_size]`, of the largest k.
         """
-        return self.encoder.encode(self, passages, lengths, tokens)
+        each = tokens if isinstance(tokens, Tensor) else torch.full_like(lengths, tokens)
+        return self.encoder.encode(self, passages, lengths, each)
 
     def prefix(self, keys: Tensor, values: Tensor, lengths: Tensor, tokens: Tensor | None = None) -> Prefix:
         """The decoder's context from what `encode` returned; differentiable.
@@ -81,8 +82,8 @@ class Network(nn.Module):
         Args:
             keys, values: `[layers, batch, kv_heads, k, head_size]`.
             lengths: passage tokens, int64 `[batch]`.
-            tokens: memory tokens that each row may use, int64 `[batch]`; by default all k. Fewer than k is what
-                truncating gives, and needs a layout that can be truncated.
+            tokens: memory tokens that each row was encoded to, int64 `[batch]`; by default all k. Fewer than it was
+                encoded to is what truncating gives, and needs a layout that can be truncated.
         """
         slots = keys.shape[3]
         if tokens is None:

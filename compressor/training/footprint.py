@@ -76,9 +76,7 @@ def kept_of_answers(stage: CompressionStage, batches: Sequence[Batch]) -> float:
         return 0.0
     model = stage.module
     batch = moved(asked, model.base.device)
-    encoded = kept_bytes(
-        partial(model.encode, batch["input_ids"], batch["lengths"], int(batch["memory_tokens"].max())), model
-    )
+    encoded = kept_bytes(partial(model.encode, batch["input_ids"], batch["lengths"], batch["memory_tokens"]), model)
     answers = {k: v for k, v in batch.items() if not k.startswith("regeneration_")}
     return max(0, kept_bytes(partial(model, answers), model) - encoded) / asked_cells(batch)
 

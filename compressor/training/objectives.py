@@ -49,7 +49,7 @@ class Trainee(Compressor):
             # The encoder switches adapters itself, so that a recomputation runs with the same ones.
             encode = partial(checkpoint, self.encode, use_reentrant=False)
             nats = partial(checkpoint, label_nats, use_reentrant=False)
-        keys, values = encode(batch["input_ids"], batch["lengths"], int(tokens.max()))
+        keys, values = encode(batch["input_ids"], batch["lengths"], tokens)
         prefix = self.prefix(keys, values, batch["lengths"], tokens)
         total = torch.zeros((), device=keys.device)
         for name in OBJECTIVES:

@@ -147,10 +147,8 @@ class CompressionStage:
         return self.collate(self.passages, pieces, self.draw_tokens(rng, [piece.length for piece in pieces]), rng)
 
     def draw_tokens(self, rng: np.random.Generator, lengths: Sequence[int]) -> list[int]:
-        """Numbers of memory tokens for passages of these lengths; all alike if the method cannot be truncated."""
+        """Numbers of memory tokens for passages of these lengths."""
         shares = self.config.objective.tokens
-        # One number must do for a whole batch then, whose passages are of about one length.
-        lengths = lengths if self.module.encoder.truncatable else [max(lengths)] * len(lengths)
         weights = np.array(
             [
                 [share.weight * (share.shortest <= length <= (share.longest or length)) for share in shares]
@@ -160,8 +158,7 @@ class CompressionStage:
         # Lengths for which there is no share take any.
         weights[weights.sum(1) == 0] = [share.weight for share in shares]
         edges = np.cumsum(weights / weights.sum(1, keepdims=True), axis=1)
-        drawn = rng.random(len(lengths)) if self.module.encoder.truncatable else np.full(len(lengths), rng.random())
-        places = np.minimum((drawn[:, None] >= edges).sum(1), len(shares) - 1)
+        places = np.minimum((rng.random(len(lengths))[:, None] >= edges).sum(1), len(shares) - 1)
         return [shares[place].tokens for place in places]
 
     def regenerated(
