@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from compressor.model.config import Layout
-from compressor.model.layouts import decoder_start, memory_positions, tree_stretches, van_der_corput
+from compressor.model.layouts import decoder_start, memory_positions, part_stretches, tree_stretches, van_der_corput
 from compressor.model.table import LAYOUTS
 
 N, K, M = 32, 4, 8
@@ -36,6 +36,10 @@ def test_rows_of_a_batch_are_independent_and_whole_numbers(layout: Layout) -> No
     assert together.dtype == torch.int64
     for row, n in enumerate(lengths):
         assert torch.equal(together[row], memory_positions(layout, n[None], 8, 16)[0])
+    each = torch.tensor([1, 2, 3, 5, 8])
+    mixed = memory_positions(layout, lengths, 8, 8, each)
+    for row, (n, k) in enumerate(zip(lengths, each.tolist(), strict=True)):
+        assert torch.equal(mixed[row, :k], memory_positions(layout, n[None], k, 8)[0])
     assert decoder_start(layout, lengths, 8).shape == (5,)
     per_row = decoder_start(layout, lengths, torch.tensor([1, 2, 3, 4, 5]))
     for row, k in enumerate([1, 2, 3, 4, 5]):
@@ -90,3 +94,21 @@ def test_a_tree_mask_halves_what_each_level_sees_and_leaves_nothing_out() -> Non
         fewer = tree_stretches(lengths, tokens, 16)
         assert torch.equal(fewer[0], first[:, :tokens])
         assert torch.equal(fewer[1], end[:, :tokens])
+
+
+def test_parts_are_around_their_tokens_and_leave_nothing_out() -> None:
+    lengths, tokens = torch.tensor([500, 96, 17, 1, 48]), torch.tensor([16, 4, 3, 8, 16])
+    first, end = part_stretches(lengths, 16, tokens)
+    places = memory_positions("overlay", lengths, 16, 16, tokens)
+    for row, (n, k) in enumerate(zip(lengths.tolist(), tokens.tolist(), strict=True)):
+        beside = max(2, -(-n // (2 * k)))
+        for i in range(k):
+            part = range(i * n // k, -(-(i + 1) * n // k))
+            assert (first[row, i], end[row, i]) == (part.start - beside, part.stop + beside)
+            assert places[row, i] in part
+        seen = {x for a, b in zip(first[row, :k].tolist(), end[row, :k].tolist(), strict=True) for x in range(a, b)}
+        assert set(range(n)) <= seen
+        # As alone, whatever other rows have.
+        alone = part_stretches(lengths[row : row + 1], k, tokens[row : row + 1])
+        assert torch.equal(alone[0][0], first[row, :k])
+        assert torch.equal(alone[1][0], end[row, :k])

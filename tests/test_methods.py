@@ -45,8 +45,9 @@ from compressor.model.table import METHODS, layouts_of
 Make = Callable[..., Compressor]
 MAKING = [name for name in TRAINED if name not in TUNED]
 """Trained methods that make memories."""
-LAYOUTS = [(method, layout) for method in MAKING for layout in layouts_of(method)]
-"""Every trained method with every layout it can work with."""
+PARTS = [("kv", "overlay parts"), ("kv", "spread parts")]
+LAYOUTS = [(method, layout) for method in MAKING for layout in layouts_of(method)] + PARTS
+"""Every trained method with every layout it can work with, and what memory tokens see where that is not the default."""
 LIMIT = 64
 """Passage tokens of the tiny compressors."""
 
@@ -84,6 +85,12 @@ def make_method(
         return untrained_method(name, base, MethodSettings())
 
     return make
+
+
+def settings(name: str, layout: str) -> dict[str, str]:
+    """Of a compressor of an entry of `LAYOUTS`."""
+    layout, _, attention = layout.partition(" ")
+    return {"method": name, "layout": layout} | ({"memory_attention": attention} if attention else {})
 
 
 @pytest.fixture
@@ -149,7 +156,7 @@ def test_passages_of_any_length_are_held_decoded_and_independent_of_their_batch(
 @pytest.mark.parametrize(("name", "layout"), LAYOUTS)
 def test_padding_never_reaches_a_memory(make_tiny_compressor: Make, name: str, layout: str) -> None:
     """Neither its ids nor its width matter, also for passages of fewer tokens than the memory has."""
-    model = make_tiny_compressor(method=name, layout=layout)
+    model = make_tiny_compressor(**settings(name, layout))
     passages = [[(7 * i + j) % 400 + 5 for i in range(n)] for j, n in enumerate((30, 1, 17))]
     ids, lengths = pad(passages, fill=0)
     other, _ = pad(passages, fill=77)
@@ -165,6 +172,24 @@ def test_padding_never_reaches_a_memory(make_tiny_compressor: Make, name: str, l
     assert not torch.allclose(keys[:, 0], keys[:, 2], atol=1e-2)  # it does depend on the passage
 
 
+@pytest.mark.parametrize(("name", "layout"), LAYOUTS)
+def test_rows_of_a_batch_have_their_own_numbers_of_tokens(make_tiny_compressor: Make, name: str, layout: str) -> None:
+    """What decodes from each is what it gives alone, whatever the others have."""
+    model = make_tiny_compressor(**settings(name, layout))
+    passages = [[(7 * i + j) % 400 + 5 for i in range(n)] for j, n in enumerate((30, 30, 3, 17))]
+    tokens = torch.tensor([2, 8, 4, 1])
+    ids, lengths = pad(passages)
+    pairs = stack_pairs([regeneration_pair(model.base.bos, model.base.eos, one) for one in passages])
+    with torch.no_grad():
+        prefix = model.prefix(*model.encode(ids, lengths, tokens), lengths, tokens)
+        together = label_nats(model.base, prefix, pairs["inputs"], pairs["labels"])
+        for row, (passage, count) in enumerate(zip(passages, tokens.tolist(), strict=True)):
+            memory = model.compress_ids([passage], count)
+            shown = [pairs[kind][row : row + 1] for kind in ("inputs", "labels")]
+            alone = label_nats(model.base, memory_prefix(model.base, memory), *shown)
+            torch.testing.assert_close(together[row : row + 1], alone, atol=1e-2, rtol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("name", "layout", "attention"),
     [(*one, "bidirectional") for one in LAYOUTS] + [(name, layouts_of(name)[-1], "causal") for name in METHODS],
@@ -172,7 +197,7 @@ def test_padding_never_reaches_a_memory(make_tiny_compressor: Make, name: str, l
 def test_gradients_reach_all_that_trains_and_the_base_stays(
     make_tiny_compressor: Make, tiny_base_folder: Path, name: str, layout: str, attention: str
 ) -> None:
-    model = make_tiny_compressor(method=name, layout=layout, passage_attention=attention).train()
+    model = make_tiny_compressor(**settings(name, layout), passage_attention=attention).train()
     base = model.base
     passages = [list(range(20, 50)), list(range(90, 101)), [5, 6]]
     ids, lengths = pad(passages)
@@ -200,7 +225,7 @@ def test_gradients_reach_all_that_trains_and_the_base_stays(
 def test_truncating_equals_compressing_where_the_method_says_so(
     make_tiny_compressor: Make, passages: list[list[int]], name: str, layout: str
 ) -> None:
-    model = make_tiny_compressor(method=name, layout=layout)
+    model = make_tiny_compressor(**settings(name, layout))
     largest = model.compress_ids(passages, 8)
     for size in (4, 2, 1):
         smaller = model.compress_ids(passages, size)
@@ -216,7 +241,7 @@ def test_truncating_equals_compressing_where_the_method_says_so(
 @pytest.mark.parametrize(("name", "layout"), LAYOUTS)
 def test_training_prefix_equals_the_memory_that_is_kept(make_tiny_compressor: Make, name: str, layout: str) -> None:
     """What the decoder is trained after is what it reads later."""
-    model = make_tiny_compressor(method=name, layout=layout).eval()
+    model = make_tiny_compressor(**settings(name, layout)).eval()
     passages = [list(range(20, 50)), list(range(90, 101))]
     ids, lengths = pad(passages)
     with torch.no_grad():

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from compressor import Compressor
+from compressor.model.layouts import memory_positions
 
 
 def test_a_training_step_of_random_weights(project: Path, tmp_path: Path) -> None:
@@ -22,6 +24,30 @@ def test_a_training_step_of_random_weights(project: Path, tmp_path: Path) -> Non
     assert (found["base"], found["passages"]) == ("tiny", 2)
     # The published recipe extends passages of 24 tokens to 500.
     assert published["flops"] > 3 * ours["flops"] > 0
+
+
+def test_memory_tokens_keep_their_places_when_they_are_given_parts(
+    project: Path, make_tiny_compressor: Callable[..., Compressor], tmp_path: Path
+) -> None:
+    before = make_tiny_compressor(layout="nested")
+    before.save_pretrained(tmp_path / "nested")
+    command = [sys.executable, "runs/to-parts.py", str(tmp_path / "nested"), str(tmp_path / "parts")]
+    subprocess.run(command, cwd=project, check=True, capture_output=True)
+    after = Compressor.from_pretrained(tmp_path / "parts")
+    assert (after.config.layout, after.config.memory_attention) == ("overlay", "parts")
+    most = before.config.memory_tokens
+    order = [
+        memory_positions(one.config.layout, torch.tensor([80]), most, most)[0].argsort() for one in (before, after)
+    ]
+    old, new = (one.trainable_state() for one in (before, after))
+    for name, weight in old.items():
+        if name == "encoder.memory_embeddings":
+            assert torch.equal(weight[order[0]], new[name][order[1]])
+        else:
+            assert torch.equal(weight, new[name])
+    again = subprocess.run([*command[:2], *command[3:], str(tmp_path / "twice")], cwd=project, capture_output=True)
+    assert again.returncode == 2
+    assert b"a compressor of kv in nested" in again.stderr
 
 
 def test_a_writer_begins_as_a_copy_of_the_shared_adapter(project: Path, tmp_path: Path) -> None:
