@@ -103,7 +103,9 @@ def laid_out(model: Compressor, text: str, question: str) -> SimpleNamespace:
                 shipped = examples(model)
                 at.examples = [(gr.Button(label, size="sm", min_width=95), rest) for label, *rest in shipped]
         with gr.Column(scale=2, min_width=300):
-            label, note = "Memory tokens (k)", "Moving it truncates what is compressed already."
+            truncates = model.encoder.truncatable
+            does = "truncates what is compressed already" if truncates else "compresses again"
+            label, note = "Memory tokens (k)", f"Moving it {does}."
             at.tokens = gr.Slider(1, most, most, step=1, label=label, info=note, elem_id="kv-tokens")
             with gr.Row():
                 at.start = gr.Button("Compress", variant="primary", elem_id="kv-compress", min_width=120)

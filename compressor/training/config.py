@@ -41,10 +41,13 @@ class ObjectiveConfig:
     tokens: list[TokensShare] = field(
         default_factory=lambda: [TokensShare(16, 3), *(TokensShare(tokens) for tokens in (8, 4, 2, 1))]
     )
-    """Numbers of memory tokens, sampled by weight for each passage among the shares for its length (for each batch with
-    a layout that cannot be truncated), so that one checkpoint serves all."""
+    """Numbers of memory tokens, sampled by weight for each passage among the shares for its length, so that one
+    checkpoint serves all."""
     regeneration: float = 1.0
     """Weight of regenerating the passage after its memory."""
+    balance: float | None = None
+    """Where given, what a passage adds to the gradient of regeneration is divided by its own nats a token plus this: it
+    is that of their logarithm, and what is nearly right is not drowned by what is far from it."""
     continuation: float = 0.0
     """Weight of predicting the text that follows the passage after its memory."""
     answer: float = 1.0
@@ -73,6 +76,7 @@ class ObjectiveConfig:
             require(getattr(self, name) >= 0, f"objective.{name}", getattr(self, name), "at least 0")
         for name in ("cued_share", "unrelated_share"):
             require(0 <= getattr(self, name) <= 1, f"objective.{name}", getattr(self, name), "between 0 and 1")
+        require(self.balance is None or self.balance > 0, "objective.balance", self.balance, "positive, or left out")
         taught = self.teacher is None or self.distillation + self.question_distillation > 0
         require(taught, "objective.teacher", self.teacher, "left out, or objective.distillation positive")
         require(self.regeneration + self.continuation > 0, "objective", "all weights 0", "positive in total")

@@ -31,6 +31,8 @@ class Trainee(Compressor):
     """Recompute activations in the backward pass instead of holding them."""
     sharded = False
     """Whether the base's layers are shared out over processes (`sharding.py`)."""
+    balance: float | None = None
+    """See `ObjectiveConfig.balance`."""
     teacher: Network | None = None
     """A bound on the same base, which answers are taught by (`ObjectiveConfig.teacher`)."""
 
@@ -54,13 +56,29 @@ class Trainee(Compressor):
         total = torch.zeros((), device=keys.device)
         for name in OBJECTIVES:
             if f"{name}_inputs" in batch:
-                losses = nats(self.base, prefix, batch[f"{name}_inputs"], batch[f"{name}_labels"])
+                labels = batch[f"{name}_labels"]
+                losses = nats(self.base, prefix, batch[f"{name}_inputs"], labels)
+                if self.balance is not None and name == "regeneration":
+                    losses = balanced(losses, (labels != IGNORED).sum(1), self.balance)
                 total = total + batch[f"{name}_weight"] * losses.sum()
         if "answer_inputs" in batch:
             if (groups := batch.get("answer_segments")) is not None:
                 prefix = self.joined_prefix(keys, values, batch["lengths"], tokens, groups)
             total = total + answer_loss(self, prefix, batch)
         return total
+
+
+def balanced(losses: Tensor, counts: Tensor, floor: float) -> Tensor:
+    """Losses of the same values, whose gradients are divided by each row's own mean and a floor.
+
+    Args:
+        losses: summed nats of each row, float32 `[batch]`.
+        counts: tokens of each row, int64 `[batch]`.
+        floor: nats a token.
+    """
+    value = losses.detach()
+    scaled = losses / (value / counts.clamp(min=1) + floor)
+    return value + scaled - scaled.detach()
 
 
 def load_teacher(path: str, **held: Any) -> Network:

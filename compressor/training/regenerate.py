@@ -76,6 +76,7 @@ class CompressionStage:
             shard_base(self.module, accelerator)
         self.module.train()
         self.module.activation_checkpointing = config.training.activation_checkpointing
+        self.module.balance = config.objective.balance
         most = self.module.config.memory_tokens
         for share in config.objective.tokens:
             if share.tokens > most:
