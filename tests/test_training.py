@@ -26,7 +26,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 import compressor.training.objectives
 from compressor.api import Compressor
 from compressor.commands.cli import train_main
-from compressor.data.batches import padded_width
+from compressor.data.batches import IGNORED, padded_width
 from compressor.errors import CompressorError
 from compressor.files import FolderKind, atomic_folder
 from compressor.parsing import parse_config
@@ -595,6 +595,30 @@ def test_the_continuation_is_the_text_that_follows(configure: Callable[..., RunC
         labels = [token for token in batch["continuation_labels"][row].tolist() if token != -100]
         assert labels == following
         assert batch["continuation_inputs"][row, 1 : len(following)].tolist() == following[:-1]
+
+
+def test_balance_divides_what_each_passage_adds_to_the_gradient_by_its_own_nats(
+    configure: Callable[..., RunConfig],
+) -> None:
+    config = configure("--objective.balance=0.1", "--objective.continuation=0")
+    stage = CompressionStage(config, start_run(config))
+    batch, model = stage.micro_batch(0), stage.module
+    weight = dict(model.named_parameters())["encoder.memory_embeddings"]
+    alone = []
+    for row in range(len(batch["lengths"])):
+        one = {
+            name: value[row : row + 1] if isinstance(value, torch.Tensor) else value for name, value in batch.items()
+        }
+        model.balance = None
+        loss = model(one)
+        (gradient,) = torch.autograd.grad(loss, weight)
+        targets = int((one["regeneration_labels"] != IGNORED).sum())
+        alone.append((loss.item(), gradient / (loss.item() / targets + 0.1)))
+    model.balance = config.objective.balance
+    loss = model(batch)
+    (gradient,) = torch.autograd.grad(loss, weight)
+    assert loss.item() == pytest.approx(sum(value for value, _ in alone), rel=1e-4)  # what is logged are nats
+    torch.testing.assert_close(gradient, sum(one for _, one in alone), atol=1e-4, rtol=1e-2)
 
 
 @pytest.mark.parametrize("layout", ["spread", "nested"])
