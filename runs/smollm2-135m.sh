@@ -35,12 +35,9 @@ train together average --data.questions "[$questions]" --init "$output/together/
 train together eight --data.questions "[$questions]" --init "$output/average/final" --seed 11 --data.passages-together 8 \
   --training.batch-tokens 800 --training.learning-rate 6.5e-4 --training.steps 1140 --training.decay-steps 0 \
   --training.average-from 60 "$@"
-# A part of the passage for each memory token. (The bundled weights also had some 300 steps of trials in between: docs/log.md.)
-[ -d "$output/in-parts" ] || python runs/to-parts.py "$output/eight/final" "$output/in-parts"
-train parts parts --data.questions "[$questions]" "$@"
 train tuned full-tuned --data.questions "[$questions]" "$@"
 train tuned none-tuned --data.questions "[$questions]" --compressor.method none-tuned "$@"
-for pair in parts:compressor full-tuned:full-tuned none-tuned:none-tuned; do
+for pair in eight:compressor full-tuned:full-tuned none-tuned:none-tuned; do
   python -c 'import sys, torch; from compressor import Compressor
 Compressor.from_pretrained(sys.argv[1]).save_pretrained(sys.argv[2], dtype=torch.bfloat16)' \
     "$output/${pair%:*}/final" "models/smollm2-135m/${pair#*:}"
