@@ -38,9 +38,10 @@ def main() -> int:
     known = before.trainable_state()
     with torch.no_grad():
         for name, weight in after.trainable_state().items():
-            weight.copy_(known[name])
-        order = torch.tensor(van_der_corput(config.memory_tokens), device=after.base.device)
-        after.encoder.memory_embeddings[order] = before.encoder.memory_embeddings.detach()
+            if name == "encoder.memory_embeddings":
+                weight[van_der_corput(config.memory_tokens)] = known[name]
+            else:
+                weight.copy_(known[name])
     after.save_pretrained(options.output)
     return 0
 

@@ -1,7 +1,7 @@
 """What the page does, as generators of what changes on it.
 
-So words show while they are decoded, and a run can be stopped. Where memories can be truncated (the layout `nested`), one
-compression serves every k.
+So words show while they are decoded, and a run can be stopped. Where memories can be truncated (the layout `nested`),
+one compression serves every k.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ class Reference500xEncoder(KVEncoder):
                 f"reference-500x pads passages to {PUBLISHED_LENGTH} tokens, so it takes at most as many"
             )
 
-    def trained_for(self, tokens: Tensor) -> bool:
+    def trained_for(self, tokens: int) -> bool:
         return tokens == self.config.memory_tokens  # the published code trains a checkpoint for each number
 
     def encode(self, model: AdaptedBase, passages: Tensor, lengths: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
