@@ -291,7 +291,10 @@ def test_a_file_that_is_no_settings_file_is_refused_by_name(tmp_path: Path, cont
         parse("--config", str(path))
 
 
-@pytest.mark.parametrize("settings", [{"layout": "sideways"}, {"passage_attention": "both"}, {"memory_tokens": 0}])
+@pytest.mark.parametrize(
+    "settings",
+    [{"layout": "sideways"}, {"passage_attention": "both"}, {"memory_tokens": 0}, {"memory_attention": "parts"}],
+)
 def test_settings_are_checked_outside_the_command_line_too(settings: dict[str, Any]) -> None:
     with pytest.raises(CompressorError, match="is out of range"):
         CompressorConfig(**settings)

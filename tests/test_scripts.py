@@ -31,7 +31,7 @@ def test_memory_tokens_keep_their_places_when_they_are_given_parts(
 ) -> None:
     before = make_tiny_compressor(layout="nested")
     before.save_pretrained(tmp_path / "nested")
-    command = [sys.executable, "runs/to-parts.py", str(tmp_path / "nested"), str(tmp_path / "parts")]
+    command = [sys.executable, "runs/change-encoder.py", "parts", str(tmp_path / "nested"), str(tmp_path / "parts")]
     subprocess.run(command, cwd=project, check=True, capture_output=True)
     after = Compressor.from_pretrained(tmp_path / "parts")
     assert (after.config.layout, after.config.memory_attention) == ("overlay", "parts")
@@ -45,13 +45,14 @@ def test_memory_tokens_keep_their_places_when_they_are_given_parts(
             assert torch.equal(weight[order[0]], new[name][order[1]])
         else:
             assert torch.equal(weight, new[name])
-    again = subprocess.run([*command[:2], *command[3:], str(tmp_path / "twice")], cwd=project, capture_output=True)
+    again = subprocess.run([*command[:3], *command[4:], str(tmp_path / "twice")], cwd=project, capture_output=True)
     assert again.returncode == 2
     assert b"a compressor of kv in nested" in again.stderr
 
 
 def test_a_writer_begins_as_a_copy_of_the_shared_adapter(project: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "runs/add-writer.py", "models/arxiv-mini/compressor", str(tmp_path / "with")]
+    command = [sys.executable, "runs/change-encoder.py", "writer", "models/arxiv-mini/compressor"]
+    command += [str(tmp_path / "with")]
     subprocess.run(command, cwd=project, check=True, capture_output=True)
     before, after = (Compressor.from_pretrained(path) for path in ("models/arxiv-mini/compressor", tmp_path / "with"))
     assert after.has_writer
@@ -60,7 +61,7 @@ def test_a_writer_begins_as_a_copy_of_the_shared_adapter(project: Path, tmp_path
     old, new = (model.compress("Some text to be compressed.", tokens=1) for model in (before, after))
     assert torch.allclose(old.keys, new.keys, atol=1e-4)
     assert torch.allclose(old.values, new.values, atol=1e-4)
-    twice = [*command[:2], str(tmp_path / "with"), str(tmp_path / "twice")]
+    twice = [*command[:3], str(tmp_path / "with"), str(tmp_path / "twice")]
     again = subprocess.run(twice, cwd=project, capture_output=True)
     assert again.returncode == 2
     assert b"has a writer's adapter" in again.stderr

@@ -113,7 +113,7 @@ class CompressorConfig:
         fits = f"{' or '.join(layouts)} with the method {self.method}"
         require(self.layout in layouts, "compressor.layout", self.layout, fits)
         parted = self.memory_attention != "parts" or self.layout in ("overlay", "spread")
-        require(parted, "compressor.layout", self.layout, "overlay or spread, whose tokens stand in parts (parts)")
+        require(parted, "compressor.layout", self.layout, "overlay or spread with memory_attention parts")
         require(1 <= self.memory_tokens <= 512, "compressor.memory_tokens", self.memory_tokens, "1 to 512")
         for name, least in (("lora_rank", 1), ("writer_rank", 0), ("max_passage_tokens", 1)):
             require(getattr(self, name) >= least, f"compressor.{name}", getattr(self, name), f"at least {least}")
