@@ -46,8 +46,8 @@ class ObjectiveConfig:
     regeneration: float = 1.0
     """Weight of regenerating the passage after its memory."""
     balance: float | None = None
-    """Where given, what a passage adds to the gradient of regeneration is divided by its own nats a token plus this: it
-    is that of their logarithm, and what is nearly right is not drowned by what is far from it."""
+    """Where given, a passage's gradient of regeneration is divided by its own nats a token plus this (the gradient of
+    their logarithm), so that what is nearly right is not drowned by what is far from it."""
     continuation: float = 0.0
     """Weight of predicting the text that follows the passage after its memory."""
     answer: float = 1.0
